@@ -1,0 +1,186 @@
+"""Settings: every variable, its default, its unit and what it means. Read once, at the start of a process.
+
+Flags of the command line win over the environment, the environment over the defaults. A setting named `X` is the
+variable `BALANCER_X`; one marked as a secret may also be given as a file, `BALANCER_X_FILE`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from balancer.errors import ConfigurationError
+
+PREFIX = "BALANCER_"
+
+
+class Setting(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of the settings table."""
+
+    name: str
+    default: Any
+    meaning: str
+    is_secret: bool = False
+
+    @property
+    def variable(self) -> str:
+        """The environment variable."""
+        return PREFIX + self.name.upper()
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting(name="config", default="", meaning="configuration file, YAML or JSON; published at start if it is new"),
+    Setting(name="redis", default="", meaning="redis://, rediss:// or unix:// URL; empty starts the embedded server"),
+    Setting(name="host", default="", meaning="address to listen on; empty: all with client tokens, else 127.0.0.1"),
+    Setting(name="port", default=8080, meaning="port of the data plane"),
+    Setting(name="metrics_port", default=0, meaning="port of its own for /metrics; 0 serves it on the data plane"),
+    Setting(name="workers", default=1, meaning="worker processes"),
+    Setting(name="insecure", default=False, meaning="listen beyond loopback without client tokens"),
+    Setting(name="client_tokens", default="", meaning="comma-separated tokens that clients present", is_secret=True),
+    Setting(
+        name="secret_key",
+        default="",
+        meaning="32 bytes in base64; seals literal credentials before they reach Redis",
+        is_secret=True,
+    ),
+    Setting(name="data_dir", default="", meaning="embedded store and its key; empty: ~/.local/share/balancer"),
+    Setting(name="log_level", default="info", meaning="debug, info, warning or error"),
+    Setting(name="redis_deadline_ms", default=250, meaning="milliseconds that a selection waits for Redis at most"),
+    Setting(name="lease_s", default=30.0, meaning="seconds after which a silent worker's open attempts count as lost"),
+    Setting(name="drain_timeout_s", default=30.0, meaning="seconds that open requests get to finish at shutdown"),
+    Setting(name="drain_delay_s", default=0.0, meaning="seconds to go on accepting after SIGTERM, while not ready"),
+    Setting(name="max_body_bytes", default=64 * 1024 * 1024, meaning="longest request body in bytes; beyond it: 413"),
+    Setting(name="upstream_connections", default=1024, meaning="connections a worker opens per provider at most"),
+    Setting(name="decision_headers", default=True, meaning="answer with x-balancer-decision, -service and -attempts"),
+    Setting(name="record_events", default=0, meaning="events kept in each pool's decision stream; 0 records none"),
+    Setting(name="scripts_dir", default="", meaning="folder of Lua scripts to run instead of ours, for experiments"),
+)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of one process, typed and checked."""
+
+    config: str
+    redis: str
+    host: str
+    port: int
+    metrics_port: int
+    workers: int
+    insecure: bool
+    client_tokens: tuple[str, ...]
+    secret_key: str
+    data_dir: Path
+    log_level: str
+    redis_deadline_ms: int
+    lease_s: float
+    drain_timeout_s: float
+    drain_delay_s: float
+    max_body_bytes: int
+    upstream_connections: int
+    decision_headers: bool
+    record_events: int
+    scripts_dir: str
+
+    @property
+    def listen_host(self) -> str:
+        """The address to bind: what was asked for, or all addresses with client tokens, or loopback."""
+        if self.host:
+            return self.host
+        return "0.0.0.0" if self.client_tokens or self.insecure else "127.0.0.1"
+
+    def environment(self) -> dict[str, str]:
+        """The variables that make another process read these same settings."""
+        values: dict[str, str] = {}
+        for setting in SETTINGS:
+            value = getattr(self, setting.name)
+            values[setting.variable] = ",".join(value) if isinstance(value, tuple) else str(value)
+        return values
+
+
+def load(flags: Mapping[str, object] | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    """The settings from flags (absent or None: not given), environment and defaults.
+
+    Raises ConfigurationError that names the variable and what was expected.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    for setting in SETTINGS:
+        flag = (flags or {}).get(setting.name)
+        raw = flag if flag is not None else _from_environment(setting, environ)
+        values[setting.name] = setting.default if raw is None else _typed(setting, raw)
+    tokens = values["client_tokens"]
+    values["client_tokens"] = tuple(token.strip() for token in tokens.split(",") if token.strip())
+    values["data_dir"] = Path(values["data_dir"] or _default_data_dir(environ)).expanduser().absolute()
+    settings = Settings(**values)
+    _check(settings)
+    return settings
+
+
+def _default_data_dir(environ: Mapping[str, str]) -> str:
+    base = environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return f"{base}/balancer"
+
+
+def _from_environment(setting: Setting, environ: Mapping[str, str]) -> str | None:
+    value = environ.get(setting.variable)
+    path = environ.get(setting.variable + "_FILE") if setting.is_secret else None
+    if path and not value:
+        try:
+            return Path(path).read_text(encoding="utf-8").strip()
+        except OSError as exc:
+            raise ConfigurationError(f"{setting.variable}_FILE: cannot read {path}: {exc.strerror}") from exc
+    return value or None
+
+
+def _typed(setting: Setting, raw: object) -> object:
+    kind = type(setting.default)
+    if isinstance(raw, kind) and not (kind is int and isinstance(raw, bool)):
+        return raw
+    text = str(raw).strip()
+    if kind is bool:
+        if text.lower() in ("1", "true", "yes", "on"):
+            return True
+        if text.lower() in ("0", "false", "no", "off"):
+            return False
+        raise ConfigurationError(f"{setting.variable}: expected on or off, not {text!r}")
+    try:
+        return kind(text)
+    except ValueError as exc:
+        word = {int: "a whole number", float: "a number"}[kind]
+        raise ConfigurationError(f"{setting.variable}: expected {word}, not {text!r} ({setting.meaning})") from exc
+
+
+def _check(settings: Settings) -> None:
+    faults: list[str] = []
+
+    def require(name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            faults.append(f"{PREFIX}{name.upper()}: expected {expected}, not {getattr(settings, name)!r}")
+
+    for name in ("port", "metrics_port"):
+        require(name, 0 <= getattr(settings, name) <= 65535, "a port, 0 to 65535")
+    require("workers", 1 <= settings.workers <= 1024, "1 to 1024")
+    require("log_level", settings.log_level in ("debug", "info", "warning", "error"), "debug, info, warning or error")
+    require("redis_deadline_ms", settings.redis_deadline_ms > 0, "more than 0 milliseconds")
+    require("lease_s", 1 <= settings.lease_s <= 3600, "1 to 3600 seconds")
+    require("drain_timeout_s", settings.drain_timeout_s >= 0, "0 seconds or more")
+    require("drain_delay_s", settings.drain_delay_s >= 0, "0 seconds or more")
+    require("max_body_bytes", settings.max_body_bytes > 0, "more than 0 bytes")
+    require("upstream_connections", settings.upstream_connections > 0, "1 or more")
+    require("record_events", settings.record_events >= 0, "0 or more")
+    if faults:
+        raise ConfigurationError("settings refused", tuple(faults))
+    if settings.host and not is_loopback(settings.host) and not settings.client_tokens and not settings.insecure:
+        raise ConfigurationError(
+            f"refusing to listen on {settings.host} without client tokens: set {PREFIX}CLIENT_TOKENS, "
+            "or say --insecure if whoever can reach this address may use your accounts"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """True for localhost, 127.0.0.0/8 and ::1."""
+    return host in ("localhost", "::1") or host.startswith("127.")

@@ -1,0 +1,496 @@
+"""The vocabulary: providers, services, rules, tactics, scenarios, and what a request leaves behind.
+
+Every struct is frozen and says what the configuration says (the JSON names are those of tingly-box configurations).
+How a document becomes these structs, and what is refused on the way, is `document`.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+
+import msgspec
+
+DEFAULT_REQUEST_THRESHOLD = 10
+DEFAULT_TOKEN_THRESHOLD = 10_000
+DEFAULT_RESERVE_CAP = 200_000
+DEFAULT_TIME_WINDOW_S = 300
+DEFAULT_TIMEOUT_S = 1800
+DEFAULT_POOL = "default"
+OAUTH_EXPIRY_MARGIN = timedelta(minutes=5)
+
+ApiStyle = Literal["openai", "anthropic"]
+AuthType = Literal["api_key", "oauth"]
+ScenarioName = Literal["openai", "anthropic", "claude_code", "opencode"]
+Reserve = Literal["none", "input", "full"]
+
+
+class Struct(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Base of all structs. (`kw_only` is not inherited, so each says it again; `frozen` beside it, for the type checker.)"""
+
+
+# -- providers ---------------------------------------------------------------------------------------------------------
+
+
+class OAuthDetail(Struct, frozen=True, kw_only=True):
+    """OAuth credentials of a provider; `expires_at` is RFC 3339, empty when it does not expire."""
+
+    access_token: str = ""
+    refresh_token: str = ""
+    expires_at: str = ""
+    provider_type: str = ""
+    user_id: str = ""
+    extra_fields: dict[str, Any] = {}
+
+    def is_expired(self, now: datetime | None = None) -> bool:
+        """True from five minutes before `expires_at` on; never when it is empty or no RFC 3339 date."""
+        try:
+            expires_at = datetime.fromisoformat(self.expires_at)
+        except ValueError:
+            return False
+        if expires_at.tzinfo is None:
+            expires_at = expires_at.replace(tzinfo=UTC)
+        return (now or datetime.now(UTC)) + OAUTH_EXPIRY_MARGIN > expires_at
+
+
+class Timeouts(Struct, frozen=True, kw_only=True):
+    """Limits in seconds on the parts of an attempt: to connect, to the answer's headers, to its first byte, between bytes."""
+
+    connect_s: float = 10
+    headers_s: float = 120
+    first_byte_s: float = 120
+    idle_s: float = 120
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    """Requests and tokens a minute, and requests in flight; 0 is none."""
+
+    rpm: int = 0
+    tpm: int = 0
+    in_flight: int = 0
+
+
+class BreakerSettings(Struct, frozen=True, kw_only=True):
+    """When a service's breaker opens and closes again."""
+
+    failures: int = 3
+    ratio: float = 0.5
+    min_requests: int = 20
+    window_s: float = 60
+    open_s: float = 30
+    successes: int = 3
+
+
+class Price(Struct, frozen=True, kw_only=True):
+    """Prices per million tokens."""
+
+    input: float = 0
+    output: float = 0
+    cached: float = 0
+
+
+class Health(Struct, frozen=True, kw_only=True):
+    """The active probe: a path, and how often in seconds; 0 is off."""
+
+    path: str = ""
+    interval_s: float = 0
+
+
+class Provider(Struct, frozen=True, kw_only=True):
+    """An account that serves models, and how to reach it."""
+
+    uuid: str
+    name: str
+    api_base: str
+    api_style: ApiStyle = "openai"
+    provider_type: Literal["", "azure"] = ""
+    auth_type: AuthType = "api_key"
+    token: str = ""
+    oauth_detail: OAuthDetail | None = None
+    no_key_required: bool = False
+    enabled: bool = True
+    proxy_url: str = ""
+    timeout: float = DEFAULT_TIMEOUT_S
+    timeouts: Timeouts = Timeouts()
+    headers: dict[str, str] = {}
+    query: dict[str, str] = {}
+    stream_usage: bool = True
+    limits: Limits = Limits()
+    breaker: BreakerSettings = BreakerSettings()
+    price: Price = Price()
+    health: Health = Health()
+    tags: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    last_updated: str = ""
+
+    @property
+    def access_token(self) -> str:
+        """The credential to send: the key, or with `auth_type: oauth` the access token; empty when there is none."""
+        if self.auth_type == "oauth":
+            return self.oauth_detail.access_token if self.oauth_detail else ""
+        return self.token
+
+    def is_oauth_expired(self, now: datetime | None = None) -> bool:
+        """True when the provider uses OAuth and its access token ends within five minutes."""
+        return self.auth_type == "oauth" and self.oauth_detail is not None and self.oauth_detail.is_expired(now)
+
+
+# -- tactics -----------------------------------------------------------------------------------------------------------
+
+
+class _Tactic(Struct, frozen=True, kw_only=True, tag_field="type"):
+    """What all tactics share: how many tokens a request in flight holds on its service."""
+
+    reserve: Reserve = "input"
+    reserve_cap: int = DEFAULT_RESERVE_CAP
+
+
+class RoundRobin(_Tactic, frozen=True, kw_only=True, tag="round_robin"):
+    """Stay for `request_threshold` consecutive picks, then take the next candidate."""
+
+    request_threshold: int = DEFAULT_REQUEST_THRESHOLD
+
+
+class TokenBased(_Tactic, frozen=True, kw_only=True, tag="token_based"):
+    """Stay below `token_threshold` window tokens, then take the candidate with the fewest."""
+
+    token_threshold: int = DEFAULT_TOKEN_THRESHOLD
+
+
+class Hybrid(_Tactic, frozen=True, kw_only=True, tag="hybrid"):
+    """Stay below both thresholds of the window, then take the candidate with the least requests × 10 + tokens."""
+
+    request_threshold: int = DEFAULT_REQUEST_THRESHOLD
+    token_threshold: int = DEFAULT_TOKEN_THRESHOLD
+
+
+class Random(_Tactic, frozen=True, kw_only=True, tag="random"):
+    """Draw by weight."""
+
+
+Tactic = RoundRobin | TokenBased | Hybrid | Random
+TACTICS: tuple[type[RoundRobin] | type[TokenBased] | type[Hybrid] | type[Random], ...] = (
+    RoundRobin,
+    TokenBased,
+    Hybrid,
+    Random,
+)
+"""In the order of the legacy integers 0…3."""
+TACTIC_NAMES: tuple[str, ...] = ("round_robin", "token_based", "hybrid", "random")
+
+
+def tactic_name(tactic: Tactic) -> str:
+    """The tactic's word, as in `lb_tactic.type`."""
+    return TACTIC_NAMES[TACTICS.index(type(tactic))]
+
+
+def is_valid_tactic(name: object) -> bool:
+    """True for the four names in any letter case, and for the legacy integers 0…3."""
+    if isinstance(name, bool):
+        return False
+    if isinstance(name, int):
+        return 0 <= name < len(TACTIC_NAMES)
+    return isinstance(name, str) and name.lower() in TACTIC_NAMES
+
+
+def tactic_from_map(name: str | int, params: Mapping[str, Any] | None = None) -> Tactic:
+    """The tactic of that name with these parameters; absent, null or ≤ 0 thresholds take their defaults.
+
+    An unknown name means round_robin. Unknown parameters are dropped. Raises msgspec.ValidationError for a parameter
+    of the wrong type.
+    """
+    if not is_valid_tactic(name):
+        name = TACTIC_NAMES[0]
+    kind = TACTICS[name if isinstance(name, int) else TACTIC_NAMES.index(name.lower())]
+    known = {f.name for f in msgspec.structs.fields(kind)}
+    given = {k: v for k, v in (params or {}).items() if k in known and v is not None}
+    for key in ("request_threshold", "token_threshold", "reserve_cap"):
+        value = given.get(key)
+        if isinstance(value, float) and value.is_integer():
+            given[key] = value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool) and value <= 0:
+            del given[key]
+    return msgspec.convert({"type": TACTIC_NAMES[TACTICS.index(kind)], **given}, kind)
+
+
+def tactic_to_map(tactic: Tactic) -> dict[str, Any]:
+    """The tactic in the shape of a configuration: {type, params}, thresholds always there."""
+    params: dict[str, Any] = {}
+    for field in msgspec.structs.fields(type(tactic)):
+        value = getattr(tactic, field.name)
+        if field.name.endswith("_threshold") or value != field.default:
+            params[field.name] = value
+    return {"type": tactic_name(tactic), "params": params}
+
+
+# -- rules -------------------------------------------------------------------------------------------------------------
+
+
+class Service(Struct, frozen=True, kw_only=True):
+    """A provider (by uuid) and a model; `weight` counts for random, `time_window` is in seconds."""
+
+    provider: str
+    model: str
+    weight: int = 1
+    active: bool = True
+    time_window: int = DEFAULT_TIME_WINDOW_S
+    tier: int = 0
+    limits: Limits = Limits()
+
+    @property
+    def id(self) -> str:
+        """`<provider uuid>:<model>`."""
+        return f"{self.provider}:{self.model}"
+
+
+class SmartOp(Struct, frozen=True, kw_only=True):
+    """One condition of smart routing."""
+
+    position: str
+    operation: str
+    value: str = ""
+    meta: dict[str, Any] = {}
+
+
+class SmartRoute(Struct, frozen=True, kw_only=True):
+    """Services that serve instead of the rule's own when all `ops` hold."""
+
+    uuid: str = ""
+    description: str = ""
+    ops: tuple[SmartOp, ...] = ()
+    services: tuple[Service, ...] = ()
+
+    @property
+    def entry(self) -> str:
+        """What names the entry's state: its uuid, else a digest of its ops."""
+        return self.uuid or hashlib.sha256(msgspec.json.encode(self.ops)).hexdigest()[:16]
+
+
+class Retry(Struct, frozen=True, kw_only=True):
+    """Attempts for one request, the share of requests that may be retried, and the pause before a retry."""
+
+    attempts: int = 3
+    budget_ratio: float = 0.2
+    backoff_ms: int = 50
+
+
+class Rule(Struct, frozen=True, kw_only=True):
+    """Maps the model that clients ask for, in a scenario, to services, and says how one is picked."""
+
+    uuid: str
+    scenario: ScenarioName = "openai"
+    request_model: str
+    response_model: str = ""
+    description: str = ""
+    active: bool = True
+    pool: str = DEFAULT_POOL
+    lb_tactic: Tactic = RoundRobin()
+    services: tuple[Service, ...] = ()
+    current_service_index: int | None = None
+    smart_enabled: bool = False
+    smart_routing: tuple[SmartRoute, ...] = ()
+    session_affinity: int = 0
+    session_header: str = ""
+    on_store_loss: Literal["local", "closed"] = "closed"
+    on_exhausted: Literal["try", "refuse"] = "try"
+    queue_timeout_ms: int = 0
+    retry: Retry = Retry()
+    fallback: tuple[str, ...] = ()
+    strict_settle: bool = False
+
+    def active_services(self) -> tuple[Service, ...]:
+        """The services that are switched on, in order. Whether their provider is enabled is not asked here."""
+        return tuple(service for service in self.services if service.active)
+
+    def current_service(self, cursor: str = "") -> Service | None:
+        """The service the cursor (a service id) stands on; the first active one if it stands on none; None without one.
+
+        Without a cursor, the configured `current_service_index` counts, modulo the number of services.
+        """
+        active = self.active_services()
+        if not cursor and self.current_service_index is not None and self.services:
+            cursor = self.services[self.current_service_index % len(self.services)].id
+        return next((service for service in active if service.id == cursor), active[0] if active else None)
+
+    def current_service_index_of(self, cursor: str) -> int:
+        """The cursor's position among all services of the rule, 0 if it has none."""
+        return next((i for i, service in enumerate(self.services) if service.id == cursor), 0)
+
+    def default_provider(self, cursor: str = "") -> str:
+        """The provider uuid of the current service, empty without one."""
+        service = self.current_service(cursor)
+        return service.provider if service else ""
+
+    def default_model(self, cursor: str = "") -> str:
+        """The model of the current service, empty without one."""
+        service = self.current_service(cursor)
+        return service.model if service else ""
+
+
+# -- scenarios, client keys, the whole ---------------------------------------------------------------------------------
+
+
+class ScenarioFlags(Struct, frozen=True, kw_only=True):
+    """How a scenario's models are configured: one rule for all, one for each, or smart."""
+
+    unified: bool = False
+    separate: bool = False
+    smart: bool = False
+
+
+class ScenarioConfig(Struct, frozen=True, kw_only=True):
+    """Settings of one scenario."""
+
+    scenario: ScenarioName
+    flags: ScenarioFlags = ScenarioFlags()
+    extensions: dict[str, Any] = {}
+
+    def effective_flags(self) -> ScenarioFlags:
+        """The flags as set; unified when none is."""
+        if self.flags.unified or self.flags.separate or self.flags.smart:
+            return self.flags
+        return ScenarioFlags(unified=True)
+
+
+class Configuration(Struct, frozen=True, kw_only=True):
+    """All that a fleet shares: providers and rules in order, scenarios."""
+
+    providers: tuple[Provider, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    scenarios: tuple[ScenarioConfig, ...] = ()
+
+    def provider(self, uuid: str) -> Provider | None:
+        """The provider of that uuid."""
+        return next((provider for provider in self.providers if provider.uuid == uuid), None)
+
+    def rule(self, uuid: str) -> Rule | None:
+        """The rule of that uuid."""
+        return next((rule for rule in self.rules if rule.uuid == uuid), None)
+
+
+# -- what a request leaves ---------------------------------------------------------------------------------------------
+
+
+class Usage(Struct, frozen=True, kw_only=True):
+    """Tokens as the vendor reports them: Anthropic's input excludes cache reads, OpenAI's includes them."""
+
+    input: int = 0
+    output: int = 0
+    cached: int = 0
+    cache_creation: int = 0
+    reasoning: int = 0
+
+
+class Outcome(enum.StrEnum):
+    """How an attempt ended."""
+
+    SUCCESS = "success"
+    RATE_LIMITED = "rate_limited"
+    UNAUTHORIZED = "unauthorized"
+    OVERLOADED = "overloaded"
+    FAILED = "failed"
+    REJECTED = "rejected"
+    CANCELLED = "cancelled"
+    ABANDONED = "abandoned"
+    LOST = "lost"
+
+
+class Candidate(Struct, frozen=True, kw_only=True):
+    """A service as a tactic sees it: its weight, and what its window counts (reserved tokens included)."""
+
+    service: str
+    weight: int = 1
+    requests: int = 0
+    tokens: int = 0
+
+
+class Pick(Struct, frozen=True, kw_only=True):
+    """One selection's answer. `number` names it within its worker; (epoch, position) is its place in the pool's history."""
+
+    pool: str
+    rule: str
+    partition: str
+    revision: int
+    number: int
+    service: str
+    reason: str
+    seq: int
+    epoch: int
+    position: int
+    streak: int
+    is_switch: bool
+    reserved: int
+
+    @property
+    def decision(self) -> str:
+        """The decision's id: pool, epoch and position."""
+        return f"{self.pool}.{self.epoch}.{self.position}"
+
+
+# -- what the scripts are asked ----------------------------------------------------------------------------------------
+
+
+class Selection(Struct, frozen=True, kw_only=True):
+    """One pick asked for: its name within the worker, the partition and the revision it is meant under.
+
+    `draw` in [0, 2^32) brings the randomness, `reserved` tokens are held until the settle, `deadline_ms` from now on the
+    attempt counts as lost; `excluded` services were tried before.
+    """
+
+    number: int
+    rule: str
+    partition: str
+    revision: int
+    draw: int = 0
+    reserved: int = 0
+    deadline_ms: int
+    excluded: tuple[str, ...] = ()
+
+
+class Entry(Struct, frozen=True, kw_only=True):
+    """One settled attempt: which pick, on which service (empty for an abandoned name), and what it used."""
+
+    number: int
+    service: str
+    outcome: Outcome
+    age_ms: int = 0
+    usage: Usage = Usage()
+
+
+class ServiceDefinition(Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """A service of a partition as select reads it: `active` is 1 if it may serve at all, `window` in seconds."""
+
+    id: str
+    active: int
+    window: int
+    weight: int
+
+
+class PartitionDefinition(Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """A partition as select reads it; thresholds that its tactic has not are 0. A `cursor` given is set."""
+
+    id: str
+    tactic: str
+    request_threshold: int
+    token_threshold: int
+    cursor: str
+    services: tuple[ServiceDefinition, ...]
+
+
+class WindowsDefinition(Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """All window lengths, in seconds, that a service has in the pool."""
+
+    id: str
+    lengths: tuple[int, ...]
+
+
+class RuleDefinition(Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """What raising a rule's fence writes into its pool; no partitions is a tombstone."""
+
+    rule: str
+    revision: int
+    partitions: tuple[PartitionDefinition, ...] = ()
+    windows: tuple[WindowsDefinition, ...] = ()

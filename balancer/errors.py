@@ -1,0 +1,117 @@
+"""The errors of the program: one shallow tree, each with the HTTP `status` and `code` that a client sees."""
+
+from __future__ import annotations
+
+
+class BalancerError(Exception):
+    """Base of all our errors; its message is safe to show to a client."""
+
+    status = 500
+    code = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class ConfigurationError(BalancerError):
+    """A document or a setting was refused; `faults` has one line per fault, each with its path."""
+
+    status = 400
+    code = "invalid_configuration"
+
+    def __init__(self, message: str, faults: tuple[str, ...] = ()) -> None:
+        super().__init__("\n".join((message, *(f"  {fault}" for fault in faults))) if faults else message)
+        self.faults = faults
+
+
+class ConflictError(BalancerError):
+    """Somebody else published a revision in between."""
+
+    status = 409
+    code = "revision_conflict"
+
+
+class RequestError(BalancerError):
+    """The client's request cannot be served as it stands."""
+
+    status = 400
+    code = "invalid_request"
+
+
+class UnauthorizedError(RequestError):
+    """The client's credential is missing or wrong."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class UnknownModelError(RequestError):
+    """No rule of the scenario has the requested model."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class UnknownPathError(RequestError):
+    """Nothing is served under this path or method."""
+
+    status = 404
+    code = "not_found"
+
+
+class MethodNotAllowedError(RequestError):
+    """The path exists, for other methods."""
+
+    status = 405
+    code = "method_not_allowed"
+
+
+class BodyTooLargeError(RequestError):
+    """The request's body is longer than BALANCER_MAX_BODY_BYTES."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class ContentTypeError(RequestError):
+    """The request's body is neither JSON nor a form that we read."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
+class NotSupportedError(RequestError):
+    """Part of the design, not built yet."""
+
+    status = 400
+    code = "not_supported_yet"
+
+
+class NoServiceError(BalancerError):
+    """The rule has no service that may be picked."""
+
+    status = 503
+    code = "no_service_available"
+
+
+class StoreUnavailableError(BalancerError):
+    """Redis did not answer within the deadline, or is known to be gone."""
+
+    status = 503
+    code = "store_unavailable"
+
+
+class UpstreamError(BalancerError):
+    """The upstream could not be reached, or broke off before its answer began."""
+
+    status = 502
+    code = "upstream_unreachable"
+
+
+class UpstreamTimeoutError(UpstreamError):
+    """The upstream did not answer in time; which limit ended it is in the message."""
+
+    status = 504
+    code = "upstream_timeout"

@@ -1,0 +1,383 @@
+"""A pool's whole state machine in pure Python, told by events: what the scripts are compared with.
+
+Each method does what the script of the same name does and answers with the same reply; `now_ms` is always given.
+Written from the contract, not from the Lua. It is no store: one process, no expiry, no limit on its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from balancer.domain import (
+    Candidate,
+    Entry,
+    Hybrid,
+    Outcome,
+    PartitionDefinition,
+    Random,
+    RoundRobin,
+    RuleDefinition,
+    Selection,
+    Tactic,
+    TokenBased,
+    WindowsDefinition,
+)
+from balancer.tactics import choose
+
+Reply = list[int | str]
+
+ABANDONED_MS = 60_000
+FAILURES = (Outcome.RATE_LIMITED, Outcome.UNAUTHORIZED, Outcome.OVERLOADED, Outcome.FAILED)
+
+
+class Window(msgspec.Struct):
+    """Requests and tokens counted since `start` (ms), for `length` seconds."""
+
+    length: int
+    start: int = 0
+    requests: int = 0
+    tokens: int = 0
+
+    def has_ended(self, now_ms: int) -> bool:
+        """True when its length has passed since its start."""
+        return now_ms - self.start >= self.length * 1000
+
+    def roll(self, now_ms: int) -> None:
+        """A new window where this one has ended; a start in the future becomes now."""
+        if self.has_ended(now_ms):
+            self.start, self.requests, self.tokens = now_ms, 0, 0
+        elif self.start > now_ms:
+            self.start = now_ms
+
+
+class ServiceState(msgspec.Struct):
+    """What a pool knows of one service."""
+
+    windows: list[Window] = msgspec.field(default_factory=list)
+    in_flight: int = 0
+    reserved: int = 0
+    picks: int = 0
+    requests: int = 0
+    failures: int = 0
+    input: int = 0
+    output: int = 0
+    cached: int = 0
+    cache_creation: int = 0
+    reasoning: int = 0
+    lost: int = 0
+    lost_tokens: int = 0
+    abandoned: int = 0
+    last_used: int = 0
+
+    def counts(self, length: int, now_ms: int) -> tuple[int, int]:
+        """Requests and tokens of the window of that length, reserved tokens included."""
+        for window in self.windows:
+            if window.length == length and not window.has_ended(now_ms):
+                return window.requests, window.tokens + self.reserved
+        return 0, self.reserved
+
+    def add_tokens(self, tokens: int, now_ms: int, age_ms: int) -> None:
+        """Counts tokens in the windows that were open `age_ms` ago and still are; fresh ones open a window."""
+        for window in self.windows:
+            if age_ms == 0:
+                window.roll(now_ms)
+            if not window.has_ended(now_ms) and now_ms - age_ms >= window.start:
+                window.tokens += tokens
+
+
+class PartitionState(msgspec.Struct):
+    """A partition's definition, cursor and streak."""
+
+    definition: PartitionDefinition
+    cursor: str = ""
+    streak: int = 0
+
+
+class RuleState(msgspec.Struct):
+    """A rule's fence, its count of picks, and its partitions' ids."""
+
+    revision: int = 0
+    seq: int = 0
+    partitions: tuple[str, ...] = ()
+
+
+class Held(msgspec.Struct, frozen=True):
+    """What an attempt in flight holds."""
+
+    service: str
+    reserved: int
+    deadline_ms: int
+
+
+class Lost(msgspec.Struct, frozen=True):
+    """What an attempt held when it was counted as lost."""
+
+    service: str
+    reserved: int
+    reaped_ms: int
+
+
+class Abandoned(msgspec.Struct, frozen=True):
+    """A name given up before its select arrived."""
+
+    until_ms: int
+
+
+class WorkerState(msgspec.Struct):
+    """A worker's lease, its last batch, and its attempts by number."""
+
+    lease_end_ms: int = 0
+    last: int = 0
+    names: dict[int, Held | Lost | Abandoned] = msgspec.field(default_factory=dict)
+
+
+def tactic_of(definition: PartitionDefinition) -> Tactic | None:
+    """The tactic that a partition's definition names, None for one that is not known."""
+    match definition.tactic:
+        case "round_robin":
+            return RoundRobin(request_threshold=definition.request_threshold)
+        case "token_based":
+            return TokenBased(token_threshold=definition.token_threshold)
+        case "hybrid":
+            return Hybrid(request_threshold=definition.request_threshold, token_threshold=definition.token_threshold)
+        case "random":
+            return Random()
+        case _:
+            return None
+
+
+class Pool:
+    """The state of one pool."""
+
+    def __init__(self) -> None:
+        self.epoch = 1
+        self.position = 0
+        self.rules: dict[str, RuleState] = {}
+        self.partitions: dict[str, PartitionState] = {}
+        self.services: dict[str, ServiceState] = {}
+        self.workers: dict[str, WorkerState] = {}
+
+    def _open(self, seen: tuple[int, int]) -> int:
+        """Starts a new epoch when the caller has seen more than is known here; how many positions were lost."""
+        epoch, position = seen
+        if (epoch, position) <= (self.epoch, self.position):
+            return 0
+        lost = max(0, position - self.position)
+        self.epoch = epoch + 1
+        self.position = max(position, self.position)
+        return lost
+
+    def _service(self, service: str) -> ServiceState:
+        return self.services.setdefault(service, ServiceState())
+
+    def _worker(self, worker: str) -> WorkerState:
+        return self.workers.setdefault(worker, WorkerState())
+
+    # -- fence ---------------------------------------------------------------------------------------------------------
+
+    def fence(self, now_ms: int, definitions: Sequence[RuleDefinition], seen: tuple[int, int] = (0, 0)) -> Reply:
+        """Raises the fence of each rule whose revision is above the one known."""
+        lost = self._open(seen)
+        raised = 0
+        for definition in definitions:
+            rule = self.rules.setdefault(definition.rule, RuleState())
+            if definition.revision <= rule.revision:
+                continue
+            ids = tuple(partition.id for partition in definition.partitions)
+            for gone in set(rule.partitions) - set(ids):
+                del self.partitions[gone]
+            for partition in definition.partitions:
+                self._define(partition)
+            for windows in definition.windows:
+                self._set_windows(windows)
+            rule.revision, rule.partitions = definition.revision, ids
+            self.position += 1
+            raised += 1
+        return ["raised", raised, self.epoch, self.position, lost]
+
+    def _define(self, new: PartitionDefinition) -> None:
+        old = self.partitions.get(new.id)
+        cursor, streak = (old.cursor, old.streak) if old else ("", 0)
+        if old and tactic_of(old.definition) != tactic_of(new):
+            streak = 0
+        if new.cursor:
+            cursor, streak = new.cursor, 0
+        if cursor not in (service.id for service in new.services):
+            cursor, streak = "", 0
+        self.partitions[new.id] = PartitionState(definition=new, cursor=cursor, streak=streak)
+
+    def _set_windows(self, windows: WindowsDefinition) -> None:
+        service = self._service(windows.id)
+        known = {window.length: window for window in service.windows}
+        service.windows = [known.get(length) or Window(length=length) for length in windows.lengths]
+
+    # -- select --------------------------------------------------------------------------------------------------------
+
+    def select(
+        self,
+        now_ms: int,
+        worker: str,
+        selections: Sequence[Selection],
+        lease_ms: int,
+        seen: tuple[int, int] = (0, 0),
+    ) -> list[Reply]:
+        """One answer for each selection in order, then the pool's place."""
+        lost = self._open(seen)
+        asking = self._worker(worker)
+        asking.lease_end_ms = now_ms + lease_ms
+        answers = [self._select(now_ms, asking, selection) for selection in selections]
+        return [*answers, ["pool", self.epoch, self.position, lost]]
+
+    def _select(self, now_ms: int, worker: WorkerState, selection: Selection) -> Reply:
+        if selection.number in worker.names:
+            return ["abandoned"]
+        rule = self.rules.get(selection.rule, RuleState())
+        partition = self.partitions.get(selection.partition)
+        tactic = tactic_of(partition.definition) if partition else None
+        if rule.revision > selection.revision:
+            return ["stale", rule.revision]
+        if rule.revision < selection.revision or partition is None or tactic is None:
+            return ["define", rule.revision]
+        candidates = [
+            self._candidate(service.id, service.window, service.weight, now_ms)
+            for service in partition.definition.services
+            if service.active and service.id not in selection.excluded
+        ]
+        choice = choose(
+            tactic,
+            cursor=partition.cursor,
+            streak=partition.streak,
+            order=[service.id for service in partition.definition.services],
+            candidates=candidates,
+            draw=selection.draw,
+        )
+        if choice is None:
+            return ["none"]
+        reason, streak, is_switch = choice.reason, choice.streak, 0
+        if selection.excluded:
+            reason, streak = "retry", partition.streak
+        else:
+            is_switch = int(partition.cursor not in ("", choice.service))
+            partition.cursor, partition.streak = choice.service, choice.streak
+        service = self._service(choice.service)
+        for window in service.windows:
+            window.roll(now_ms)
+            window.requests += 1
+        service.in_flight += 1
+        service.reserved += selection.reserved
+        service.picks += 1
+        rule.seq += 1
+        worker.names[selection.number] = Held(choice.service, selection.reserved, now_ms + selection.deadline_ms)
+        self.position += 1
+        return ["pick", choice.service, reason, rule.seq, self.epoch, self.position, streak, is_switch]
+
+    def _candidate(self, service: str, length: int, weight: int, now_ms: int) -> Candidate:
+        requests, tokens = self._service(service).counts(length, now_ms)
+        return Candidate(service=service, weight=weight, requests=requests, tokens=tokens)
+
+    # -- settle --------------------------------------------------------------------------------------------------------
+
+    def settle(
+        self,
+        now_ms: int,
+        worker: str,
+        batch: int,
+        entries: Sequence[Entry],
+        lease_ms: int,
+        seen: tuple[int, int] = (0, 0),
+        *,
+        skip: bool = False,
+    ) -> Reply:
+        """Applies a batch once, in order."""
+        state = self._worker(worker)
+        if batch > state.last + 1 and not skip:
+            return ["gap", state.last, *self._place_if(seen)]
+        lost = self._open(seen)
+        state.lease_end_ms = now_ms + lease_ms
+        if batch > state.last:
+            for entry in entries:
+                self._settle(now_ms, state, entry)
+            state.last = batch
+        return ["applied", state.last, self.epoch, self.position, lost]
+
+    def _place_if(self, seen: tuple[int, int]) -> tuple[int, int, int]:
+        """The place that _open would make, without making it."""
+        before = self.epoch, self.position
+        lost = self._open(seen)
+        place = self.epoch, self.position, lost
+        self.epoch, self.position = before
+        return place
+
+    def _settle(self, now_ms: int, worker: WorkerState, entry: Entry) -> None:
+        name = worker.names.get(entry.number)
+        service: ServiceState | None = None
+        if isinstance(name, Held):
+            service = self._service(name.service)
+            service.in_flight -= 1
+            service.reserved -= name.reserved
+            del worker.names[entry.number]
+        elif isinstance(name, Lost):
+            service = self._service(name.service)
+            service.requests -= 1
+            service.lost -= 1
+            service.lost_tokens -= name.reserved
+            for window in service.windows:
+                if name.reaped_ms >= window.start:
+                    window.tokens = max(0, window.tokens - name.reserved)
+            del worker.names[entry.number]
+        elif entry.service:
+            service = self._service(entry.service)
+        if entry.outcome is Outcome.ABANDONED:
+            if service:
+                service.abandoned += 1
+            else:
+                worker.names[entry.number] = Abandoned(now_ms + ABANDONED_MS)
+        elif service:
+            service.requests += 1
+            service.failures += entry.outcome in FAILURES
+            usage = entry.usage
+            service.input += usage.input
+            service.output += usage.output
+            service.cached += usage.cached
+            service.cache_creation += usage.cache_creation
+            service.reasoning += usage.reasoning
+            service.last_used = max(service.last_used, now_ms - entry.age_ms)
+            service.add_tokens(usage.input + usage.output, now_ms, entry.age_ms)
+        self.position += 1
+
+    # -- reap ----------------------------------------------------------------------------------------------------------
+
+    def reap(
+        self,
+        now_ms: int,
+        worker: str,
+        target: str,
+        lease_ms: int,
+        limit: int = 1000,
+        seen: tuple[int, int] = (0, 0),
+    ) -> Reply:
+        """Counts as lost what `target` can no longer settle in time, and renews the asking worker's lease."""
+        lost_positions = self._open(seen)
+        self._worker(worker).lease_end_ms = now_ms + lease_ms
+        state = self._worker(target)
+        is_ended = state.lease_end_ms <= now_ms
+        lost = 0
+        for number, name in sorted(state.names.items()):
+            if isinstance(name, Abandoned) and name.until_ms <= now_ms:
+                del state.names[number]
+            elif isinstance(name, Held) and (is_ended or name.deadline_ms <= now_ms) and lost < limit:
+                service = self._service(name.service)
+                service.in_flight -= 1
+                service.reserved -= name.reserved
+                service.requests += 1
+                service.lost += 1
+                service.lost_tokens += name.reserved
+                service.add_tokens(name.reserved, now_ms, 0)
+                state.names[number] = Lost(name.service, name.reserved, now_ms)
+                self.position += 1
+                lost += 1
+        if is_ended and lost < limit:
+            state.lease_end_ms = 0
+        return ["reaped", int(is_ended), lost, self.epoch, self.position, lost_positions]

@@ -1,0 +1,1 @@
+"""Shared state: the only place that talks to Redis."""

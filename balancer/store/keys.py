@@ -1,0 +1,64 @@
+"""Every key in Redis: its type, its lifetime, and the tag that it shares.
+
+| key | type | lifetime |
+|---|---|---|
+| `balancer:{<pool>}:services` | hash: windows and totals of the pool's services | 30 days after the last use |
+| `balancer:{<pool>}:partitions` | hash: epoch, position, rules, cursors | 30 days after the last use |
+| `balancer:{<pool>}:holdings:<worker>` | hash: what the worker's attempts hold, its last batch | 7 days after the last use |
+| `balancer:{<pool>}:leases` | sorted set: worker by the end of its lease in ms | 30 days after the last use |
+| `balancer:{<pool>}:decisions` | stream: events, when recorded | 30 days after the last use, bounded by length |
+| `balancer:{registry}:head` | hash: revision, digest, and a publication in progress | permanent |
+| `balancer:{registry}:snapshot:<revision>` | string: JSON | the last 200 |
+| `balancer:{registry}:digests` | hash: digest of a file to its revision | the last 200 |
+| `balancer:{registry}:feed` | channel: announces the head's revision | – |
+
+A Cluster hashes only what stands between the braces, so all keys of a pool lie in one slot.
+"""
+
+from __future__ import annotations
+
+_PREFIX = "balancer:"
+
+
+def services(pool: str) -> str:
+    """The hash of the pool's services."""
+    return f"{_PREFIX}{{{pool}}}:services"
+
+
+def partitions(pool: str) -> str:
+    """The hash of the pool's epoch, position, rules and partitions."""
+    return f"{_PREFIX}{{{pool}}}:partitions"
+
+
+def holdings(pool: str, worker: str) -> str:
+    """The hash of what a worker's attempts hold in the pool."""
+    return f"{_PREFIX}{{{pool}}}:holdings:{worker}"
+
+
+def leases(pool: str) -> str:
+    """The sorted set of the workers' leases in the pool."""
+    return f"{_PREFIX}{{{pool}}}:leases"
+
+
+def decisions(pool: str) -> str:
+    """The stream of the pool's events."""
+    return f"{_PREFIX}{{{pool}}}:decisions"
+
+
+HEAD = f"{_PREFIX}{{registry}}:head"
+DIGESTS = f"{_PREFIX}{{registry}}:digests"
+FEED = f"{_PREFIX}{{registry}}:feed"
+
+
+def snapshot(revision: int) -> str:
+    """The string that holds the configuration of a revision."""
+    return f"{_PREFIX}{{registry}}:snapshot:{revision}"
+
+
+PERMANENT = (HEAD, DIGESTS, f"{_PREFIX}{{registry}}:snapshot:")
+"""Prefixes of the keys without an expiry."""
+
+
+def partition(rule: str, entry: str = "") -> str:
+    """The id of a partition: a rule, or a rule with one matched smart-routing entry (which holds no `|`)."""
+    return f"{entry}|{rule}"

@@ -1,0 +1,102 @@
+-- Raises the fence of rules in one pool to a revision, with what select needs to know of them; a lower or equal one is
+-- passed over.
+-- KEYS[1] services      the pool's services
+-- KEYS[2] partitions    the pool's place in its history, rules and partitions
+-- KEYS[3] decisions     the stream of events
+-- ARGV[1] now_ms        0 for the server's clock
+-- ARGV[2] epoch         the highest epoch and
+-- ARGV[3] position      position in it that the caller has seen, 0 0 for none
+-- ARGV[4] record        events to keep in the stream, 0 to record none
+-- ARGV[5…] rules        JSON, one argument a rule: {rule, revision, partitions: [{id, tactic, request_threshold,
+--   token_threshold, cursor, services: [{id, active, window, weight}]}], windows: [{id, lengths}]}; no partitions is a
+--   tombstone; a cursor that is not empty is set and starts a new streak, as a changed tactic does; `windows` are all
+--   lengths that the rule's services have in the pool, in seconds
+-- Returns {'raised', how many, epoch, position, lost}.
+-- include: clock
+-- include: pool
+-- include: window
+
+local services_key, partitions_key, decisions_key = KEYS[1], KEYS[2], KEYS[3]
+local part_fields = {'tactic', 'request_threshold', 'token_threshold', 'cursor', 'window', 'streak', 'services'}
+
+local now_arg, seen_epoch, seen_position = to_whole(ARGV[1], 0), to_whole(ARGV[2], 0), to_whole(ARGV[3], 0)
+local record = to_whole(ARGV[4], 0)
+if not (now_arg and seen_epoch and seen_position and record) then
+  return redis.error_reply('BALANCER fence: malformed argument')
+end
+local rules = {}
+for at = 5, #ARGV do rules[#rules + 1] = cjson.decode(ARGV[at]) end
+
+local now = clock(now_arg)
+local pool = open_pool(partitions_key, seen_epoch, seen_position)
+local raised = 0
+
+local function forget_partition(id)
+  for _, name in ipairs(part_fields) do redis.call('HDEL', partitions_key, name .. ':' .. id) end
+end
+
+local function define_partition(part)
+  local stored = redis.call('HMGET', partitions_key, 'tactic:' .. part.id, 'request_threshold:' .. part.id,
+    'token_threshold:' .. part.id, 'cursor:' .. part.id, 'streak:' .. part.id)
+  local cursor, streak = stored[4] or '', tonumber(stored[5] or 0)
+  local is_same_tactic = stored[1] == part.tactic and tonumber(stored[2] or -1) == part.request_threshold
+    and tonumber(stored[3] or -1) == part.token_threshold
+  if not is_same_tactic then streak = 0 end
+  if part.cursor ~= '' then cursor, streak = part.cursor, 0 end
+  local window, is_member, lines = 0, false, {}
+  for _, service in ipairs(part.services) do
+    lines[#lines + 1] = service.active .. ' ' .. service.window .. ' ' .. service.weight .. ' ' .. service.id .. '\n'
+    if service.id == cursor then
+      is_member = true
+      if service.active == 1 then window = service.window end
+    end
+  end
+  if not is_member then cursor, streak = '', 0 end
+  local values = {
+    part.tactic, part.request_threshold, part.token_threshold, cursor, window, streak, table.concat(lines),
+  }
+  local set = {}
+  for i, name in ipairs(part_fields) do
+    set[#set + 1] = name .. ':' .. part.id
+    set[#set + 1] = values[i]
+  end
+  redis.call('HSET', partitions_key, unpack(set))
+end
+
+-- Gives a service exactly these windows; those that it has already keep what they count.
+local function set_windows(id, lengths)
+  local field = 'windows:' .. id
+  local old, windows = parse_windows(redis.call('HGET', services_key, field)), {}
+  for _, length in ipairs(lengths) do
+    local kept = {length = length, start = 0, requests = 0, tokens = 0}
+    for _, w in ipairs(old) do
+      if w.length == length then kept = w end
+    end
+    windows[#windows + 1] = kept
+  end
+  redis.call('HSET', services_key, field, windows_text(windows))
+end
+
+for at, rule in ipairs(rules) do
+  local stored = tonumber(redis.call('HGET', partitions_key, 'revision:' .. rule.rule) or 0)
+  if rule.revision > stored then
+    local kept, ids = {}, {}
+    for i, part in ipairs(rule.partitions) do
+      kept[part.id] = true
+      ids[i] = part.id
+    end
+    for id in string.gmatch(redis.call('HGET', partitions_key, 'partitions:' .. rule.rule) or '', '[^\n]+') do
+      if not kept[id] then forget_partition(id) end
+    end
+    for _, part in ipairs(rule.partitions) do define_partition(part) end
+    for _, windows in ipairs(rule.windows) do set_windows(windows.id, windows.lengths) end
+    redis.call('HSET', partitions_key, 'revision:' .. rule.rule, rule.revision, 'partitions:' .. rule.rule,
+      table.concat(ids, '\n'))
+    raised = raised + 1
+    advance(pool)
+    record_event(decisions_key, record, pool, 'fence', now, {'rule', rule.rule, 'definition', ARGV[4 + at]})
+  end
+end
+
+close_pool(pool, partitions_key, {services_key, decisions_key}, nil)
+return {'raised', raised, pool.epoch, pool.position, pool.lost}

@@ -1,0 +1,76 @@
+-- Renews the asking worker's lease and counts as lost what one worker (itself or another) can no longer settle in time:
+-- everything if its lease has ended, else the holdings past their own deadline.
+-- KEYS[1] services      the pool's services
+-- KEYS[2] partitions    the pool's place in its history
+-- KEYS[3] holdings      of the worker that is looked at
+-- KEYS[4] leases        of all workers
+-- KEYS[5] decisions     the stream of events
+-- ARGV[1] now_ms        0 for the server's clock
+-- ARGV[2] worker        who asks
+-- ARGV[3] epoch         the highest epoch and
+-- ARGV[4] position      position in it that the worker has seen, 0 0 for none
+-- ARGV[5] lease_ms      how long the asking worker's lease is renewed for
+-- ARGV[6] record        events to keep in the stream, 0 to record none
+-- ARGV[7] target        the worker that is looked at
+-- ARGV[8] limit         holdings to reap at most
+-- Returns {'reaped', is_ended, lost, epoch, position, lost_positions}: is_ended tells whether the target's lease had
+--   ended, lost how many attempts were counted as lost; call again while that equals the limit.
+-- include: clock
+-- include: pool
+-- include: ledger
+
+local services_key, partitions_key, holdings_key = KEYS[1], KEYS[2], KEYS[3]
+local leases_key, decisions_key = KEYS[4], KEYS[5]
+
+local now_arg, seen_epoch, seen_position = to_whole(ARGV[1], 0), to_whole(ARGV[3], 0), to_whole(ARGV[4], 0)
+local lease_ms, record, limit = to_whole(ARGV[5], 1), to_whole(ARGV[6], 0), to_whole(ARGV[8], 1)
+if not (now_arg and seen_epoch and seen_position and lease_ms and record and limit) then
+  return redis.error_reply('BALANCER reap: malformed argument')
+end
+local worker, target = ARGV[2], ARGV[7]
+
+local now = clock(now_arg)
+local pool = open_pool(partitions_key, seen_epoch, seen_position)
+redis.call('ZADD', leases_key, whole(now + lease_ms), worker)
+local lease_end = tonumber(redis.call('ZSCORE', leases_key, target) or 0)
+local is_ended = lease_end <= now
+local services, lost = {}, 0
+
+local function reap(number, reserved, id)
+  local service = load_service(services, services_key, id, ledger_fields)
+  count_lost(service, reserved, now)
+  redis.call('HSET', holdings_key, number, 'l ' .. whole(reserved) .. ' ' .. whole(now) .. ' ' .. id)
+  lost = lost + 1
+  advance(pool)
+  if record > 0 then
+    record_event(decisions_key, record, pool, 'reap', now, {
+      'worker', target, 'number', number, 'service', id, 'reserved', whole(reserved), 'by', worker,
+      'windows', windows_text(service.windows), 'in_flight', service.in_flight, 'held', whole(service.reserved),
+      'requests', whole(service.requests),
+    })
+  end
+end
+
+local flat = redis.call('HGETALL', holdings_key)
+local numbers, values = {}, {}
+for i = 1, #flat, 2 do
+  if flat[i] ~= 'last' then
+    numbers[#numbers + 1] = tonumber(flat[i])
+    values[numbers[#numbers]] = flat[i + 1]
+  end
+end
+table.sort(numbers)
+for _, number in ipairs(numbers) do
+  local value = values[number]
+  local until_ms = string.match(value, '^x (%d+)$')
+  if until_ms then
+    if tonumber(until_ms) <= now then redis.call('HDEL', holdings_key, whole(number)) end
+  elseif lost < limit then
+    local reserved, deadline, id = string.match(value, '^h (%d+) (%d+) (.+)$')
+    if reserved and (is_ended or tonumber(deadline) <= now) then reap(whole(number), tonumber(reserved), id) end
+  end
+end
+if is_ended and lost < limit then redis.call('ZREM', leases_key, target) end
+save_services(services, services_key, ledger_fields)
+close_pool(pool, partitions_key, {services_key, leases_key, decisions_key}, nil)
+return {'reaped', is_ended and 1 or 0, lost, pool.epoch, pool.position, pool.lost}

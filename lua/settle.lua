@@ -1,0 +1,107 @@
+-- Applies one numbered batch of settled attempts of a worker, once.
+-- KEYS[1] services      the pool's services
+-- KEYS[2] partitions    the pool's place in its history
+-- KEYS[3] holdings      of the worker
+-- KEYS[4] leases        of all workers
+-- KEYS[5] decisions     the stream of events
+-- ARGV[1] now_ms        0 for the server's clock
+-- ARGV[2] worker        whose batch it is
+-- ARGV[3] epoch         the highest epoch and
+-- ARGV[4] position      position in it that the worker has seen, 0 0 for none
+-- ARGV[5] lease_ms      how long the worker's lease is renewed for
+-- ARGV[6] record        events to keep in the stream, 0 to record none
+-- ARGV[7] batch         1, 2, 3… for this worker and pool
+-- ARGV[8] skip          1 when earlier batches are no longer held by the worker and must be passed over
+-- ARGV[9…] entries      number, service ('' for an abandoned name, whose service is not known), outcome, age_ms, input,
+--   output, cached, cache_creation, reasoning
+-- Returns {'applied', last, epoch, position, lost} or, changing nothing, {'gap', last, epoch, position, lost}.
+-- include: clock
+-- include: pool
+-- include: ledger
+
+local services_key, partitions_key, holdings_key = KEYS[1], KEYS[2], KEYS[3]
+local leases_key, decisions_key = KEYS[4], KEYS[5]
+local is_failure = {rate_limited = 1, unauthorized = 1, overloaded = 1, failed = 1}
+
+local now_arg, seen_epoch, seen_position = to_whole(ARGV[1], 0), to_whole(ARGV[3], 0), to_whole(ARGV[4], 0)
+local lease_ms, record, batch = to_whole(ARGV[5], 1), to_whole(ARGV[6], 0), to_whole(ARGV[7], 1)
+if not (now_arg and seen_epoch and seen_position and lease_ms and record and batch) or (#ARGV - 8) % 9 ~= 0 then
+  return redis.error_reply('BALANCER settle: malformed argument')
+end
+local entries = {}
+for at = 9, #ARGV, 9 do
+  local entry = {number = ARGV[at], service = ARGV[at + 1], outcome = ARGV[at + 2], age_ms = to_whole(ARGV[at + 3], 0)}
+  for i, name in ipairs({'input', 'output', 'cached', 'cache_creation', 'reasoning'}) do
+    entry[name] = to_whole(ARGV[at + 3 + i], 0)
+    if not entry[name] then return redis.error_reply('BALANCER settle: malformed ' .. name) end
+  end
+  if not (to_whole(entry.number, 0) and entry.age_ms and (entry.service ~= '' or entry.outcome == 'abandoned')) then
+    return redis.error_reply('BALANCER settle: malformed entry')
+  end
+  entries[#entries + 1] = entry
+end
+
+local now = clock(now_arg)
+local pool = open_pool(partitions_key, seen_epoch, seen_position)
+local last = tonumber(redis.call('HGET', holdings_key, 'last') or 0)
+if batch > last + 1 and ARGV[8] ~= '1' then return {'gap', last, pool.epoch, pool.position, pool.lost} end
+redis.call('ZADD', leases_key, whole(now + lease_ms), ARGV[2])
+
+local services = {}
+
+-- An attempt that was never sent: what it held is given back, or its name is remembered for 60 s.
+local function abandon(entry, service)
+  if service then
+    service.abandoned = service.abandoned + 1
+    service.is_changed = true
+  else
+    redis.call('HSET', holdings_key, entry.number, 'x ' .. whole(now + 60000))
+  end
+end
+
+local function count(entry, service)
+  service.requests = service.requests + 1
+  if is_failure[entry.outcome] then service.failures = service.failures + 1 end
+  for _, name in ipairs({'input', 'output', 'cached', 'cache_creation', 'reasoning'}) do
+    service[name] = service[name] + entry[name]
+  end
+  service.last_used = math.max(service.last_used, now - entry.age_ms)
+  service.is_changed = true
+  add_window_tokens(service, entry.input + entry.output, now, entry.age_ms)
+end
+
+local function apply(entry)
+  local holding = redis.call('HGET', holdings_key, entry.number)
+  local state, reserved, at_ms, held = string.match(holding or '', '^(%a) (%d+) (%d+) (.+)$')
+  local id = held or entry.service
+  local service = id ~= '' and load_service(services, services_key, id, ledger_fields) or nil
+  if state then
+    redis.call('HDEL', holdings_key, entry.number)
+    if state == 'h' then
+      release(service, tonumber(reserved))
+    else
+      uncount_lost(service, tonumber(reserved), tonumber(at_ms))
+    end
+  end
+  if entry.outcome == 'abandoned' then abandon(entry, service) else count(entry, service) end
+  advance(pool)
+  if record > 0 then
+    record_event(decisions_key, record, pool, 'settle', now, {
+      'worker', ARGV[2], 'number', entry.number, 'service', id, 'outcome', entry.outcome,
+      'age_ms', whole(entry.age_ms), 'input', whole(entry.input), 'output', whole(entry.output),
+      'cached', whole(entry.cached), 'cache_creation', whole(entry.cache_creation),
+      'reasoning', whole(entry.reasoning), 'windows', service and windows_text(service.windows) or '',
+      'in_flight', service and service.in_flight or 0, 'held', service and whole(service.reserved) or 0,
+      'requests', service and whole(service.requests) or 0,
+    })
+  end
+end
+
+if batch > last then
+  for _, entry in ipairs(entries) do apply(entry) end
+  last = batch
+  redis.call('HSET', holdings_key, 'last', whole(last))
+  save_services(services, services_key, ledger_fields)
+end
+close_pool(pool, partitions_key, {services_key, leases_key, decisions_key}, holdings_key)
+return {'applied', last, pool.epoch, pool.position, pool.lost}

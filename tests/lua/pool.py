@@ -1,0 +1,106 @@
+"""A pool behind the real scripts, with the interface of its reference: the same calls, the same replies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from balancer.domain import Entry, RuleDefinition, Selection
+from balancer.store import keys, views
+from balancer.store.calls import entry_arguments, selection_arguments
+from balancer.store.scripts import load
+
+
+class LuaPool:
+    """Runs the scripts on a server, with the time given."""
+
+    def __init__(self, client: Any, name: str, record: int = 0, scripts: str = "") -> None:
+        self.client = client
+        self.name = name
+        self.record = record
+        self.scripts = scripts
+
+    def _run(self, script: str, names: dict[str, str], arguments: dict[str, str | int], rest: Sequence[Any]) -> Any:
+        loaded = load(script, self.scripts)
+        return _text(self.client.execute_command("EVAL", loaded.source, *loaded.command(names, arguments, rest)))
+
+    def _keys(self, worker: str) -> dict[str, str]:
+        return {
+            "services": keys.services(self.name),
+            "partitions": keys.partitions(self.name),
+            "holdings": keys.holdings(self.name, worker),
+            "leases": keys.leases(self.name),
+            "decisions": keys.decisions(self.name),
+        }
+
+    def _arguments(self, now_ms: int, worker: str, lease_ms: int, seen: tuple[int, int]) -> dict[str, str | int]:
+        return {
+            "now_ms": now_ms,
+            "worker": worker,
+            "epoch": seen[0],
+            "position": seen[1],
+            "lease_ms": lease_ms,
+            "record": self.record,
+        }
+
+    def fence(self, now_ms: int, definitions: Sequence[RuleDefinition], seen: tuple[int, int] = (0, 0)) -> Any:
+        names = self._keys("")
+        del names["holdings"], names["leases"]
+        arguments: dict[str, str | int] = {
+            "now_ms": now_ms,
+            "epoch": seen[0],
+            "position": seen[1],
+            "record": self.record,
+        }
+        return self._run("fence", names, arguments, [msgspec.json.encode(d).decode() for d in definitions])
+
+    def select(
+        self,
+        now_ms: int,
+        worker: str,
+        selections: Sequence[Selection],
+        lease_ms: int,
+        seen: tuple[int, int] = (0, 0),
+    ) -> Any:
+        rest = [argument for selection in selections for argument in selection_arguments(selection)]
+        return self._run("select", self._keys(worker), self._arguments(now_ms, worker, lease_ms, seen), rest)
+
+    def settle(
+        self,
+        now_ms: int,
+        worker: str,
+        batch: int,
+        entries: Sequence[Entry],
+        lease_ms: int,
+        seen: tuple[int, int] = (0, 0),
+        *,
+        skip: bool = False,
+    ) -> Any:
+        rest = [argument for entry in entries for argument in entry_arguments(entry)]
+        arguments = self._arguments(now_ms, worker, lease_ms, seen) | {"batch": batch, "skip": int(skip)}
+        return self._run("settle", self._keys(worker), arguments, rest)
+
+    def reap(
+        self,
+        now_ms: int,
+        worker: str,
+        target: str,
+        lease_ms: int,
+        limit: int = 1000,
+        seen: tuple[int, int] = (0, 0),
+    ) -> Any:
+        arguments = self._arguments(now_ms, worker, lease_ms, seen) | {"target": target, "limit": limit}
+        return self._run("reap", self._keys(target), arguments, ())
+
+    def view(self) -> views.PoolView:
+        services = self.client.hgetall(keys.services(self.name))
+        partitions = self.client.hgetall(keys.partitions(self.name))
+        return views.read_pool(self.name, partitions, services)
+
+
+def _text(reply: Any) -> Any:
+    if isinstance(reply, list):
+        return [_text(item) for item in reply]
+    return reply.decode() if isinstance(reply, bytes) else reply
