@@ -4,7 +4,7 @@
 |---|---|---|
 | `balancer:{<pool>}:services` | hash: windows and totals of the pool's services | 30 days after the last use |
 | `balancer:{<pool>}:partitions` | hash: epoch, position, rules, cursors | 30 days after the last use |
-| `balancer:{<pool>}:holdings:<worker>` | hash: what the worker's attempts hold, its last batch | 7 days after the last use |
+| `balancer:{<pool>}:holdings:<worker>` | hash: what its attempts hold, its last batch | 7 days after the last use |
 | `balancer:{<pool>}:leases` | sorted set: worker by the end of its lease in ms | 30 days after the last use |
 | `balancer:{<pool>}:decisions` | stream: events, when recorded | 30 days after the last use, bounded by length |
 | `balancer:{registry}:head` | hash: revision, digest, and a publication in progress | permanent |

@@ -66,6 +66,7 @@ class PoolView(msgspec.Struct, frozen=True, kw_only=True):
     """A pool at one moment."""
 
     pool: str
+    now_ms: int
     epoch: int
     position: int
     rules: dict[str, RuleView]
@@ -78,11 +79,12 @@ class PoolView(msgspec.Struct, frozen=True, kw_only=True):
         return partition.cursor if partition else ""
 
 
-def read_pool(pool: str, partitions: Mapping[bytes, bytes], services: Mapping[bytes, bytes]) -> PoolView:
-    """The picture from the two hashes as HGETALL gives them."""
+def read_pool(pool: str, partitions: Mapping[bytes, bytes], services: Mapping[bytes, bytes], now_ms: int) -> PoolView:
+    """The picture from the two hashes as HGETALL gives them, at that time of the server."""
     place = {name: int(partitions.get(name.encode(), b"0")) for name in ("epoch", "position")}
     return PoolView(
         pool=pool,
+        now_ms=now_ms,
         rules=_group(partitions, RuleView),
         partitions=_group(partitions, PartitionView),
         services=_group(services, ServiceView),

@@ -1,0 +1,87 @@
+# Everything here needs Python >= 3.11, make and pip; `make help` lists it. All that is made lies in .venv and .cache.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+UV     := uv==0.13.9
+SCRIPTS := .cache/lua
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check lint format lock clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+
+demo: $(VENV)/.installed  ## three fake accounts, two workers, one killed in the middle, and the proof (ARGS="--keep")
+	$(BIN)/balancer demo $(ARGS)
+
+test: $(VENV)/.developed  ## all tests that need only wheels; what needs more is listed as `not run` (ARGS="-k word")
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint test  ## what the gate runs
+
+lint: $(VENV)/.developed  ## ruff, mypy, and luacheck on the expanded scripts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@rm -rf $(SCRIPTS)
+	$(BIN)/python -m balancer.store.scripts --expand $(SCRIPTS)
+	@if command -v luacheck >/dev/null; then \
+	  echo luacheck $(SCRIPTS); luacheck --quiet --config .luacheckrc $(SCRIPTS); \
+	elif [ -n "$$CI" ]; then \
+	  echo 'luacheck is missing, and the gate needs it: apt-get install lua-check' >&2; exit 1; \
+	else \
+	  echo 'not run: luacheck on the expanded scripts (needs apt:lua-check)'; \
+	fi
+
+format: $(VENV)/.developed  ## ruff's formatter and its safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# One resolution for all three files: the first one has everything, the others are held to its versions.
+COMPILE = $(BIN)/uv pip compile --no-config --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+  --no-emit-find-links --no-annotate --no-header --quiet $(UPGRADE)
+
+lock: $(VENV)/.made  ## the three requirements files anew (UPGRADE=--upgrade for the newest versions)
+	$(PIP) install $(UV)
+	@mkdir -p .cache/lock
+	@for name in -dev "" -build; do cp requirements$$name.txt .cache/lock/ 2>/dev/null || true; done
+	$(COMPILE) --extra dev requirements-build.in pyproject.toml --output-file .cache/lock/requirements-dev.txt
+	$(COMPILE) --constraint .cache/lock/requirements-dev.txt pyproject.toml --output-file .cache/lock/requirements.txt
+	$(COMPILE) --constraint .cache/lock/requirements-dev.txt requirements-build.in \
+	  --output-file .cache/lock/requirements-build.txt
+	@for name in -dev "" -build; do \
+	  { echo '# Made by `make lock`; do not edit.'; grep -v '^#' .cache/lock/requirements$$name.txt; } \
+	    >requirements$$name.txt || exit 1; \
+	done
+
+clean:  ## everything that these targets made
+	rm -rf $(VENV) .cache build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Debian's python3 has venv without ensurepip; then the system's pip fills the environment.
+$(VENV)/.made: requirements-build.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo '$(PYTHON) is missing or older than 3.11; name another: make PYTHON=python3.12' >&2; exit 1; }
+	@rm -rf $(VENV)
+	@if $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+	  $(PYTHON) -m venv $(VENV); \
+	elif $(PYTHON) -c 'import pip, venv' 2>/dev/null; then \
+	  $(PYTHON) -m venv --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(BIN)/python --quiet install --require-hashes -r requirements-build.txt; \
+	else \
+	  echo '$(PYTHON) has neither ensurepip nor pip; on Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; \
+	fi
+	$(PIP) install --require-hashes -r requirements-build.txt
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.made pyproject.toml requirements.txt
+	$(PIP) install --require-hashes -r requirements.txt
+	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.developed: $(VENV)/.installed requirements-dev.txt
+	$(PIP) install --require-hashes -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,238 @@
+"""The fleet's shared choice and counters, as one worker sees them: select, settle, and where the cursors were."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from balancer import log
+from balancer.config import Settings
+from balancer.domain import Entry, Outcome, Pick, Rule, Selection, Usage
+from balancer.errors import NoServiceError, StoreUnavailableError
+from balancer.store import connection, keys
+from balancer.store.pool import PoolClient, PoolEvents
+from balancer.store.registry import Directory, Follower, Registry
+from balancer.store.views import PoolView
+
+_TRIES = 5
+
+
+class BalanceEvents(msgspec.Struct, kw_only=True):
+    """What the store tells its owner: counts for metrics."""
+
+    stale: Callable[[str], None] = lambda pool: None
+    selected: Callable[[str, float], None] = lambda pool, seconds: None
+    pool: PoolEvents = msgspec.field(default_factory=PoolEvents)
+
+
+class Balance:
+    """One worker's access to all pools. Its id is new for every process start."""
+
+    def __init__(self, url: str, settings: Settings, events: BalanceEvents | None = None) -> None:
+        self.worker = secrets.token_hex(8)
+        self._url = url
+        self._settings = settings
+        self._events = events or BalanceEvents()
+        self._client = connection.client(url)
+        self.registry = Registry(self._client, settings.record_events, settings.scripts_dir)
+        self._follower = Follower(self._client, self.registry)
+        self._pools: dict[str, PoolClient] = {}
+        self._numbers = itertools.count(1)
+        self._cursors: dict[str, str] = {}
+        self._opener: asyncio.Task[None] | None = None
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Reads the configuration and connects to its pools; goes on trying in the background where Redis is away."""
+        await self._follower.start()
+        self._open_pools()
+        for pool in self._pools.values():
+            try:
+                await pool.wait_until_up(self._settings.redis_deadline_ms / 1000)
+            except StoreUnavailableError as exc:
+                log.warning("starting without a pool", pool=pool.pool, reason=exc.message)
+        self._opener = asyncio.create_task(self._keep_pools_open())
+
+    async def close(self, timeout_s: float = 5.0) -> None:
+        """Waits for the settles under way, at most that long, and disconnects."""
+        if self._opener:
+            self._opener.cancel()
+        await asyncio.gather(*(pool.close(timeout_s) for pool in self._pools.values()))
+        await self._follower.close()
+        await self._client.aclose()
+
+    async def _keep_pools_open(self) -> None:
+        """Connects to pools that a new configuration brings, so that their lost attempts are reaped here too."""
+        while True:
+            await asyncio.sleep(1)
+            self._open_pools()
+
+    def _open_pools(self) -> None:
+        for name in self.directory.pools if self._follower.directory else ():
+            self._pool(name)
+
+    def _pool(self, name: str) -> PoolClient:
+        pool = self._pools.get(name)
+        if pool is None:
+            pool = self._pools[name] = PoolClient(
+                self._url,
+                name,
+                self.worker,
+                deadline_ms=self._settings.redis_deadline_ms,
+                lease_ms=round(self._settings.lease_s * 1000),
+                record=self._settings.record_events,
+                scripts_dir=self._settings.scripts_dir,
+                events=self._events.pool,
+            )
+            pool.start()
+        return pool
+
+    # -- readiness -----------------------------------------------------------------------------------------------------
+
+    @property
+    def directory(self) -> Directory:
+        """The configuration that stands. Raises StoreUnavailableError before the first is known."""
+        directory = self._follower.directory
+        if directory is None:
+            raise StoreUnavailableError(self._follower.failure)
+        return directory
+
+    def snapshot(self) -> Directory:
+        """The configuration that stands, for the gateway."""
+        return self.directory
+
+    @property
+    def is_ready(self) -> bool:
+        """True when a configuration is known and every pool answers."""
+        return self._follower.directory is not None and all(pool.is_up for pool in self._pools.values())
+
+    def readiness(self) -> dict[str, object]:
+        """What stands behind `is_ready`, for people."""
+        directory = self._follower.directory
+        return {
+            "worker": self.worker,
+            "revision": directory.revision if directory else 0,
+            "registry": self._follower.failure or "ok",
+            "pools": {name: "ok" if pool.is_up else "away" for name, pool in self._pools.items()},
+            "outbox_entries": sum(len(pool.outbox) for pool in self._pools.values()),
+        }
+
+    def pools_up(self) -> dict[str, bool]:
+        """For each pool whether Redis answers."""
+        return {name: pool.is_up for name, pool in self._pools.items()}
+
+    def outbox_entries(self) -> dict[str, int]:
+        """For each pool the entries that Redis has not acknowledged."""
+        return {name: len(pool.outbox) for name, pool in self._pools.items()}
+
+    async def views(self) -> list[PoolView]:
+        """A picture of every pool that answers within the deadline; the others are left out."""
+        pictures = await asyncio.gather(*(p.view() for p in self._pools.values()), return_exceptions=True)
+        views = []
+        for picture in pictures:
+            if isinstance(picture, PoolView):
+                views.append(picture)
+            elif not isinstance(picture, StoreUnavailableError):
+                raise picture
+        return views
+
+    # -- selections and settles ----------------------------------------------------------------------------------------
+
+    async def select(
+        self, rule: Rule, *, reserved: int, deadline_ms: int, excluded: tuple[str, ...] = ()
+    ) -> tuple[Pick, Rule]:
+        """The pick for a rule, and the rule as it stood at the pick: an edit in between is followed.
+
+        Raises NoServiceError when no service may serve, or the rule is gone; StoreUnavailableError when Redis does not
+        answer in time.
+        """
+        current: Rule | None = rule
+        for _ in range(_TRIES):
+            if current is None or not current.active:
+                raise NoServiceError(f"rule {rule.uuid} is no longer there")
+            directory = self.directory
+            selection = Selection(
+                number=next(self._numbers),
+                rule=current.uuid,
+                partition=keys.partition(current.uuid),
+                revision=directory.snapshot.rule_revision(current.uuid),
+                draw=secrets.randbits(32),
+                reserved=reserved,
+                deadline_ms=deadline_ms,
+                excluded=excluded,
+            )
+            pool = self._pool(current.pool)
+            if not pool.is_up:
+                await pool.wait_until_up(0)
+            started = time.perf_counter()
+            answer = await pool.select(selection)
+            self._events.selected(current.pool, time.perf_counter() - started)
+            match answer[0]:
+                case "pick":
+                    return self._picked(current, selection, answer), current
+                case "none":
+                    raise NoServiceError(f"no service of rule {current.uuid} may be picked")
+                case "stale":
+                    self._events.stale(current.pool)
+                    await self._follower.reach(int(answer[1]), timeout_s=3.0)
+                case "define":
+                    # The pool has lost the rule, with all its state. Look at the head first: ours may be outdated.
+                    await self._follower.reach(directory.revision, timeout_s=3.0)
+                    await self._define(current)
+                case _:
+                    raise StoreUnavailableError("Redis answered too late")
+            current = self.directory.by_uuid.get(rule.uuid)
+        raise StoreUnavailableError(f"rule {rule.uuid} changes faster than a selection can be made")
+
+    def _picked(self, rule: Rule, selection: Selection, answer: list[object]) -> Pick:
+        _, service, reason, seq, epoch, position, streak, is_switch = answer
+        pick = msgspec.convert(
+            {
+                "pool": rule.pool,
+                "rule": rule.uuid,
+                "partition": selection.partition,
+                "revision": selection.revision,
+                "number": selection.number,
+                "service": service,
+                "reason": reason,
+                "seq": seq,
+                "epoch": epoch,
+                "position": position,
+                "streak": streak,
+                "is_switch": bool(is_switch),
+                "reserved": selection.reserved,
+            },
+            Pick,
+        )
+        if not selection.excluded:
+            self._cursors[rule.uuid] = pick.service
+        return pick
+
+    async def _define(self, rule: Rule) -> None:
+        directory = self.directory
+        current = directory.by_uuid.get(rule.uuid)
+        if current is not None:
+            await self._pool(current.pool).raise_fence([directory.snapshot.definition(current)])
+
+    def settle(self, pick: Pick, outcome: Outcome, usage: Usage | None) -> None:
+        """Queues the end of an attempt; it is written to Redis with the other commands of this tick."""
+        entry = Entry(number=pick.number, service=pick.service, outcome=outcome, usage=usage or Usage())
+        self._pool(pick.pool).settle(entry)
+
+    async def flushed(self, pool: str) -> None:
+        """Returns once everything settled before has been written to Redis' socket."""
+        await self._pool(pool).flushed()
+
+    async def settled(self, pick: Pick) -> None:
+        """Returns once everything settled before is applied, or the deadline has passed."""
+        await self._pool(pick.pool).acknowledged(self._settings.redis_deadline_ms / 1000)
+
+    def cursor(self, rule: Rule) -> str:
+        """The service where this worker last saw the rule's cursor, empty if never."""
+        return self._cursors.get(rule.uuid, "")

@@ -1,0 +1,403 @@
+"""The registry: immutable snapshots of the configuration by revision, and a head that says which one stands.
+
+Publishing has three steps: write the snapshot if the head is still the one it was made from; raise the fence of every
+changed rule in its pool; move the head. A publisher that dies in between is completed by the next one, or by a worker
+that meets the raised fence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import redis.asyncio
+
+from balancer import document, log
+from balancer.domain import Configuration, Provider, Rule, RuleDefinition
+from balancer.errors import BalancerError, ConfigurationError, ConflictError, StoreUnavailableError
+from balancer.store import keys
+from balancer.store.calls import rule_definition
+from balancer.store.connection import translated
+from balancer.store.scripts import load
+
+KEPT_SNAPSHOTS = 200
+KEPT_DIGESTS = 200
+POLL_S = 1.0
+_RULES_PER_CALL = 100
+_PATIENCE_S = 1.0
+
+
+class Head(msgspec.Struct, frozen=True, kw_only=True):
+    """Which revision stands (0: none), the digest of the file it was made of, and a publication under way (0: none)."""
+
+    revision: int = 0
+    digest: str = ""
+    pending: int = 0
+
+
+class Tombstone(msgspec.Struct, frozen=True, kw_only=True):
+    """A rule that has left a pool with this revision."""
+
+    pool: str
+    rule: str
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """A configuration under its revision. Credentials in it are references or sealed."""
+
+    revision: int
+    configuration: Configuration
+    digest: str = ""
+    made_at: str = ""
+    rule_revisions: dict[str, int] = {}
+    tombstones: tuple[Tombstone, ...] = ()
+
+    def rule_revision(self, uuid: str) -> int:
+        """The revision that last changed anything the rule's select reads."""
+        return self.rule_revisions.get(uuid, self.revision)
+
+    def definition(self, rule: Rule) -> RuleDefinition:
+        """What raising the rule's fence writes."""
+        return rule_definition(self.configuration, rule, self.rule_revision(rule.uuid))
+
+
+class Directory(msgspec.Struct, frozen=True, kw_only=True, weakref=True):
+    """A snapshot with its indexes, as the request path reads it."""
+
+    snapshot: Snapshot
+    by_model: dict[tuple[str, str], Rule]
+    by_uuid: dict[str, Rule]
+    providers: dict[str, Provider]
+
+    @property
+    def revision(self) -> int:
+        """The snapshot's revision."""
+        return self.snapshot.revision
+
+    @property
+    def configuration(self) -> Configuration:
+        """The snapshot's configuration."""
+        return self.snapshot.configuration
+
+    @property
+    def pools(self) -> frozenset[str]:
+        """The pools of all rules."""
+        return frozenset(rule.pool for rule in self.by_uuid.values())
+
+    def rule(self, scenario: str, model: str) -> Rule | None:
+        """The active rule of that scenario and request_model; the first one wins."""
+        return self.by_model.get((scenario, model))
+
+    def rules(self, scenario: str) -> tuple[Rule, ...]:
+        """The active rules of a scenario, in order."""
+        return tuple(rule for (name, _), rule in self.by_model.items() if name == scenario)
+
+    def provider(self, uuid: str) -> Provider | None:
+        """The provider of that uuid."""
+        return self.providers.get(uuid)
+
+
+def directory_of(snapshot: Snapshot) -> Directory:
+    """The snapshot, indexed."""
+    by_model: dict[tuple[str, str], Rule] = {}
+    for rule in snapshot.configuration.rules:
+        if rule.active:
+            by_model.setdefault((rule.scenario, rule.request_model), rule)
+    return Directory(
+        snapshot=snapshot,
+        by_model=by_model,
+        by_uuid={rule.uuid: rule for rule in snapshot.configuration.rules},
+        providers={provider.uuid: provider for provider in snapshot.configuration.providers},
+    )
+
+
+class _Stored(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot as JSON in Redis."""
+
+    revision: int
+    digest: str
+    made_at: str
+    rule_revisions: dict[str, int]
+    tombstones: tuple[Tombstone, ...]
+    document: dict[str, Any]
+
+
+class Registry:
+    """Reads and publishes snapshots. Raises StoreUnavailableError when Redis does not answer."""
+
+    def __init__(self, client: redis.asyncio.Redis, record: int = 0, scripts_dir: str = "") -> None:
+        self._client = client
+        self._record = record
+        self._scripts_dir = scripts_dir
+
+    async def head(self) -> Head:
+        """The head as it is now."""
+        with translated("reading the registry"):
+            values: Any = await self._client.hgetall(keys.HEAD)
+        return Head(
+            revision=int(values.get(b"revision", 0)),
+            digest=values.get(b"digest", b"").decode(),
+            pending=int(values.get(b"pending", 0)),
+        )
+
+    async def load(self, revision: int) -> Snapshot | None:
+        """The snapshot of a revision; None when it is not, or no longer, kept."""
+        with translated("reading the registry"):
+            text: Any = await self._client.get(keys.snapshot(revision))
+        if text is None:
+            return None
+        stored = msgspec.json.decode(text, type=_Stored)
+        reading = document.read(stored.document, door="stored")
+        return Snapshot(
+            revision=stored.revision,
+            configuration=reading.configuration,
+            digest=stored.digest,
+            made_at=stored.made_at,
+            rule_revisions=stored.rule_revisions,
+            tombstones=stored.tombstones,
+        )
+
+    async def current(self) -> Snapshot | None:
+        """The snapshot that stands, None before the first."""
+        for _ in range(3):
+            head = await self.head()
+            if head.revision == 0:
+                return None
+            if snapshot := await self.load(head.revision):
+                return snapshot
+        raise StoreUnavailableError("the registry's head names a snapshot that is not there")
+
+    async def revision_of(self, digest: str) -> int:
+        """The revision that was made of a file, 0 when the registry has not had it."""
+        with translated("reading the registry"):
+            value: Any = await self._client.hget(keys.DIGESTS, digest)
+        return int(value or 0)
+
+    async def publish(self, configuration: Configuration, base: Snapshot | None, digest: str = "") -> Snapshot:
+        """Publishes a configuration made from `base`; its credentials must be sealed already.
+
+        Raises ConflictError when another revision was published since `base` was read.
+        """
+        await self.complete_pending()
+        revision = base.revision + 1 if base else await self._first_revision(configuration)
+        snapshot = Snapshot(
+            revision=revision,
+            configuration=configuration,
+            digest=digest,
+            made_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            rule_revisions=_rule_revisions(configuration, base, revision),
+            tombstones=_tombstones(configuration, base),
+        )
+        word, found = await self._run(
+            "publish",
+            {"head": keys.HEAD, "snapshot": keys.snapshot(revision)},
+            {
+                "base": base.revision if base else 0,
+                "revision": revision,
+                "document": msgspec.json.encode(_stored(snapshot)).decode(),
+            },
+        )
+        if word != b"prepared":
+            raise ConflictError(f"revision {int(found)} was published in between; read it and try again")
+        await self._finish(snapshot)
+        return snapshot
+
+    async def complete_pending(self) -> None:
+        """Finishes a publication that somebody has left half-way. Doing it beside its live publisher does no harm."""
+        head = await self.head()
+        if head.pending and (snapshot := await self.load(head.pending)):
+            await self._finish(snapshot)
+
+    async def raise_fences(self, pool: str, definitions: Sequence[RuleDefinition]) -> None:
+        """Raises the fences of rules in a pool."""
+        for start in range(0, len(definitions), _RULES_PER_CALL):
+            await self._run(
+                "fence",
+                {
+                    "services": keys.services(pool),
+                    "partitions": keys.partitions(pool),
+                    "decisions": keys.decisions(pool),
+                },
+                {"now_ms": 0, "epoch": 0, "position": 0, "record": self._record},
+                [msgspec.json.encode(d).decode() for d in definitions[start : start + _RULES_PER_CALL]],
+            )
+
+    async def _finish(self, snapshot: Snapshot) -> None:
+        by_pool: dict[str, list[RuleDefinition]] = {}
+        for tombstone in snapshot.tombstones:
+            gone = RuleDefinition(rule=tombstone.rule, revision=snapshot.revision)
+            by_pool.setdefault(tombstone.pool, []).append(gone)
+        for rule in snapshot.configuration.rules:
+            if snapshot.rule_revision(rule.uuid) == snapshot.revision:
+                by_pool.setdefault(rule.pool, []).append(snapshot.definition(rule))
+        for pool, definitions in by_pool.items():
+            await self.raise_fences(pool, definitions)
+        await self._run(
+            "commit",
+            {
+                "head": keys.HEAD,
+                "digests": keys.DIGESTS,
+                "outdated": keys.snapshot(max(0, snapshot.revision - KEPT_SNAPSHOTS)),
+            },
+            {"revision": snapshot.revision, "digest": snapshot.digest, "kept": KEPT_DIGESTS, "feed": keys.FEED},
+        )
+
+    async def _first_revision(self, configuration: Configuration) -> int:
+        """1, or more than any fence that an earlier registry has left in the pools."""
+        highest = 0
+        with translated("reading the fences"):
+            for rule in configuration.rules:
+                fence: Any = await self._client.hget(keys.partitions(rule.pool), f"revision:{rule.uuid}")
+                highest = max(highest, int(fence or 0))
+        return highest + 1
+
+    async def _run(
+        self, name: str, names: Mapping[str, str], arguments: Mapping[str, str | int], rest: Sequence[str | int] = ()
+    ) -> list[Any]:
+        script = load(name, self._scripts_dir)
+        with translated(f"running {name}"):
+            # redis-py has no types for this one.
+            reply: Any = await self._client.execute_command(  # type: ignore[no-untyped-call]
+                "EVAL", script.source, *script.command(names, arguments, rest)
+            )
+        return list(reply)
+
+
+def _stored(snapshot: Snapshot) -> _Stored:
+    return _Stored(
+        revision=snapshot.revision,
+        digest=snapshot.digest,
+        made_at=snapshot.made_at,
+        rule_revisions=snapshot.rule_revisions,
+        tombstones=snapshot.tombstones,
+        document=document.write(snapshot.configuration),
+    )
+
+
+def _rule_revisions(new: Configuration, base: Snapshot | None, revision: int) -> dict[str, int]:
+    """The new revision for rules whose select reads something else now, the old one for the others."""
+    if base is None:
+        return {rule.uuid: revision for rule in new.rules}
+    before = {rule.uuid: document.select_view(base.configuration, rule) for rule in base.configuration.rules}
+    return {
+        rule.uuid: base.rule_revision(rule.uuid)
+        if before.get(rule.uuid) == document.select_view(new, rule)
+        else revision
+        for rule in new.rules
+    }
+
+
+def _tombstones(new: Configuration, base: Snapshot | None) -> tuple[Tombstone, ...]:
+    """The rules that are no longer in the pool where they were."""
+    pools = {rule.uuid: rule.pool for rule in new.rules}
+    return tuple(
+        Tombstone(pool=rule.pool, rule=rule.uuid)
+        for rule in (base.configuration.rules if base else ())
+        if pools.get(rule.uuid) != rule.pool
+    )
+
+
+class Follower:
+    """A worker's copy of the head: polled every second, sooner when the feed announces one."""
+
+    def __init__(self, client: redis.asyncio.Redis, registry: Registry) -> None:
+        self._client = client
+        self._registry = registry
+        self._directory: Directory | None = None
+        self._loading = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._failure = "no configuration has been published yet: run `balancer apply FILE` or serve --config FILE"
+
+    @property
+    def directory(self) -> Directory | None:
+        """The newest snapshot this worker has, None before the first."""
+        return self._directory
+
+    @property
+    def failure(self) -> str:
+        """Why there is no newer (or no) snapshot; empty when all is well."""
+        return self._failure
+
+    async def start(self) -> None:
+        """Reads the head once, and follows it in the background from then on."""
+        try:
+            await self._refresh()
+        except BalancerError as exc:
+            self._note(exc)
+        self._tasks = [asyncio.create_task(self._poll()), asyncio.create_task(self._listen())]
+
+    async def close(self) -> None:
+        """Stops following."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def reach(self, revision: int, timeout_s: float) -> None:
+        """Returns when this worker's snapshot is of that revision or newer.
+
+        The fence rises before the head: while the head lags, its publisher is waited for, and after a second its work
+        is completed. Raises StoreUnavailableError after the time.
+        """
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._directory is None or self._directory.revision < revision:
+                    await self._refresh()
+                    if self._directory is None or self._directory.revision < revision:
+                        if loop.time() - started > _PATIENCE_S:
+                            await self._registry.complete_pending()
+                        await asyncio.sleep(0.01)
+        except TimeoutError:
+            raise StoreUnavailableError(f"revision {revision} is fenced but not published yet") from None
+
+    async def _refresh(self) -> None:
+        async with self._loading:
+            head = await self._registry.head()
+            self._failure = ""
+            if head.revision == 0:
+                self._failure = "no configuration has been published yet"
+                return
+            if self._directory is not None and self._directory.revision == head.revision:
+                return
+            snapshot = await self._registry.load(head.revision)
+            if snapshot is None:
+                raise StoreUnavailableError(f"the snapshot of revision {head.revision} is missing")
+            self._directory = directory_of(snapshot)
+            log.info("configuration loaded", revision=head.revision, rules=len(snapshot.configuration.rules))
+
+    def _note(self, exc: BalancerError) -> None:
+        if self._failure != exc.message:
+            log.warning("cannot read the registry", reason=exc.message)
+        self._failure = exc.message
+
+    async def _poll(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(POLL_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass  # Nothing was announced: the second is over.
+            self._wake.clear()
+            try:
+                await self._refresh()
+            except (StoreUnavailableError, ConfigurationError) as exc:
+                self._note(exc)
+
+    async def _listen(self) -> None:
+        """Wakes the poll when the feed announces a revision; it only makes it faster, so its failures do not matter."""
+        while True:
+            try:
+                with translated("listening to the feed"):
+                    async with self._client.pubsub() as feed:
+                        await feed.subscribe(keys.FEED)
+                        async for message in feed.listen():
+                            if message["type"] == "message":
+                                self._wake.set()
+            except StoreUnavailableError as exc:
+                log.debug("the feed is away", reason=exc.message)
+            await asyncio.sleep(POLL_S)

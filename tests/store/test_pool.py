@@ -1,0 +1,243 @@
+"""One pool over a real server: a tick in one write, lost connections, lost replies, lost workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from balancer.domain import (
+    Entry,
+    Outcome,
+    PartitionDefinition,
+    RuleDefinition,
+    Selection,
+    ServiceDefinition,
+    Usage,
+    WindowsDefinition,
+)
+from balancer.errors import StoreUnavailableError
+from balancer.store import keys
+from balancer.store.pool import PoolClient, PoolEvents
+from tests.store.conftest import eventually
+
+SERVICES = ("a:m", "b:m")
+
+
+def a_definition(revision: int = 1, request_threshold: int = 1) -> RuleDefinition:
+    return RuleDefinition(
+        rule="chat",
+        revision=revision,
+        partitions=(
+            PartitionDefinition(
+                id=keys.partition("chat"),
+                tactic="round_robin",
+                request_threshold=request_threshold,
+                token_threshold=0,
+                cursor="",
+                services=tuple(ServiceDefinition(id=s, active=1, window=300, weight=1) for s in SERVICES),
+            ),
+        ),
+        windows=tuple(WindowsDefinition(id=s, lengths=(300,)) for s in SERVICES),
+    )
+
+
+def a_selection(number: int, revision: int = 1, reserved: int = 5) -> Selection:
+    return Selection(
+        number=number,
+        rule="chat",
+        partition=keys.partition("chat"),
+        revision=revision,
+        reserved=reserved,
+        deadline_ms=60_000,
+    )
+
+
+def an_entry(number: int, service: str, tokens: int = 10) -> Entry:
+    return Entry(number=number, service=service, outcome=Outcome.SUCCESS, usage=Usage(input=tokens))
+
+
+@pytest.fixture
+async def join(url: str) -> AsyncIterator[Callable[..., Any]]:
+    """Makes pool clients, each a worker; closes them afterwards."""
+    clients: list[PoolClient] = []
+
+    async def make(worker: str, *, deadline_ms: int = 2000, lease_ms: int = 30_000, **more: Any) -> PoolClient:
+        options = {"record": 0, "scripts_dir": "", "events": PoolEvents()} | more
+        pool = PoolClient(url, "default", worker, deadline_ms=deadline_ms, lease_ms=lease_ms, **options)
+        pool.start()
+        clients.append(pool)
+        await pool.wait_until_up(5)
+        return pool
+
+    yield make
+    for pool in clients:
+        await pool.close(timeout_s=0.5)
+
+
+async def calls(control: Any) -> int:
+    stats = await control.info("commandstats")
+    return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("eval", "evalsha"))
+
+
+async def test_selections_and_settles_of_one_tick_are_two_calls(join: Any, control: Any) -> None:
+    pool: PoolClient = await join("w")
+    await pool.raise_fence([a_definition()])
+    first = await asyncio.gather(*(pool.select(a_selection(n)) for n in range(1, 41)))
+    before = await calls(control)
+    for number, answer in enumerate(first, start=1):
+        pool.settle(an_entry(number, answer[1]))
+    await asyncio.gather(*(pool.select(a_selection(n)) for n in range(41, 81)))
+    assert await pool.acknowledged(5)
+    assert await calls(control) - before == 2
+
+
+async def test_two_workers_at_once_alternate_as_one_process_would(join: Any) -> None:
+    one, two = await join("w1"), await join("w2")
+    await one.raise_fence([a_definition(request_threshold=3)])
+    asked = [pool.select(a_selection(n)) for n in range(1, 101) for pool in (one, two)]
+    answers = sorted((await asyncio.gather(*asked)), key=lambda answer: answer[5])
+    assert [answer[1] for answer in answers] == [SERVICES[i // 3 % 2] for i in range(200)]
+    assert [answer[3] for answer in answers] == list(range(1, 201))
+
+
+async def test_a_settle_releases_what_was_held_and_counts_its_tokens(join: Any) -> None:
+    pool: PoolClient = await join("w")
+    await pool.raise_fence([a_definition()])
+    answer = await pool.select(a_selection(1))
+    held = (await pool.view()).services[answer[1]]
+    assert (held.in_flight, held.reserved, held.requests) == (1, 5, 0)
+    pool.settle(an_entry(1, answer[1], tokens=42))
+    assert await pool.acknowledged(5)
+    after = (await pool.view()).services[answer[1]]
+    assert (after.in_flight, after.reserved, after.requests, after.input) == (0, 0, 1, 42)
+
+
+async def test_a_server_that_forgot_its_scripts_is_given_them_again(join: Any, control: Any) -> None:
+    pool: PoolClient = await join("w")
+    await pool.raise_fence([a_definition()])
+    await pool.select(a_selection(1))
+    pool.settle(an_entry(1, "a:m"))
+    assert await pool.acknowledged(5)
+    await control.script_flush()
+    answers = await asyncio.gather(*(pool.select(a_selection(n)) for n in (2, 3)))
+    pool.settle(an_entry(2, answers[0][1]))
+    assert await pool.acknowledged(5)
+    view = await pool.view()
+    assert sum(service.picks for service in view.services.values()) == 3
+    assert sum(service.requests for service in view.services.values()) == 2
+
+
+async def test_settles_made_while_redis_is_away_arrive_once_it_is_back(join: Any, control: Any) -> None:
+    pool: PoolClient = await join("w")
+    await pool.raise_fence([a_definition()])
+    for number in range(1, 6):
+        await pool.select(a_selection(number))
+    for number in range(1, 6):
+        pool.settle(an_entry(number, SERVICES[(number - 1) % 2]))
+        await control.client_kill_filter(_type="normal", skipme=True)
+    assert await pool.acknowledged(10)
+    view = await pool.view()
+    assert sum(service.input for service in view.services.values()) == 50
+    assert sum(service.in_flight for service in view.services.values()) == 0
+
+
+async def test_a_selection_beyond_the_deadline_is_given_up_and_gives_back_what_it_picked(
+    join: Any, control: Any
+) -> None:
+    pool: PoolClient = await join("w", deadline_ms=100)
+    await pool.raise_fence([a_definition()])
+    await control.client_pause(400)
+    with pytest.raises(StoreUnavailableError, match="in time"):
+        await pool.select(a_selection(1))
+    with pytest.raises(StoreUnavailableError):
+        await pool.select(a_selection(2))
+    assert await pool.acknowledged(10)
+    view = await pool.view()
+    assert [(s.in_flight, s.reserved, s.requests, s.abandoned) for s in view.services.values() if s.picks] == [
+        (0, 0, 0, 1)
+    ]
+
+
+async def test_while_redis_is_known_to_be_slow_no_selection_waits(join: Any, control: Any) -> None:
+    pool: PoolClient = await join("w", deadline_ms=100)
+    await pool.raise_fence([a_definition()])
+    await control.client_pause(600)
+    with pytest.raises(StoreUnavailableError, match="in time"):
+        await pool.select(a_selection(1))
+    started = asyncio.get_running_loop().time()
+    for number in range(2, 50):
+        with pytest.raises(StoreUnavailableError, match="away"):
+            await pool.select(a_selection(number))
+    assert asyncio.get_running_loop().time() - started < 0.1
+
+
+async def test_an_abandoned_name_that_arrives_late_is_refused(join: Any) -> None:
+    pool: PoolClient = await join("w")
+    await pool.raise_fence([a_definition()])
+    pool.settle(Entry(number=7, service="", outcome=Outcome.ABANDONED))
+    assert await pool.acknowledged(5)
+    assert await pool.select(a_selection(7)) == ["abandoned"]
+
+
+async def test_attempts_of_a_dead_worker_are_counted_as_lost_by_another(join: Any) -> None:
+    lost: list[int] = []
+    events = PoolEvents(lease_expired=lambda _, count: lost.append(count))
+    dead: PoolClient = await join("dead", lease_ms=1000)
+    await dead.raise_fence([a_definition()])
+    answer = await dead.select(a_selection(1, reserved=70))
+    await dead.close(timeout_s=0)
+    alive: PoolClient = await join("alive", lease_ms=1000, events=events)
+
+    async def is_reaped() -> bool:
+        return (await alive.view()).services[answer[1]].lost == 1
+
+    await eventually(is_reaped)
+    state = (await alive.view()).services[answer[1]]
+    assert (state.requests, state.lost_tokens, state.in_flight, state.reserved, state.input) == (1, 70, 0, 0, 0)
+    assert lost == [1]
+
+
+async def test_a_worker_that_was_only_late_is_counted_once_with_its_own_tokens(join: Any, control: Any) -> None:
+    late: PoolClient = await join("late")
+    await late.raise_fence([a_definition()])
+    answer = await late.select(a_selection(1, reserved=70))
+    await control.zadd(keys.leases("default"), {"late": 1})
+    other: PoolClient = await join("other")
+
+    async def is_reaped() -> bool:
+        return (await other.view()).services[answer[1]].lost == 1
+
+    await eventually(is_reaped)
+    late.settle(an_entry(1, answer[1], tokens=33))
+    assert await late.acknowledged(5)
+    state = (await other.view()).services[answer[1]]
+    assert (state.requests, state.lost, state.lost_tokens, state.input) == (1, 0, 0, 33)
+    assert state.windows[0].tokens == 33
+
+
+async def test_an_outdated_revision_is_told_and_an_unknown_one_asks_for_its_definition(join: Any) -> None:
+    pool: PoolClient = await join("w")
+    assert await pool.select(a_selection(1)) == ["define", 0]
+    await pool.raise_fence([a_definition(revision=4)])
+    assert await pool.select(a_selection(2, revision=3)) == ["stale", 4]
+    assert await pool.select(a_selection(3, revision=5)) == ["define", 4]
+    assert (await pool.select(a_selection(4, revision=4)))[0] == "pick"
+
+
+async def test_a_flushed_server_starts_a_new_epoch_and_numbers_go_on(join: Any, control: Any) -> None:
+    bumps: list[int] = []
+    pool: PoolClient = await join("w", events=PoolEvents(epoch_bumped=lambda _, lost: bumps.append(lost)))
+    await pool.raise_fence([a_definition()])
+    for number in range(1, 4):
+        await pool.select(a_selection(number))
+    epoch, position = pool.seen
+    await control.flushall()
+    assert await pool.select(a_selection(4)) == ["define", 0]
+    await pool.raise_fence([a_definition()])
+    answer = await pool.select(a_selection(5))
+    assert answer[4] == epoch + 1
+    assert answer[5] == position + 2
+    assert bumps == [position]
