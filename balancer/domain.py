@@ -29,7 +29,10 @@ Reserve = Literal["none", "input", "full"]
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Base of all structs. (`kw_only` is not inherited, so each says it again; `frozen` beside it, for the type checker.)"""
+    """Base of all structs.
+
+    `kw_only` is not inherited, so each says it again, and `frozen` beside it for the type checker.
+    """
 
 
 # -- providers ---------------------------------------------------------------------------------------------------------
@@ -57,7 +60,7 @@ class OAuthDetail(Struct, frozen=True, kw_only=True):
 
 
 class Timeouts(Struct, frozen=True, kw_only=True):
-    """Limits in seconds on the parts of an attempt: to connect, to the answer's headers, to its first byte, between bytes."""
+    """Limits in seconds on parts of an attempt: to connect, to the headers, to the first byte, between bytes."""
 
     connect_s: float = 10
     headers_s: float = 120
@@ -408,7 +411,10 @@ class Candidate(Struct, frozen=True, kw_only=True):
 
 
 class Pick(Struct, frozen=True, kw_only=True):
-    """One selection's answer. `number` names it within its worker; (epoch, position) is its place in the pool's history."""
+    """One selection's answer.
+
+    `number` names it within its worker; (epoch, position) is its place in the pool's history.
+    """
 
     pool: str
     rule: str
@@ -436,8 +442,8 @@ class Pick(Struct, frozen=True, kw_only=True):
 class Selection(Struct, frozen=True, kw_only=True):
     """One pick asked for: its name within the worker, the partition and the revision it is meant under.
 
-    `draw` in [0, 2^32) brings the randomness, `reserved` tokens are held until the settle, `deadline_ms` from now on the
-    attempt counts as lost; `excluded` services were tried before.
+    `draw` in [0, 2^32) brings the randomness, `reserved` tokens are held until the settle, `deadline_ms` from now on
+    the attempt counts as lost; `excluded` services were tried before.
     """
 
     number: int

@@ -368,16 +368,23 @@ class Pool:
             if isinstance(name, Abandoned) and name.until_ms <= now_ms:
                 del state.names[number]
             elif isinstance(name, Held) and (is_ended or name.deadline_ms <= now_ms) and lost < limit:
-                service = self._service(name.service)
-                service.in_flight -= 1
-                service.reserved -= name.reserved
-                service.requests += 1
-                service.lost += 1
-                service.lost_tokens += name.reserved
-                service.add_tokens(name.reserved, now_ms, 0)
-                state.names[number] = Lost(name.service, name.reserved, now_ms)
-                self.position += 1
+                self.lose(now_ms, target, number)
                 lost += 1
         if is_ended and lost < limit:
             state.lease_end_ms = 0
         return ["reaped", int(is_ended), lost, self.epoch, self.position, lost_positions]
+
+    def lose(self, now_ms: int, worker: str, number: int) -> None:
+        """Counts one attempt in flight as lost: one request, and its reserved tokens."""
+        names = self._worker(worker).names
+        held = names[number]
+        assert isinstance(held, Held), "only an attempt in flight can be lost"
+        service = self._service(held.service)
+        service.in_flight -= 1
+        service.reserved -= held.reserved
+        service.requests += 1
+        service.lost += 1
+        service.lost_tokens += held.reserved
+        service.add_tokens(held.reserved, now_ms, 0)
+        names[number] = Lost(held.service, held.reserved, now_ms)
+        self.position += 1

@@ -97,7 +97,7 @@ class LuaPool:
     def view(self) -> views.PoolView:
         services = self.client.hgetall(keys.services(self.name))
         partitions = self.client.hgetall(keys.partitions(self.name))
-        return views.read_pool(self.name, partitions, services)
+        return views.read_pool(self.name, partitions, services, now_ms=0)
 
 
 def _text(reply: Any) -> Any:

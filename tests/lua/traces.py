@@ -194,7 +194,6 @@ class Trace:
 
 def _plain(view: PoolView) -> dict[str, Any]:
     state: dict[str, Any] = msgspec.to_builtins(view)
-    del state["pool"]
     return {
         "epoch": state["epoch"],
         "position": state["position"],

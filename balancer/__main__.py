@@ -1,0 +1,124 @@
+"""The command `balancer`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from balancer import __version__, config
+from balancer.errors import BalancerError
+
+_FLAGS = {
+    "config": "file.yaml",
+    "host": "ADDRESS",
+    "port": "PORT",
+    "metrics_port": "PORT",
+    "workers": "N",
+    "redis": "URL",
+    "log_level": "LEVEL",
+    "data_dir": "FOLDER",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; the exit status. Errors are one message on stderr, not a traceback."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except BalancerError as exc:
+        print(f"balancer: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has had enough of it.
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="balancer", description="LLM load balancer whose whole fleet decides as one, through Redis."
+    )
+    parser.add_argument("--version", action="version", version=f"balancer {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    serve = commands.add_parser("serve", help="run the gateway", description="Runs worker processes on one port.")
+    _add_settings(serve, tuple(_FLAGS))
+    serve.add_argument("--insecure", action="store_true", default=None, help=_meaning("insecure"))
+    serve.add_argument("--lenient", action="store_true", help="mend what can be mended in --config, with warnings")
+    serve.set_defaults(run=_serve)
+
+    demo = commands.add_parser("demo", help="watch a fleet decide as one, and check it")
+    demo.add_argument("--requests", type=int, default=3200, help="how many to send (at least 400; default 3200)")
+    demo.add_argument("--workers", type=int, default=2, help="worker processes (default 2)")
+    demo.add_argument("--concurrency", type=int, default=96, help="requests at once (default 96)")
+    demo.add_argument("--break", dest="sabotage", action="store_true", help="with a wrong script: must end in exit 1")
+    demo.add_argument("--keep", action="store_true", help="leave it running, with URLs to try")
+    demo.set_defaults(run=_demo)
+
+    check = commands.add_parser("check", help="validate a configuration file")
+    check.add_argument("file")
+    check.add_argument("--lenient", action="store_true", help="mend what can be mended, with warnings")
+    check.set_defaults(run=_configuration("check"))
+
+    apply = commands.add_parser("apply", help="publish a configuration file to the fleet")
+    apply.add_argument("file")
+    apply.add_argument("--force", action="store_true", help="publish a file that was published before")
+    apply.add_argument("--lenient", action="store_true", help="mend what can be mended, with warnings")
+    _add_settings(apply, ("redis", "data_dir"))
+    apply.set_defaults(run=_configuration("apply"))
+
+    diff = commands.add_parser("diff", help="show what `apply` would change; exit 1 if anything")
+    diff.add_argument("file")
+    diff.add_argument("--lenient", action="store_true", help="mend what can be mended, with warnings")
+    _add_settings(diff, ("redis", "data_dir"))
+    diff.set_defaults(run=_configuration("diff"))
+
+    get = commands.add_parser("get", help="print rules, providers or counters as they stand")
+    get.add_argument("what", choices=("rules", "providers", "stats"))
+    get.add_argument("--output", choices=("yaml", "json"), default="yaml")
+    _add_settings(get, ("redis", "data_dir"))
+    get.set_defaults(run=_configuration("get"))
+
+    rollback = commands.add_parser("rollback", help="publish an earlier revision again, as a new one")
+    rollback.add_argument("revision", type=int)
+    _add_settings(rollback, ("redis", "data_dir"))
+    rollback.set_defaults(run=_configuration("rollback"))
+    return parser
+
+
+def _meaning(name: str) -> str:
+    return next(setting.meaning for setting in config.SETTINGS if setting.name == name)
+
+
+def _add_settings(parser: argparse.ArgumentParser, names: tuple[str, ...]) -> None:
+    for name in names:
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar=_FLAGS[name], help=_meaning(name))
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from balancer.cli import serve
+
+    return serve.run(options)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from balancer.cli import demo
+
+    return demo.run(options)
+
+
+def _configuration(name: str) -> object:
+    def run(options: argparse.Namespace) -> int:
+        from balancer.cli import configuration
+
+        command = getattr(configuration, name)
+        return int(command(options))
+
+    return run
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

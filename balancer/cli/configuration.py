@@ -1,0 +1,180 @@
+"""check, apply, diff, get, rollback: the configuration, from files and from the registry."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+
+from balancer import config, document
+from balancer.cli.store import Store, opened
+from balancer.domain import Configuration
+from balancer.errors import ConfigurationError
+from balancer.store import connection, keys
+from balancer.store.publishing import Publication, plan, publish_file, roll_back
+from balancer.store.registry import Registry
+from balancer.store.views import PoolView, read_pool
+
+_Result = TypeVar("_Result")
+
+
+def read_file(path: str, *, lenient: bool) -> Configuration:
+    """The configuration in a file; warnings go to stderr. A tingly-box document is read leniently."""
+    raw = document.load_file(Path(path))
+    is_lenient = lenient or document.is_tingly_box(raw)
+    reading = document.read(raw, door="lenient" if is_lenient else "strict")
+    for warning in reading.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return reading.configuration
+
+
+def check(options: argparse.Namespace) -> int:
+    """Validates a file, without Redis."""
+    configuration = read_file(options.file, lenient=options.lenient)
+    print(f"ok: {len(configuration.providers)} providers, {len(configuration.rules)} rules")
+    return 0
+
+
+def apply(options: argparse.Namespace) -> int:
+    """Prints the difference, and publishes."""
+    configuration = read_file(options.file, lenient=options.lenient)
+
+    async def work(registry: Registry, store: Store) -> Publication:
+        planned, _, _ = await plan(registry, configuration, store.sealer, force=options.force)
+        _print_differences(planned)
+        return await publish_file(registry, configuration, store.sealer, force=options.force)
+
+    publication = _with_registry(options, work)
+    print(describe(publication))
+    return 0
+
+
+def diff(options: argparse.Namespace) -> int:
+    """Prints the difference; 1 if there is any."""
+    configuration = read_file(options.file, lenient=options.lenient)
+
+    async def work(registry: Registry, store: Store) -> Publication:
+        publication, _, _ = await plan(registry, configuration, store.sealer, force=True)
+        return publication
+
+    publication = _with_registry(options, work)
+    _print_differences(publication)
+    return 1 if publication.differences else 0
+
+
+def rollback(options: argparse.Namespace) -> int:
+    """Publishes an earlier revision again."""
+
+    async def work(registry: Registry, store: Store) -> Publication:
+        return await roll_back(registry, options.revision)
+
+    publication = _with_registry(options, work)
+    _print_differences(publication)
+    print(describe(publication))
+    return 0
+
+
+def get(options: argparse.Namespace) -> int:
+    """Prints what stands: rules and providers in the shape of a file (credentials masked), or counters."""
+
+    async def work(registry: Registry, store: Store) -> object:
+        snapshot = await registry.current()
+        if snapshot is None:
+            raise ConfigurationError("nothing has been published yet: run `balancer apply FILE`")
+        if options.what == "stats":
+            pools = sorted({rule.pool for rule in snapshot.configuration.rules})
+            return [_stats(view, snapshot.configuration) for view in await _views(store.url, pools)]
+        return document.write(document.masked(snapshot.configuration)).get(options.what, [])
+
+    value = _with_registry(options, work)
+    if options.output == "json":
+        print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    else:
+        print(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), end="")
+    return 0
+
+
+def describe(publication: Publication) -> str:
+    """A sentence on what came of a publication."""
+    match publication.result:
+        case "published":
+            return f"published as revision {publication.revision}"
+        case "unchanged":
+            return f"nothing to do: revision {publication.revision} is the same"
+        case "ignored":
+            return (
+                f"ignored: this file was revision {publication.earlier}, and revision {publication.revision} is newer; "
+                "`balancer apply --force` publishes it again"
+            )
+
+
+def _print_differences(publication: Publication) -> None:
+    for line in publication.differences:
+        print(line)
+
+
+def _with_registry(options: argparse.Namespace, work: Callable[[Registry, Store], Awaitable[_Result]]) -> _Result:
+    settings = config.load(vars(options))
+
+    async def run(store: Store) -> _Result:
+        await connection.check_server(store.url)
+        client = connection.client(store.url)
+        try:
+            return await work(Registry(client, settings.record_events, settings.scripts_dir), store)
+        finally:
+            await client.aclose()
+
+    with opened(settings) as store:
+        return asyncio.run(run(store))
+
+
+async def _views(url: str, pools: list[str]) -> list[PoolView]:
+    client = connection.client(url)
+    try:
+        with connection.translated("reading the counters"):
+            seconds, micros = await client.time()
+            now_ms = int(seconds) * 1000 + int(micros) // 1000
+            views = []
+            for pool in pools:
+                partitions: Any = await client.hgetall(keys.partitions(pool))
+                services: Any = await client.hgetall(keys.services(pool))
+                views.append(read_pool(pool, partitions, services, now_ms))
+            return views
+    finally:
+        await client.aclose()
+
+
+def _stats(view: PoolView, configuration: Configuration) -> dict[str, object]:
+    rules = [rule for rule in configuration.rules if rule.pool == view.pool]
+    return {
+        "pool": view.pool,
+        "epoch": view.epoch,
+        "position": view.position,
+        "rules": [
+            {
+                "uuid": rule.uuid,
+                "current_service": view.cursor(rule.uuid),
+                "current_service_index": rule.current_service_index_of(view.cursor(rule.uuid)),
+                "streak": partition.streak if (partition := view.partitions.get(keys.partition(rule.uuid))) else 0,
+                "picks": view.rules[rule.uuid].seq if rule.uuid in view.rules else 0,
+            }
+            for rule in rules
+        ],
+        "services": [
+            {
+                "id": name,
+                **{k: v for k, v in msgspec.structs.asdict(service).items() if k not in ("windows", "last_used")},
+                "windows": [
+                    dict(zip(("seconds", "requests", "tokens"), (w.length_s, *w.counts(view.now_ms)), strict=True))
+                    for w in service.windows
+                ],
+            }
+            for name, service in sorted(view.services.items())
+        ],
+    }

@@ -1,0 +1,216 @@
+"""serve: a small supervisor that owns the listening sockets, and worker processes that serve on them.
+
+One socket a worker, inherited: what waits in the accept queue of a worker that died is served by its successor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from balancer import config, log
+from balancer.cli.configuration import describe, read_file
+from balancer.cli.store import Store, opened
+from balancer.config import Settings
+from balancer.domain import Configuration
+from balancer.errors import BalancerError, ConfigurationError
+from balancer.store import connection
+from balancer.store.publishing import Publication, publish_file
+from balancer.store.registry import Registry
+
+_BACKLOG = 1024
+_QUICK_S = 5.0
+_LONGEST_PAUSE_S = 5.0
+_EXTRA_S = 10.0
+"""Beyond the drain timeout a worker has this long to hand in its settles; then it is killed."""
+
+
+class Slot(msgspec.Struct):
+    """One place for a worker: its listening sockets, and the process that serves on them at the moment."""
+
+    number: int
+    sockets: tuple[socket.socket, ...]
+    process: asyncio.subprocess.Process | None = None
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serves until SIGTERM or SIGINT."""
+    settings = config.load(vars(options))
+    log.configure(settings.log_level)
+    configuration = read_file(settings.config, lenient=options.lenient) if settings.config else None
+    with opened(settings) as store, _metrics_folder() as metrics_folder:
+        publication = asyncio.run(_prepare(store, settings, configuration))
+        if publication:
+            say = log.warning if publication.result == "ignored" else log.info
+            say("configuration file", outcome=describe(publication))
+        with _listening(settings) as slots:
+            return asyncio.run(_supervise(settings, store, slots, metrics_folder))
+
+
+async def _prepare(store: Store, settings: Settings, configuration: Configuration | None) -> Publication | None:
+    await connection.check_server(store.url)
+    if configuration is None:
+        return None
+    client = connection.client(store.url)
+    try:
+        registry = Registry(client, settings.record_events, settings.scripts_dir)
+        return await publish_file(registry, configuration, store.sealer)
+    finally:
+        await client.aclose()
+
+
+@contextlib.contextmanager
+def _metrics_folder() -> Iterator[Path]:
+    """A folder for the counters that all workers of this supervisor share."""
+    with tempfile.TemporaryDirectory(prefix="balancer-metrics-") as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def _listening(settings: Settings) -> Iterator[tuple[Slot, ...]]:
+    """Listening sockets for every worker, closed afterwards."""
+    with contextlib.ExitStack() as stack:
+        ports = [settings.port] + ([settings.metrics_port] if settings.metrics_port else [])
+        slots = []
+        for number in range(settings.workers):
+            sockets = []
+            for i, port in enumerate(ports):
+                # With port 0 the first socket finds a free port, and the others join it.
+                sockets.append(stack.enter_context(_listen(settings.listen_host, port)))
+                ports[i] = sockets[-1].getsockname()[1]
+            slots.append(Slot(number=number, sockets=tuple(sockets)))
+        yield tuple(slots)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except OSError as exc:
+        listener.close()
+        raise ConfigurationError(f"cannot listen on {host}:{port}: {exc.strerror}") from exc
+    return listener
+
+
+async def _supervise(settings: Settings, store: Store, slots: tuple[Slot, ...], metrics_folder: Path) -> int:
+    """Keeps a worker in every slot until a signal, then lets them drain; the exit status."""
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    # Workers see the end of this pipe when the supervisor is gone, however it went.
+    life_read, life_write = os.pipe()
+    environment = os.environ | settings.environment() | {"PROMETHEUS_MULTIPROC_DIR": str(metrics_folder)}
+    keeper = asyncio.create_task(store.held.keep()) if store.held else None
+    keepers: list[asyncio.Task[None]] = []
+    try:
+        try:
+            for slot in slots:
+                await _start(slot, environment, life_read)
+        except BalancerError:
+            await _stop(settings, slots)
+            raise
+        host, port = slots[0].sockets[0].getsockname()[:2]
+        log.info("serving", url=f"http://{host}:{port}", workers=len(slots), pid=os.getpid())
+        keepers = [asyncio.create_task(_keep_alive(slot, environment, life_read, stopping)) for slot in slots]
+        await stopping.wait()
+        log.info("draining", timeout_s=settings.drain_timeout_s)
+        for task in keepers:
+            task.cancel()
+        await asyncio.gather(*keepers, return_exceptions=True)
+        await _stop(settings, slots)
+        log.info("stopped")
+        return 0
+    finally:
+        if keeper:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
+        os.close(life_write)
+        os.close(life_read)
+
+
+async def _start(slot: Slot, environment: dict[str, str], life_fd: int) -> None:
+    """Starts a worker in the slot and returns when it serves. Raises BalancerError when it ends before that."""
+    ready_read, ready_write = os.pipe()
+    descriptors = [s.fileno() for s in slot.sockets]
+    command = [sys.executable, "-m", "balancer.cli.worker", "--slot", str(slot.number)]
+    command += ["--ready-fd", str(ready_write), "--life-fd", str(life_fd)]
+    command += [part for fd in descriptors for part in ("--listen-fd", str(fd))]
+    try:
+        # A session of its own: Ctrl-C reaches the supervisor alone, which then drains its workers.
+        slot.process = await asyncio.create_subprocess_exec(
+            *command,
+            env=environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            pass_fds=(*descriptors, ready_write, life_fd),
+            start_new_session=True,
+        )
+    finally:
+        os.close(ready_write)
+    is_ready = await _reads_a_byte(ready_read)
+    if not is_ready:
+        status = await slot.process.wait()
+        slot.process = None
+        raise BalancerError(f"worker {slot.number} ended at its start (status {status}); its log says why")
+
+
+async def _reads_a_byte(fd: int) -> bool:
+    """True when a byte comes through the pipe, False at its end. Closes it."""
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb", buffering=0)
+    )
+    try:
+        return bool(await reader.read(1))
+    finally:
+        transport.close()
+
+
+async def _keep_alive(slot: Slot, environment: dict[str, str], life_fd: int, stopping: asyncio.Event) -> None:
+    """Puts a new worker in the slot whenever the old one has ended. Pauses grow while they end at once."""
+    loop = asyncio.get_running_loop()
+    pause_s = 0.0
+    while not stopping.is_set():
+        started = loop.time()
+        if slot.process:
+            status = await slot.process.wait()
+            log.warning("a worker has died", slot=slot.number, status=status)
+        pause_s = min(_LONGEST_PAUSE_S, pause_s * 2 or 0.1) if loop.time() - started < _QUICK_S else 0.0
+        await asyncio.sleep(pause_s)
+        try:
+            await _start(slot, environment, life_fd)
+            log.info("a worker was replaced", slot=slot.number)
+        except BalancerError as exc:
+            log.error("a worker cannot start", slot=slot.number, reason=exc.message)
+
+
+async def _stop(settings: Settings, slots: tuple[Slot, ...]) -> None:
+    """Asks every worker to drain, waits for them, and kills what is left."""
+    alive = [slot.process for slot in slots if slot.process and slot.process.returncode is None]
+    for process in alive:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+    patience_s = settings.drain_delay_s + settings.drain_timeout_s + _EXTRA_S
+    try:
+        async with asyncio.timeout(patience_s):
+            await asyncio.gather(*(process.wait() for process in alive))
+    except TimeoutError:
+        for process in alive:
+            if process.returncode is None:
+                log.error("a worker did not end in time and is killed", pid=process.pid)
+                process.kill()
+                await process.wait()

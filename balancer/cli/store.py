@@ -1,0 +1,33 @@
+"""The store of one command: the Redis that was named, or the embedded server, with what seals credentials."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import msgspec
+
+from balancer.config import Settings
+from balancer.store import embedded
+from balancer.store.connection import check_url
+from balancer.store.credentials import Sealer
+
+
+class Store(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the store is, and how literal credentials are sealed (None: they are refused)."""
+
+    url: str
+    sealer: Sealer | None
+    held: embedded.EmbeddedStore | None
+
+
+@contextlib.contextmanager
+def opened(settings: Settings) -> Iterator[Store]:
+    """The store, held while the block runs. The embedded server starts if nobody else runs it."""
+    sealer = Sealer(settings.secret_key) if settings.secret_key else None
+    if settings.redis:
+        check_url(settings.redis)
+        yield Store(url=settings.redis, sealer=sealer, held=None)
+        return
+    with embedded.acquire(settings.data_dir) as held:
+        yield Store(url=held.url, sealer=sealer or Sealer(embedded.secret_key(settings.data_dir)), held=held)

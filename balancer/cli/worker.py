@@ -1,0 +1,63 @@
+"""One worker process: serves on inherited sockets until told to drain, or until its supervisor is gone."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+
+from balancer import config, log
+from balancer.cli.store import Store, opened
+from balancer.config import Settings
+from balancer.errors import BalancerError
+
+
+def main() -> int:
+    """Runs the worker that the arguments describe; the exit status."""
+    parser = argparse.ArgumentParser(prog="balancer.cli.worker", description=__doc__)
+    parser.add_argument("--slot", type=int, required=True)
+    parser.add_argument("--ready-fd", type=int, required=True)
+    parser.add_argument("--life-fd", type=int, required=True)
+    parser.add_argument("--listen-fd", type=int, action="append", required=True)
+    options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    settings = config.load()
+    log.configure(settings.log_level)
+    try:
+        with opened(settings) as store:
+            asyncio.run(_serve(settings, store, options))
+    except BalancerError as exc:
+        log.error("worker ended", reason=exc.message)
+        return 1
+    return 0
+
+
+async def _serve(settings: Settings, store: Store, options: argparse.Namespace) -> None:
+    from balancer.gateway.app import Gateway
+
+    draining = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, draining.set)
+    loop.add_reader(options.life_fd, draining.set)
+    keeper = asyncio.create_task(store.held.keep()) if store.held else None
+    gateway = Gateway(settings, store.url, store.sealer, slot=options.slot)
+    try:
+        await gateway.start([socket.socket(fileno=fd) for fd in options.listen_fd])
+        os.write(options.ready_fd, b"1")
+        os.close(options.ready_fd)
+        await draining.wait()
+        loop.remove_reader(options.life_fd)
+        await gateway.drain()
+    finally:
+        if keeper:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())

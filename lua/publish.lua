@@ -1,0 +1,16 @@
+-- Prepares a revision: writes its snapshot and notes it as pending, if the head is still the one it was made from.
+-- KEYS[1] head          revision, digest, pending
+-- KEYS[2] snapshot      of the new revision
+-- ARGV[1] base          the revision that the new one was made from, 0 for none
+-- ARGV[2] revision      the new one
+-- ARGV[3] document      the snapshot, JSON
+-- Returns {'prepared', revision}, {'pending', revision}: another publication is under way, or {'conflict', revision}: the
+--   head is this one by now.
+
+local head = redis.call('HMGET', KEYS[1], 'revision', 'pending')
+local revision, pending = tonumber(head[1] or 0), tonumber(head[2] or 0)
+if pending > 0 then return {'pending', pending} end
+if revision ~= tonumber(ARGV[1]) then return {'conflict', revision} end
+redis.call('SET', KEYS[2], ARGV[3])
+redis.call('HSET', KEYS[1], 'pending', ARGV[2])
+return {'prepared', tonumber(ARGV[2])}
