@@ -38,7 +38,9 @@ def check_url(url: str) -> None:
     """Refuses what is no URL of a Redis server that we can use, naming what is expected."""
     scheme = urlsplit(url).scheme
     if scheme in ("redis+sentinel", "redis+cluster"):
-        raise ConfigurationError(f"BALANCER_REDIS: {scheme}:// is not supported yet; use redis://, rediss:// or unix://")
+        raise ConfigurationError(
+            f"BALANCER_REDIS: {scheme}:// is not supported yet; use redis://, rediss:// or unix://"
+        )
     if scheme not in ("redis", "rediss", "unix"):
         raise ConfigurationError("BALANCER_REDIS: expected a redis://, rediss:// or unix:// URL")
     try:
@@ -203,9 +205,7 @@ class Link:
             while True:
                 reply: Any
                 try:
-                    reply = await self._connection.read_response(
-                        disable_decoding=True, timeout=math.inf
-                    )
+                    reply = await self._connection.read_response(disable_decoding=True, timeout=math.inf)
                 except ResponseError as exc:
                     reply = exc
                 future, _ = self._waiting.popleft()

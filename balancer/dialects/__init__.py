@@ -1,0 +1,34 @@
+"""What differs between the APIs that clients and upstreams speak: paths, credentials, errors, lists of models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from balancer.domain import ApiStyle, Provider
+from balancer.errors import BalancerError
+
+Headers = tuple[tuple[str, str], ...]
+
+
+class Dialect(Protocol):
+    """One API's manners."""
+
+    @property
+    def name(self) -> ApiStyle:
+        """The dialect's word; a service of a provider with this `api_style` serves it natively."""
+
+    def error_body(self, error: BalancerError, request_id: str) -> bytes:
+        """The JSON body of an error, as the vendor's SDK reads it."""
+
+    def error_event(self, error: BalancerError, path: str) -> bytes:
+        """The event that tells an open stream that it broke."""
+
+    def credential_headers(self, provider: Provider, access_token: str, client: Mapping[str, str]) -> dict[str, str]:
+        """The headers that carry the upstream's credential, and what must go with it. `client`: names in lower case."""
+
+    def models_body(self, models: Sequence[str]) -> bytes:
+        """The list of models."""
+
+    def model_body(self, model: str) -> bytes:
+        """One model."""

@@ -1,0 +1,64 @@
+"""Which headers pass, in both directions (RFC 9110 §7.6.1), and who stays on which side.
+
+A client's credentials never go upstream; an upstream account's never come down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from balancer.dialects import Headers
+from balancer.encoding import restrict_accept_encoding
+
+HOP_BY_HOP = frozenset(
+    "connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer transfer-encoding "
+    "upgrade".split()
+)
+_FROM_CLIENT = frozenset(
+    "host content-length expect accept-encoding x-request-id authorization x-api-key api-key x-goog-api-key cookie "
+    "openai-organization openai-project forwarded x-forwarded-for x-forwarded-host x-forwarded-proto x-forwarded-port "
+    "x-real-ip via".split()
+)
+_FROM_UPSTREAM = frozenset(
+    "content-length date server via alt-svc strict-transport-security set-cookie www-authenticate "
+    "openai-organization openai-project anthropic-organization-id".split()
+)
+_OURS = "x-balancer-"
+
+
+def request_headers(
+    client: Headers, ours: Mapping[str, str], *, identity_only: bool = False, request_id: str = ""
+) -> Headers:
+    """What goes upstream: the client's headers that may pass, then ours, which win.
+
+    Content-Length is left to whoever frames the body. Of Accept-Encoding only codings that we can decode pass.
+    """
+    replaced = {name.lower() for name in ours}
+    dropped = HOP_BY_HOP | _FROM_CLIENT | replaced | _listed(client)
+    kept = [(n, v) for n, v in client if n.lower() not in dropped and not n.lower().startswith(_OURS)]
+    asked = next((value for name, value in client if name.lower() == "accept-encoding"), None)
+    accepted = "identity" if identity_only else restrict_accept_encoding(asked)
+    identified = (("x-request-id", request_id),) if request_id and "x-request-id" not in replaced else ()
+    return (*kept, ("Accept-Encoding", accepted), *identified, *ours.items())
+
+
+def response_headers(upstream: Headers) -> Headers:
+    """What comes down: the upstream's headers that may pass; its x-request-id under another name, ours has that one."""
+    dropped = HOP_BY_HOP | _FROM_UPSTREAM | _listed(upstream)
+    return tuple(
+        ("x-upstream-request-id" if name.lower() == "x-request-id" else name, value)
+        for name, value in upstream
+        if name.lower() not in dropped and not name.lower().startswith(_OURS)
+    )
+
+
+def value_of(headers: Iterable[tuple[str, str]], name: str) -> str:
+    """The first value of a header (its name in lower case), empty when it is absent."""
+    return next((value for key, value in headers if key.lower() == name), "")
+
+
+def _listed(headers: Headers) -> frozenset[str]:
+    """The names that Connection declares to be hop-by-hop too."""
+    return frozenset(
+        token.strip().lower() for name, value in headers if name.lower() == "connection" for token in value.split(",")
+    )

@@ -1,0 +1,78 @@
+"""Paths: which dialect and scenario a request's path means, and where it goes upstream."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, get_args
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+
+import msgspec
+
+from balancer.dialects import Dialect
+from balancer.dialects.anthropic import ANTHROPIC
+from balancer.dialects.openai import OPENAI
+from balancer.domain import Provider, ScenarioName
+
+AZURE_API_VERSION = "2024-10-21"
+_VERSION_SEGMENT = re.compile(r"/v\d+[a-z0-9]*(?:/|$)")
+_SCENARIOS = "|".join(get_args(ScenarioName))
+_PREFIX = re.compile(rf"^/(?:tingly/)?({_SCENARIOS})(/v1/.*)$")
+
+Kind = Literal["models", "count_tokens", "generation", "by_id"]
+
+
+class Route(msgspec.Struct, frozen=True, kw_only=True):
+    """What a path asks for: `path` begins with /v1, whatever stood before it."""
+
+    scenario: ScenarioName
+    dialect: Dialect
+    path: str
+    kind: Kind
+
+
+def route(method: str, path: str, *, speaks_anthropic: bool) -> Route | None:
+    """The route of a request, None for a path or method that is not served.
+
+    `speaks_anthropic`: the client's headers say so; it decides where the path does not.
+    """
+    match = _PREFIX.match(path)
+    named = msgspec.convert(match[1], ScenarioName) if match else None
+    rest = match[2] if match else path
+    if not rest.startswith("/v1/"):
+        return None
+    is_messages = rest in ("/v1/messages", "/v1/messages/count_tokens")
+    if method == "GET" and (rest == "/v1/models" or rest.startswith("/v1/models/")):
+        is_anthropic = named in ("anthropic", "claude_code") or (named in (None, "opencode") and speaks_anthropic)
+        scenario: ScenarioName = named or ("anthropic" if is_anthropic else "openai")
+        return Route(scenario=scenario, dialect=ANTHROPIC if is_anthropic else OPENAI, path=rest, kind="models")
+    dialect: Dialect = ANTHROPIC if is_messages else OPENAI
+    scenario = named or ("anthropic" if is_messages else "openai")
+    if rest.startswith("/v1/responses/"):
+        return Route(scenario=scenario, dialect=dialect, path=rest, kind="by_id")
+    if method != "POST":
+        return None
+    kind: Kind = "count_tokens" if rest.endswith("/count_tokens") else "generation"
+    return Route(scenario=scenario, dialect=dialect, path=rest, kind=kind)
+
+
+def upstream_url(provider: Provider, path: str, model: str, query: str) -> str:
+    """Where a request goes: the provider's base, /v1 if that has no version, and the path after /v1.
+
+    Azure's deployments have the model in their path and an api-version in their query, unless the base has a version.
+    The provider's own query parameters win over the client's.
+    """
+    base = urlsplit(provider.api_base)
+    root = base.path.rstrip("/")
+    parameters = [(k, v) for k, v in parse_qsl(query, keep_blank_values=True) if k not in provider.query]
+    parameters += list(provider.query.items())
+    rest = path.removeprefix("/v1")
+    if _VERSION_SEGMENT.search(root):
+        full = root + rest
+    elif provider.provider_type == "azure":
+        root = root.removesuffix("/openai")
+        full = f"{root}/openai/deployments/{quote(model, safe='')}{rest}"
+        if not any(name == "api-version" for name, _ in parameters):
+            parameters.append(("api-version", AZURE_API_VERSION))
+    else:
+        full = f"{root}/v1{rest}"
+    return urlunsplit((base.scheme, base.netloc, full, urlencode(parameters), ""))

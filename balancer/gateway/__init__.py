@@ -1,0 +1,1 @@
+"""The data plane: requests in, one service picked, bytes back."""

@@ -1,0 +1,171 @@
+"""One worker's data plane, put together: the store, the upstream client, the front, probes and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+
+import msgspec
+from aiohttp import web
+
+from balancer import log
+from balancer.config import Settings
+from balancer.domain import Provider
+from balancer.errors import StoreUnavailableError
+from balancer.gateway.attempts import Forwarder
+from balancer.gateway.front import AiohttpStream, Front, wait_for_requests
+from balancer.gateway.handlers import Handlers
+from balancer.gateway.messages import ClientRequest
+from balancer.gateway.upstream import AiohttpUpstream
+from balancer.metrics import CONTENT_TYPE, Metrics, pool_gauges
+from balancer.store.balance import Balance, BalanceEvents
+from balancer.store.credentials import Credentials, Sealer
+from balancer.store.pool import PoolEvents
+
+_TICK_S = 1.0
+_LAST_SETTLES_S = 5.0
+
+
+class _Providers:
+    """Providers of the configuration that stands, with their credentials resolved."""
+
+    def __init__(self, balance: Balance, credentials: Credentials) -> None:
+        self._balance = balance
+        self.access_token = credentials.access_token
+        self.headers = credentials.headers
+        self.proxy_url = credentials.proxy_url
+
+    def provider(self, uuid: str) -> Provider | None:
+        """The provider of that uuid."""
+        return self._balance.directory.provider(uuid)
+
+
+class Gateway:
+    """A worker's data plane: start, serve, drain."""
+
+    def __init__(self, settings: Settings, url: str, sealer: Sealer | None, slot: int = 0) -> None:
+        self._settings = settings
+        folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        self.metrics = Metrics(Path(folder) if folder else None, slot)
+        self.balance = Balance(url, settings, self._events())
+        self._upstream = AiohttpUpstream(settings.upstream_connections)
+        providers = _Providers(self.balance, Credentials(sealer))
+        forwarder = Forwarder(
+            self.balance, providers, self._upstream, self.metrics, decision_headers=settings.decision_headers
+        )
+        self._handlers = Handlers(settings, self.balance, forwarder, self.metrics)
+        self._runners: list[web.AppRunner] = []
+        self._ticker: asyncio.Task[None] | None = None
+        self._is_draining = False
+        self._open_requests = 0
+
+    def _events(self) -> BalanceEvents:
+        metrics = self.metrics
+        return BalanceEvents(
+            stale=lambda pool: metrics.stale_picks.labels(pool).inc(),
+            selected=lambda pool, seconds: metrics.select.labels(pool).observe(seconds),
+            pool=PoolEvents(
+                epoch_bumped=lambda pool, lost: metrics.epoch_bumps.labels(pool).inc(),
+                lease_expired=lambda pool, lost: metrics.leases_expired.labels(pool).inc(lost),
+                batches_lost=lambda pool, count: metrics.batches_lost.labels(pool).inc(count),
+            ),
+        )
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    async def start(self, sockets: list[socket.socket]) -> None:
+        """Serves on the first socket; on the second, if there is one, the metrics alone."""
+        await self.balance.start()
+        self._ticker = asyncio.create_task(self._tick())
+        data, *metrics = sockets
+        await self._serve(self._data_plane(with_metrics=not metrics), data)
+        for listener in metrics:
+            await self._serve(self._metrics_plane(), listener)
+
+    async def _serve(self, app: web.Application, listener: socket.socket) -> None:
+        # A client that goes away cancels its handler at once, even one that waits for an upstream's headers.
+        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        self._runners.append(runner)
+        await web.SockSite(runner, listener, backlog=1024).start()
+
+    async def drain(self) -> None:
+        """Is not ready from now on, lets open requests finish, hands in the last settles, and closes."""
+        self._is_draining = True
+        await asyncio.sleep(self._settings.drain_delay_s)
+        for runner in self._runners:
+            for site in list(runner.sites):
+                await site.stop()
+        if not await wait_for_requests(lambda: self._open_requests, self._settings.drain_timeout_s):
+            log.warning("open requests are broken off", requests=self._open_requests)
+        for runner in self._runners:
+            await runner.cleanup()
+        if self._ticker:
+            self._ticker.cancel()
+        await self.balance.close(_LAST_SETTLES_S)
+        await self._upstream.close()
+
+    async def _tick(self) -> None:
+        """Keeps the gauges that describe this worker fresh, for whichever worker is scraped."""
+        while True:
+            for pool, entries in self.balance.outbox_entries().items():
+                self.metrics.outbox.labels(pool).set(entries)
+            try:
+                self.metrics.revision.set(self.balance.directory.revision)
+            except StoreUnavailableError:
+                self.metrics.revision.set(0)
+            await asyncio.sleep(_TICK_S)
+
+    # -- routes --------------------------------------------------------------------------------------------------------
+
+    def _data_plane(self, *, with_metrics: bool) -> web.Application:
+        front = Front(
+            self._counted, self._handlers.dialect_of, self._settings.max_body_bytes, lambda: self._is_draining
+        )
+        app = web.Application(client_max_size=0)
+        app.router.add_get("/healthz", self._healthz)
+        app.router.add_get("/readyz", self._readyz)
+        if with_metrics:
+            app.router.add_get("/metrics", self._metrics)
+        app.router.add_route("*", "/{path:.*}", front)
+        return app
+
+    def _metrics_plane(self) -> web.Application:
+        app = web.Application()
+        app.router.add_get("/metrics", self._metrics)
+        return app
+
+    async def _counted(self, request: ClientRequest, stream: AiohttpStream) -> None:
+        self._open_requests += 1
+        try:
+            await self._handlers.handle(request, stream)
+        finally:
+            self._open_requests -= 1
+
+    async def _healthz(self, request: web.Request) -> web.Response:
+        return _json(200, {"status": "alive"})
+
+    async def _readyz(self, request: web.Request) -> web.Response:
+        detail = {"pid": os.getpid(), "draining": self._is_draining, **self.balance.readiness()}
+        is_ready = self.balance.is_ready and not self._is_draining
+        return _json(200 if is_ready else 503, {"ready": is_ready, **detail})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        try:
+            configuration = self.balance.directory.configuration
+            pools = [pool_gauges(view, configuration) for view in await self.balance.views()]
+        except StoreUnavailableError:
+            pools = []  # Absent, not 0: nobody knows.
+        body = self.metrics.exposition(pools, self.balance.pools_up())
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
+
+
+def _json(status: int, value: object) -> web.Response:
+    return web.Response(
+        status=status,
+        body=msgspec.json.encode(value),
+        content_type="application/json",
+        headers={"Cache-Control": "no-store"},
+    )

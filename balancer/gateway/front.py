@@ -1,0 +1,141 @@
+"""The HTTP front, on aiohttp: its requests and responses as ours."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from balancer.dialects import Dialect, Headers
+from balancer.errors import BalancerError, BodyTooLargeError, RequestError
+from balancer.gateway.handlers import send_error
+from balancer.gateway.messages import ClientGoneError, ClientRequest
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+Handle = Callable[[ClientRequest, "AiohttpStream"], Awaitable[None]]
+
+
+class AiohttpStream:
+    """The way back through an aiohttp response."""
+
+    def __init__(self, request: web.Request, extra: Headers) -> None:
+        self._request = request
+        self._extra = extra
+        self.response: web.StreamResponse | None = None
+
+    @property
+    def is_started(self) -> bool:
+        """True once the answer's headers are on their way."""
+        return self.response is not None
+
+    async def start(self, status: int, headers: Headers, length: int | None) -> None:
+        """Sends status and headers, framed by length or in chunks."""
+        response = web.StreamResponse(status=status)
+        for name, value in (*headers, *self._extra):
+            response.headers.add(name, value)
+        if length is not None:
+            response.content_length = length
+        elif self._request.version >= (1, 1) and status not in (204, 304):
+            response.enable_chunked_encoding()
+        self.response = response
+        try:
+            await response.prepare(self._request)
+        except (ConnectionError, RuntimeError) as exc:
+            raise ClientGoneError from exc
+
+    async def write(self, chunk: bytes) -> None:
+        """Sends a part of the body; waits while the client's buffer is full."""
+        assert self.response is not None, "started first"
+        try:
+            await self.response.write(chunk)
+        except ConnectionError as exc:
+            raise ClientGoneError from exc
+
+    async def end(self) -> None:
+        """Ends the body properly."""
+        assert self.response is not None, "started first"
+        try:
+            await self.response.write_eof()
+        except ConnectionError as exc:
+            raise ClientGoneError from exc
+
+    def abort(self) -> None:
+        """Breaks the connection."""
+        if self._request.transport is not None:
+            self._request.transport.abort()
+
+
+class Front:
+    """Turns aiohttp requests into ours, and lets a handler answer them."""
+
+    def __init__(
+        self,
+        handle: Handle,
+        dialect_of: Callable[[str], Dialect],
+        max_body_bytes: int,
+        is_draining: Callable[[], bool],
+    ) -> None:
+        self._handle = handle
+        self._dialect_of = dialect_of
+        self._max_body_bytes = max_body_bytes
+        self._is_draining = is_draining
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
+        """Answers one request. The handler is cancelled when the client goes away."""
+        path, _, query = request.raw_path.partition("?")
+        headers = tuple(
+            (name.decode("latin-1"), value.decode("utf-8", "surrogateescape")) for name, value in request.raw_headers
+        )
+        given = request.headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        extra: Headers = (("x-request-id", request_id),)
+        if self._is_draining():
+            extra = (*extra, ("Connection", "close"))
+        stream = AiohttpStream(request, extra)
+        message = ClientRequest(
+            method=request.method, path=path, query=query, headers=headers, body=b"", request_id=request_id
+        )
+        try:
+            body = await self._body(request)
+        except BalancerError as exc:
+            # The rest of the body is still coming: the connection cannot be used again.
+            stream = AiohttpStream(request, (("x-request-id", request_id), ("Connection", "close")))
+            await send_error(self._dialect_of(path), exc, message, stream)
+        else:
+            message = ClientRequest(
+                method=request.method, path=path, query=query, headers=headers, body=body, request_id=request_id
+            )
+            await self._handle(message, stream)
+        if stream.response is None:
+            # Nobody is there to be answered; aiohttp wants an answer all the same.
+            return web.Response(status=499)
+        return stream.response
+
+    async def _body(self, request: web.Request) -> bytes:
+        length = request.content_length
+        too_large = f"the body is longer than {self._max_body_bytes} bytes (BALANCER_MAX_BODY_BYTES)"
+        if length is not None and length > self._max_body_bytes:
+            raise BodyTooLargeError(too_large)
+        chunks, held = [], 0
+        try:
+            async for chunk in request.content.iter_any():
+                chunks.append(chunk)
+                held += len(chunk)
+                if held > self._max_body_bytes:
+                    raise BodyTooLargeError(too_large)
+        except (web.RequestPayloadError, ConnectionError) as exc:
+            raise RequestError("the request's body broke off") from exc
+        return b"".join(chunks)
+
+
+async def wait_for_requests(count: Callable[[], int], timeout_s: float) -> bool:
+    """Returns when no request is open any more, or the time is over; True if none is."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    while count() and loop.time() < deadline:
+        await asyncio.sleep(0.02)
+    return not count()

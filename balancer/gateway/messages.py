@@ -1,0 +1,94 @@
+"""Requests, answers and the two sides they travel between, free of any HTTP library."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from balancer.dialects import Headers
+from balancer.domain import Timeouts
+
+
+class ClientGoneError(Exception):
+    """The client is no longer there: an ordinary ending, nobody is left to be told."""
+
+
+class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request as it came: its target in parts, undecoded, its headers in order, its whole body."""
+
+    method: str
+    path: str
+    query: str
+    headers: Headers
+    body: bytes
+    request_id: str
+
+    def header(self, name: str) -> str:
+        """The first value of a header (its name in lower case), empty when it is absent."""
+        return next((value for key, value in self.headers if key.lower() == name), "")
+
+
+class ClientStream(Protocol):
+    """The way back to the client. Every method may raise ClientGoneError."""
+
+    @property
+    def is_started(self) -> bool:
+        """True once the answer's headers are on their way."""
+
+    async def start(self, status: int, headers: Headers, length: int | None) -> None:
+        """Sends status and headers; `length` is the body's, None when it is not known yet."""
+
+    async def write(self, chunk: bytes) -> None:
+        """Sends a part of the body, waiting while the client is slow."""
+
+    async def end(self) -> None:
+        """Ends the body properly."""
+
+    def abort(self) -> None:
+        """Breaks the connection, so that nobody takes what was sent for the whole."""
+
+
+class UpstreamRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What is sent upstream, and how long its parts may take. `proxy_url` is empty for a direct connection."""
+
+    provider: str
+    method: str
+    url: str
+    headers: Headers
+    body: bytes
+    proxy_url: str
+    timeouts: Timeouts
+    timeout_s: float
+
+
+class UpstreamResponse(Protocol):
+    """An answer whose headers have come."""
+
+    @property
+    def status(self) -> int:
+        """Its status."""
+
+    @property
+    def headers(self) -> Headers:
+        """Its headers in order."""
+
+    @property
+    def length(self) -> int | None:
+        """Its body's length if it says so."""
+
+    async def read(self) -> bytes:
+        """The next bytes as they came, b"" at the end. Raises UpstreamError when it breaks off or takes too long."""
+
+    async def close(self) -> None:
+        """Gives the connection back if the answer was read to its end, else ends it."""
+
+
+class Upstream(Protocol):
+    """Sends requests to upstreams."""
+
+    async def send(self, request: UpstreamRequest) -> UpstreamResponse:
+        """The answer, as soon as its headers are there. Raises UpstreamError."""
+
+    async def close(self) -> None:
+        """Closes all connections."""

@@ -1,0 +1,136 @@
+"""The upstream client, on aiohttp: keep-alive, proxies, and a limit on each part of an answer.
+
+A pooled connection that the upstream has closed fails without a second try: the request may have been processed. So
+idle connections are kept for a short time only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from urllib.parse import urlsplit
+
+import aiohttp
+import yarl
+from aiohttp_socks import ProxyConnector, ProxyError
+
+from balancer.dialects import Headers
+from balancer.errors import UpstreamError, UpstreamTimeoutError
+from balancer.gateway.messages import UpstreamRequest
+
+_KEEPALIVE_S = 15.0
+_READ_BYTES = 2**16
+_AUTO_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
+
+
+class AiohttpResponse:
+    """An answer from aiohttp, its body undecoded."""
+
+    def __init__(self, request: UpstreamRequest, response: aiohttp.ClientResponse, deadline: float) -> None:
+        self._request = request
+        self._response = response
+        self._deadline = deadline
+        self._has_begun = False
+
+    @property
+    def status(self) -> int:
+        """Its status."""
+        return self._response.status
+
+    @property
+    def headers(self) -> Headers:
+        """Its headers in order."""
+        return tuple(
+            (name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
+            for name, value in self._response.raw_headers
+        )
+
+    @property
+    def length(self) -> int | None:
+        """Its body's length if it says so."""
+        return self._response.content_length
+
+    async def read(self) -> bytes:
+        """The next bytes as they came, b"" at the end."""
+        timeouts = self._request.timeouts
+        limit_s, name = (timeouts.idle_s, "idle_s") if self._has_begun else (timeouts.first_byte_s, "first_byte_s")
+        left_s = self._deadline - asyncio.get_running_loop().time()
+        if left_s < limit_s:
+            limit_s, name = left_s, "timeout"
+        try:
+            async with asyncio.timeout(limit_s):
+                chunk = await self._response.content.readany()
+        except TimeoutError:
+            raise UpstreamTimeoutError(f"{self._request.provider} was silent for too long ({name})") from None
+        except (aiohttp.ClientError, ConnectionError) as exc:
+            raise UpstreamError(f"{self._request.provider} broke off its answer") from exc
+        self._has_begun = True
+        return chunk
+
+    async def close(self) -> None:
+        """Gives the connection back if the answer was read to its end, else ends it."""
+        if self._response.content.at_eof():
+            self._response.release()
+        else:
+            self._response.close()
+
+
+class AiohttpUpstream:
+    """Sessions by proxy; one pool of connections for each, limited per host."""
+
+    def __init__(self, connections_per_host: int) -> None:
+        self._limit = connections_per_host
+        self._sessions: dict[str, aiohttp.ClientSession] = {}
+
+    def _session(self, proxy_url: str) -> aiohttp.ClientSession:
+        is_socks = urlsplit(proxy_url).scheme.startswith("socks")
+        key = proxy_url if is_socks else ""
+        if key not in self._sessions:
+            options = {"limit": 0, "limit_per_host": self._limit, "keepalive_timeout": _KEEPALIVE_S}
+            connector = (
+                ProxyConnector.from_url(proxy_url.replace("socks5h://", "socks5://"), rdns=True, **options)
+                if is_socks
+                else aiohttp.TCPConnector(limit=0, limit_per_host=self._limit, keepalive_timeout=_KEEPALIVE_S)
+            )
+            self._sessions[key] = aiohttp.ClientSession(
+                connector=connector,
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                skip_auto_headers=_AUTO_HEADERS,
+                read_bufsize=_READ_BYTES,
+                trust_env=False,
+            )
+        return self._sessions[key]
+
+    async def send(self, request: UpstreamRequest) -> AiohttpResponse:
+        """The answer, as soon as its headers are there. Redirects are not followed."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + request.timeout_s
+        is_http_proxy = urlsplit(request.proxy_url).scheme in ("http", "https")
+        headers_s = min(request.timeouts.headers_s, request.timeout_s)
+        connect_s = min(request.timeouts.connect_s, headers_s)
+        try:
+            async with asyncio.timeout(headers_s):
+                response = await self._session(request.proxy_url).request(
+                    request.method,
+                    yarl.URL(request.url, encoded=True),
+                    headers=request.headers,
+                    data=request.body or None,
+                    allow_redirects=False,
+                    proxy=request.proxy_url if is_http_proxy else None,
+                    timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s),
+                )
+        except (aiohttp.ConnectionTimeoutError, aiohttp.ServerTimeoutError) as exc:
+            raise UpstreamTimeoutError(f"{request.provider} could not be reached in time (connect_s)") from exc
+        except TimeoutError:
+            name = "headers_s" if headers_s < request.timeout_s else "timeout"
+            raise UpstreamTimeoutError(f"{request.provider} did not answer in time ({name})") from None
+        except (aiohttp.ClientConnectorError, aiohttp.ClientProxyConnectionError, ProxyError) as exc:
+            raise UpstreamError(f"{request.provider} cannot be reached") from exc
+        except (aiohttp.ClientError, OSError) as exc:
+            raise UpstreamError(f"{request.provider} broke off before it answered") from exc
+        return AiohttpResponse(request, response, deadline)
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        for session in self._sessions.values():
+            await session.close()
