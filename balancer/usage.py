@@ -19,7 +19,7 @@ _MOST = 2**48
 
 
 class _Body(msgspec.Struct):
-    usage: msgspec.Raw | None = None
+    usage: Any = None
 
 
 class _Message(msgspec.Struct):
@@ -105,8 +105,7 @@ class UsageTap:
         """The usage that the answer reports, if any."""
         try:
             if self._is_whole:
-                raw = _body.decode(self._held).usage
-                return read(_table.decode(raw)) if raw is not None else None
+                return read(_body.decode(self._held).usage)
             return read(_last_usage(bytes(self._held)))
         except msgspec.DecodeError:
             return None

@@ -184,7 +184,7 @@ class Link:
                     await asyncio.sleep(pause_s * random.uniform(0.5, 1))
                 pause_s = min(_LONGEST_PAUSE_S, pause_s * 2 or 0.02)
         finally:
-            await self._disconnect("closed")
+            await self._disconnect("")
 
     async def _connect(self) -> None:
         # Made here and not taken from the pool: the pool would keep it, and check it on every use.
@@ -238,7 +238,7 @@ class Link:
         if connection is not None:
             with contextlib.suppress(RedisError, OSError):
                 await connection.disconnect(nowait=True)
-        if was_up:
+        if was_up and failure:
             log.warning("lost the store", link=self._name, reason=failure)
             self._on_down()
 
