@@ -20,6 +20,7 @@ class Verdict(msgspec.Struct, kw_only=True):
     """What was checked, and what disagrees: one line for each violation, in order."""
 
     picks: int = 0
+    picks_by_rule: dict[str, int] = msgspec.field(default_factory=dict)
     settles: int = 0
     lost: int = 0
     switches: int = 0
@@ -78,6 +79,7 @@ def _pick(verdict: Verdict, event: Event) -> None:
     )
     answer = pool.select(now_ms, event["worker"], [selection], 1)[0]
     verdict.picks += 1
+    verdict.picks_by_rule[event["rule"]] = verdict.picks_by_rule.get(event["rule"], 0) + 1
     expected = [
         "pick",
         event["service"],
