@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from balancer import __version__, config
 from balancer.errors import BalancerError
 
 _FLAGS = {
-    "config": "file.yaml",
+    "config": "FILE",
     "host": "ADDRESS",
     "port": "PORT",
     "metrics_port": "PORT",
@@ -110,12 +111,11 @@ def _demo(options: argparse.Namespace) -> int:
     return demo.run(options)
 
 
-def _configuration(name: str) -> object:
+def _configuration(name: str) -> Callable[[argparse.Namespace], int]:
     def run(options: argparse.Namespace) -> int:
         from balancer.cli import configuration
 
-        command = getattr(configuration, name)
-        return int(command(options))
+        return int(getattr(configuration, name)(options))
 
     return run
 

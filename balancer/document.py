@@ -84,7 +84,7 @@ class _Loader(yaml.SafeLoader):
         """The mapping, refused when a key repeats."""
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.MarkedYAMLError(None, None, f"the key {key!r} is written twice", key_node.start_mark)
             if isinstance(key, str):
@@ -106,7 +106,7 @@ def load_file(path: Path) -> Any:
 def parse(text: str, name: str = "document") -> Any:
     """What YAML or JSON text holds; dates become strings. Raises ConfigurationError."""
     try:
-        return _plain(yaml.load(text, Loader=_Loader))
+        return _plain(yaml.load(text, Loader=_Loader))  # noqa: S506 - a SafeLoader that is stricter still
     except yaml.MarkedYAMLError as exc:
         where = f"{name}, line {exc.problem_mark.line + 1}" if exc.problem_mark else name
         raise ConfigurationError(f"{where}: {exc.problem}") from exc
@@ -144,7 +144,7 @@ def read(raw: Any, *, door: Door) -> Reading:
     return Reading(configuration=configuration, warnings=tuple(reader.warnings))
 
 
-class _Skipped(Exception):
+class _SkippedError(Exception):
     """The value at hand cannot be used; its fault is noted."""
 
 
@@ -173,7 +173,7 @@ class _Reader:
     def _table(self, raw: Any, path: str) -> dict[str, Any]:
         if not isinstance(raw, Mapping):
             self._fault(path, f"expected a mapping, not {_kind(raw)}")
-            raise _Skipped
+            raise _SkippedError
         return dict(raw)
 
     def _list(self, raw: Any, path: str) -> list[Any]:
@@ -188,7 +188,7 @@ class _Reader:
         for i, item in enumerate(self._list(raw, path)):
             try:
                 yield f"{path}[{i}]", self._table(item, f"{path}[{i}]")
-            except _Skipped:
+            except _SkippedError:
                 continue
 
     def _struct(self, kind: type[_STRUCT], table: dict[str, Any], path: str, **known: Any) -> _STRUCT:
@@ -213,7 +213,7 @@ class _Reader:
                 self._fault(_join(path, name), "missing")
                 is_whole = False
         if not is_whole:
-            raise _Skipped
+            raise _SkippedError
         return kind(**values)
 
     def _part(self, kind: type[_STRUCT], table: dict[str, Any], name: str, path: str) -> _STRUCT:
@@ -241,7 +241,7 @@ class _Reader:
             raw = {}
         try:
             table = self._table(raw, "document")
-        except _Skipped:
+        except _SkippedError:
             return Configuration()
         known = {"providers", "rules", "scenarios", "keys"}
         if self._door == "lenient" and isinstance(table.get("providers_v2"), list):
@@ -257,7 +257,7 @@ class _Reader:
             try:
                 flags = self._part(ScenarioFlags, item, "flags", path)
                 scenarios.append(self._struct(ScenarioConfig, item, path, flags=flags))
-            except _Skipped:
+            except _SkippedError:
                 continue
         for name, count in Counter(s.scenario for s in scenarios).items():
             if count > 1:
@@ -272,7 +272,7 @@ class _Reader:
         for path, table in self._items(raw, "providers"):
             try:
                 provider = self._provider(table, path)
-            except _Skipped:
+            except _SkippedError:
                 continue
             for field, name in {"name": provider.name, "uuid": provider.uuid}.items():
                 if taken.setdefault(name, path) != path:
@@ -294,7 +294,7 @@ class _Reader:
             del table["api_style"]
         if table.get("api_style") == "google":
             self._fault(_join(path, "api_style"), f"google is {NOT_YET}")
-            raise _Skipped
+            raise _SkippedError
         if table.get("timeout") == 0:
             del table["timeout"]
         given_breaker = self._not_yet(bool(table.get("breaker")), _join(path, "breaker"))
@@ -362,7 +362,7 @@ class _Reader:
         for path, table in self._items(raw, "rules"):
             try:
                 rule = self._rule(table, path, providers)
-            except _Skipped:
+            except _SkippedError:
                 continue
             if places.setdefault(rule.uuid, path) != path:
                 self._fault(_join(path, "uuid"), f"{rule.uuid!r} is taken by {places[rule.uuid]}")
@@ -378,7 +378,7 @@ class _Reader:
         table["scenario"] = scenario = table.get("scenario") or "openai"
         if self._door == "lenient" and scenario not in get_args(ScenarioName):
             self.warnings.append(f"{path}.scenario: {scenario!r} is unknown; the rule is left out")
-            raise _Skipped
+            raise _SkippedError
         if not table.get("uuid") and isinstance(table.get("request_model"), str):
             table["uuid"] = f"{scenario}/{table['request_model']}"
         for name in ("retry",):
@@ -441,7 +441,7 @@ class _Reader:
             if not self._mend(
                 _join(path, "type"), f"unknown tactic {kind!r} (known: {', '.join(TACTIC_NAMES)})", "round_robin"
             ):
-                raise _Skipped
+                raise _SkippedError
             kind = TACTIC_NAMES[0]
         raw_params = table.get("params")
         params = self._table(raw_params, _join(path, "params")) if raw_params is not None else {}
@@ -449,7 +449,7 @@ class _Reader:
             tactic = tactic_from_map(kind, params)
         except msgspec.ValidationError as exc:
             self._fault(_join(path, "params"), str(exc))
-            raise _Skipped from exc
+            raise _SkippedError from exc
         known = set(tactic.__struct_fields__)
         for name in params.keys() - known:
             # tingly-box writes all thresholds for every tactic.
@@ -465,7 +465,7 @@ class _Reader:
         for place, table in self._items(raw, path):
             try:
                 service = self._service(table, place, providers)
-            except _Skipped:
+            except _SkippedError:
                 continue
             if ids.setdefault(service.id, place) != place:
                 if not self._mend(place, f"{service.id} is already {ids[service.id]}", "dropped"):
@@ -516,7 +516,7 @@ class _Reader:
                 )
                 services = self._services(table.get("services"), _join(place, "services"), providers)
                 route = self._struct(SmartRoute, table, place, ops=ops, services=services)
-            except _Skipped:
+            except _SkippedError:
                 continue
             if route.uuid:
                 self._name(route.uuid, _join(place, "uuid"), "{}|")
@@ -596,7 +596,7 @@ _SECRET_PATHS = ("token", "oauth_detail.access_token", "oauth_detail.refresh_tok
 
 
 def diff(old: Configuration, new: Configuration) -> list[str]:
-    """What differs, a line each: `+ rule x`, `- provider y`, `~ rule z: field old -> new`; credentials are not shown."""
+    """What differs, a line each: `+ rule x`, `- provider y`, `~ rule z: field old -> new`, without credentials."""
     before, after = write(old), write(new)
     lines = []
     for kind, key in (("provider", "uuid"), ("rule", "uuid"), ("scenario", "scenario")):

@@ -87,9 +87,8 @@ def run(options: argparse.Namespace) -> int:
     """Runs the demo; 0 only if everything agrees."""
     if options.requests < 400 or options.workers < 2 or options.concurrency < 8:
         raise ConfigurationError("the demo needs at least 400 requests, 2 workers and 8 requests at once")
-    with tempfile.TemporaryDirectory(prefix="balancer-demo-") as folder:
-        with contextlib.suppress(KeyboardInterrupt):
-            return asyncio.run(_Demo(options, Path(folder)).run())
+    with tempfile.TemporaryDirectory(prefix="balancer-demo-") as folder, contextlib.suppress(KeyboardInterrupt):
+        return asyncio.run(_Demo(options, Path(folder)).run())
     return 130
 
 
@@ -194,7 +193,7 @@ class _Demo:
     async def _load(self, client: Any) -> None:
         """Sends the requests, kills a worker half-way, and shows what happens."""
         numbers = iter(range(self._options.requests))
-        half = self._options.requests // 2
+        half = asyncio.Event()
         timeout = aiohttp.ClientTimeout(total=_REQUEST_S)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
@@ -203,10 +202,11 @@ class _Demo:
             async def send_some() -> None:
                 for number in numbers:
                     self._answers.append(await self._send(session, number))
+                    if len(self._answers) >= self._options.requests // 2:
+                        half.set()
 
             async def kill_one() -> None:
-                while len(self._answers) < half:
-                    await asyncio.sleep(0.005)
+                await half.wait()
                 os.kill(pids[0], signal.SIGKILL)
                 self._notes.append(f"worker process {pids[0]} killed with -9 after {len(self._answers)} requests")
 
@@ -441,13 +441,14 @@ async def _serving_url(process: asyncio.subprocess.Process, log: Path) -> str:
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _START_S
     while loop.time() < deadline and process.returncode is None:
-        for line in log.read_bytes().splitlines():
+        for line in (await asyncio.to_thread(log.read_bytes)).splitlines():
             with contextlib.suppress(msgspec.DecodeError):
                 entry = msgspec.json.decode(line)
                 if entry.get("event") == "serving":
                     return str(entry["url"])
         await asyncio.sleep(0.05)
-    raise BalancerError(f"the gateway did not start:\n{log.read_text(encoding='utf-8', errors='replace')[-2000:]}")
+    end = (await asyncio.to_thread(log.read_bytes))[-2000:].decode("utf-8", "replace")
+    raise BalancerError(f"the gateway did not start:\n{end}")
 
 
 async def _ledgers(accounts: list[str]) -> Ledger:

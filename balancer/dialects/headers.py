@@ -11,17 +11,55 @@ from balancer.dialects import Headers
 from balancer.encoding import restrict_accept_encoding
 
 HOP_BY_HOP = frozenset(
-    "connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer transfer-encoding "
-    "upgrade".split()
+    [
+        "connection",
+        "keep-alive",
+        "proxy-connection",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    ]
 )
 _FROM_CLIENT = frozenset(
-    "host content-length expect accept-encoding x-request-id authorization x-api-key api-key x-goog-api-key cookie "
-    "openai-organization openai-project forwarded x-forwarded-for x-forwarded-host x-forwarded-proto x-forwarded-port "
-    "x-real-ip via".split()
+    [
+        "host",
+        "content-length",
+        "expect",
+        "accept-encoding",
+        "x-request-id",
+        "authorization",
+        "x-api-key",
+        "api-key",
+        "x-goog-api-key",
+        "cookie",
+        "openai-organization",
+        "openai-project",
+        "forwarded",
+        "x-forwarded-for",
+        "x-forwarded-host",
+        "x-forwarded-proto",
+        "x-forwarded-port",
+        "x-real-ip",
+        "via",
+    ]
 )
 _FROM_UPSTREAM = frozenset(
-    "content-length date server via alt-svc strict-transport-security set-cookie www-authenticate "
-    "openai-organization openai-project anthropic-organization-id".split()
+    [
+        "content-length",
+        "date",
+        "server",
+        "via",
+        "alt-svc",
+        "strict-transport-security",
+        "set-cookie",
+        "www-authenticate",
+        "openai-organization",
+        "openai-project",
+        "anthropic-organization-id",
+    ]
 )
 _OURS = "x-balancer-"
 

@@ -15,7 +15,7 @@ from balancer.config import Settings
 from balancer.domain import Provider
 from balancer.errors import StoreUnavailableError
 from balancer.gateway.attempts import Forwarder
-from balancer.gateway.front import AiohttpStream, Front, wait_for_requests
+from balancer.gateway.front import AiohttpStream, Front
 from balancer.gateway.handlers import Handlers
 from balancer.gateway.messages import ClientRequest
 from balancer.gateway.upstream import AiohttpUpstream
@@ -60,6 +60,8 @@ class Gateway:
         self._ticker: asyncio.Task[None] | None = None
         self._is_draining = False
         self._open_requests = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     def _events(self) -> BalanceEvents:
         metrics = self.metrics
@@ -98,7 +100,9 @@ class Gateway:
         for runner in self._runners:
             for site in list(runner.sites):
                 await site.stop()
-        if not await wait_for_requests(lambda: self._open_requests, self._settings.drain_timeout_s):
+        try:
+            await asyncio.wait_for(self._idle.wait(), self._settings.drain_timeout_s)
+        except TimeoutError:
             log.warning("open requests are broken off", requests=self._open_requests)
         for runner in self._runners:
             await runner.cleanup()
@@ -139,10 +143,13 @@ class Gateway:
 
     async def _counted(self, request: ClientRequest, stream: AiohttpStream) -> None:
         self._open_requests += 1
+        self._idle.clear()
         try:
             await self._handlers.handle(request, stream)
         finally:
             self._open_requests -= 1
+            if not self._open_requests:
+                self._idle.set()
 
     async def _healthz(self, request: web.Request) -> web.Response:
         return _json(200, {"status": "alive"})

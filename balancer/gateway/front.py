@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import secrets
 from collections.abc import Awaitable, Callable
@@ -130,12 +129,3 @@ class Front:
         except (web.RequestPayloadError, ConnectionError) as exc:
             raise RequestError("the request's body broke off") from exc
         return b"".join(chunks)
-
-
-async def wait_for_requests(count: Callable[[], int], timeout_s: float) -> bool:
-    """Returns when no request is open any more, or the time is over; True if none is."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout_s
-    while count() and loop.time() < deadline:
-        await asyncio.sleep(0.02)
-    return not count()

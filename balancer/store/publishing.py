@@ -16,7 +16,7 @@ _TRIES = 5
 
 
 class Publication(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of a file. `revision` is the one that stands now; `earlier` the one this file was, if it was ignored."""
+    """What came of a file. `revision` stands now; `earlier` is the one that this file was, if it was ignored."""
 
     result: Literal["published", "unchanged", "ignored"]
     revision: int
