@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from typing import Protocol
 
 import zstandard
 
+_REFUSED = re.compile(r"\s*q\s*=\s*0(?:\.0{0,3})?\s*", re.IGNORECASE)
 SUPPORTED = ("gzip", "x-gzip", "deflate", "zstd", "identity")
 
 
@@ -30,6 +32,24 @@ class _Deflate:
         return self._stream.decompress(data) if self._stream else b""
 
 
+class _Gzip:
+    """One gzip member after the other; what follows the last and begins no other is ignored, as gzip(1) does."""
+
+    def __init__(self) -> None:
+        self._member = zlib.decompressobj(16 + zlib.MAX_WBITS)
+
+    def decompress(self, data: bytes, /) -> bytes:
+        parts = []
+        while data:
+            if self._member.eof:
+                if data[:1] != b"\x1f":
+                    break
+                self._member = zlib.decompressobj(16 + zlib.MAX_WBITS)
+            parts.append(self._member.decompress(data))
+            data = self._member.unused_data
+        return b"".join(parts)
+
+
 class Decoder:
     """Decodes a body chunk by chunk. Raises DecodeError."""
 
@@ -39,7 +59,7 @@ class Decoder:
             case "" | "identity":
                 self._stream = None
             case "gzip" | "x-gzip":
-                self._stream = zlib.decompressobj(16 + zlib.MAX_WBITS)
+                self._stream = _Gzip()
             case "deflate":
                 self._stream = _Deflate()
             case "zstd":
@@ -58,10 +78,10 @@ class Decoder:
 
 
 def restrict_accept_encoding(value: str | None) -> str:
-    """Of the client's Accept-Encoding what we can decode too; identity when nothing is left."""
+    """Of the client's Accept-Encoding what we can decode too, with its weights; identity when nothing is left."""
     kept = []
     for part in (value or "").split(","):
-        name, _, parameters = part.strip().partition(";")
-        if name.strip().lower() in SUPPORTED and parameters.replace(" ", "") not in ("q=0", "q=0.0"):
+        name, _, parameters = part.partition(";")
+        if name.strip().lower() in SUPPORTED and not _REFUSED.fullmatch(parameters):
             kept.append(part.strip())
     return ", ".join(kept) or "identity"

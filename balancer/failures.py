@@ -16,9 +16,9 @@ def outcome_of_status(status: int) -> Outcome:
             return Outcome.OVERLOADED
         case 408:
             return Outcome.FAILED
-        case _ if status >= 500:
-            return Outcome.FAILED
-        case _ if status >= 400:
+        case _ if 400 <= status < 500:
             return Outcome.REJECTED
-        case _:
+        case _ if 200 <= status < 300:
             return Outcome.SUCCESS
+        case _:
+            return Outcome.FAILED  # A redirect too: none is followed, and no API answers with one.

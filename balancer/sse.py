@@ -6,7 +6,8 @@ import re
 
 import msgspec
 
-_EVENT_END = re.compile(rb"(?:\r\n|\n|\r)(?:\r\n|\n|\r)")
+# Atomic, or else the two halves of one CRLF would count as two line ends.
+_EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _BOM = b"\xef\xbb\xbf"
 DEFAULT_LIMIT_BYTES = 8 * 1024 * 1024
@@ -23,7 +24,8 @@ class Event(msgspec.Struct, frozen=True):
 class Parser:
     """Feeds on chunks cut anywhere. The raw bytes of all events and the tail are the bytes that were fed.
 
-    An unfinished event beyond the limit is given up: from then on `is_overflowed` is true and nothing is parsed.
+    An unfinished event beyond the limit is given up: from then on `is_overflowed` is true, nothing is parsed or held,
+    and what is fed comes back as events that have raw bytes only.
     """
 
     def __init__(self, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
@@ -40,9 +42,9 @@ class Parser:
 
     def feed(self, chunk: bytes) -> list[Event]:
         """The events that this chunk finishes."""
-        self._buffer += chunk
         if self.is_overflowed:
-            return []
+            return [_unparsed(chunk)] if chunk else []
+        self._buffer += chunk
         events = []
         start = 0
         while True:
@@ -55,7 +57,9 @@ class Parser:
             start = match.end()
         del self._buffer[:start]
         self._searched = len(self._buffer)
-        self.is_overflowed = len(self._buffer) > self._limit
+        if len(self._buffer) > self._limit:
+            self.is_overflowed = True
+            events.append(_unparsed(self.take_tail()))
         return events
 
     def take_tail(self) -> bytes:
@@ -80,3 +84,7 @@ class Parser:
             elif field == b"event":
                 name = value
         return Event(raw, name.decode("utf-8", "replace"), b"\n".join(data))
+
+
+def _unparsed(raw: bytes) -> Event:
+    return Event(raw, "", b"")

@@ -5,7 +5,9 @@ Nothing here raises: a malformed body or event, and odd numbers (null, negative,
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import re
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -13,36 +15,61 @@ from balancer.domain import Usage
 from balancer.encoding import DecodeError, Decoder
 from balancer.sse import Event
 
+T = TypeVar("T")
+
 WHOLE_LIMIT_BYTES = 4 * 1024 * 1024
 TAIL_BYTES = 64 * 1024
 _MOST = 2**48
+
+
+_NULL = msgspec.Raw(b"null")
+_COUNTS = (
+    "prompt_tokens",
+    "completion_tokens",
+    "input_tokens",
+    "output_tokens",
+    "cache_read_input_tokens",
+    "cache_creation_input_tokens",
+)
+_DETAILS = (
+    "prompt_tokens_details",
+    "completion_tokens_details",
+    "input_tokens_details",
+    "output_tokens_details",
+)
+_USAGE_KEY = re.compile(r'"usage"\s*+:\s*+(?=\{)')
+_MAY_MATTER = re.compile(rb'"(?:usage|message_stop|error|response\.(?:completed|incomplete|failed))"')
 
 
 class _Body(msgspec.Struct):
     usage: Any = None
 
 
-class _Message(msgspec.Struct):
-    usage: dict[str, Any] | None = None
-
-
 class _Chunk(msgspec.Struct):
-    """The fields of an event that matter, in any dialect."""
+    """The fields of an event that matter, in any dialect. Raw: a `message` is text in some, an object in others."""
 
     type: Any = ""
-    usage: dict[str, Any] | None = None
-    message: _Message | None = None
-    response: _Message | None = None
-    error: Any = None
+    usage: msgspec.Raw = _NULL
+    message: msgspec.Raw = _NULL
+    response: msgspec.Raw = _NULL
+    error: msgspec.Raw = _NULL
 
 
 _body = msgspec.json.Decoder(_Body)
 _chunk = msgspec.json.Decoder(_Chunk)
-_table = msgspec.json.Decoder(dict[str, Any])
+_any = msgspec.json.Decoder()
 
 
-def read(table: dict[str, Any] | None) -> Usage | None:
-    """The usage in a vendor's table, None when it has neither input nor output.
+def _decoded(decoder: msgspec.json.Decoder[T], data: bytes | bytearray | msgspec.Raw) -> T | None:
+    """What the bytes hold, None when they are malformed, of another shape, or nested beyond reason."""
+    try:
+        return decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def read(table: object) -> Usage | None:
+    """The usage in a vendor's table, None when it is none or has neither input nor output.
 
     OpenAI chat, completions, embeddings: prompt_tokens, completion_tokens. Responses and Anthropic: input_tokens,
     output_tokens. Details: cached_tokens, reasoning_tokens; Anthropic's cache_read_ and cache_creation_input_tokens.
@@ -65,11 +92,11 @@ def read(table: dict[str, Any] | None) -> Usage | None:
 
 
 def _first(table: dict[str, Any], *names: str) -> int | None:
-    for name in names:
-        value = table.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST:
-            return value
-    return None
+    return next((table[name] for name in names if _is_count(table.get(name))), None)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
 
 
 def _details(table: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -103,27 +130,23 @@ class UsageTap:
 
     def finish(self) -> Usage | None:
         """The usage that the answer reports, if any."""
-        try:
-            if self._is_whole:
-                return read(_body.decode(self._held).usage)
-            return read(_last_usage(bytes(self._held)))
-        except msgspec.DecodeError:
-            return None
+        if self._is_whole:
+            body = _decoded(_body, self._held)
+            return read(body.usage) if body else None
+        return read(_last_usage(self._held[-TAIL_BYTES:].decode("utf-8", "replace")))
 
 
-def _last_usage(tail: bytes) -> dict[str, Any] | None:
-    """The object after the last `"usage":` of a long body's end: braces are balanced, for usage holds no strings."""
-    start = tail.find(b"{", tail.rfind(b'"usage"'))
-    depth = 0
-    for at in range(start, len(tail)) if start >= 0 and b'"usage"' in tail else ():
-        depth += {0x7B: 1, 0x7D: -1}.get(tail[at], 0)
-        if depth == 0:
-            return _table.decode(tail[start : at + 1])
-    return None
+def _last_usage(tail: str) -> object:
+    """The object after the last `"usage":` of a long body's end, None without one."""
+    starts = [key.end() for key in _USAGE_KEY.finditer(tail)]
+    try:
+        return json.JSONDecoder().raw_decode(tail, starts[-1])[0] if starts else None
+    except (ValueError, RecursionError):
+        return None
 
 
 class StreamUsage:
-    """Listens to the events of a stream, any dialect.
+    """Listens to the events of a stream, any dialect; `usage` is the last reported so far.
 
     `is_complete` once its last event was seen ([DONE], message_stop, response.completed and its like, an error);
     `has_content` once the first content token was.
@@ -131,49 +154,61 @@ class StreamUsage:
 
     def __init__(self) -> None:
         self._table: dict[str, Any] = {}
+        self.usage: Usage | None = None
         self.is_complete = False
         self.is_error = False
         self.has_content = False
 
-    @property
-    def usage(self) -> Usage | None:
-        """The last usage reported so far."""
-        return read(self._table)
-
     def see(self, event: Event) -> None:
         """Hears one event. Only events that may matter are decoded."""
         data = event.data
-        if data == b"[DONE]":
+        if data.strip() == b"[DONE]":
             self.is_complete = True
             return
+        if event.name == "error":
+            self.is_complete = self.is_error = True
         if not self.has_content and (b'"delta"' in data or b'"text"' in data):
             self.has_content = _has_content(data)
-        may_matter = b'"usage"' in data or b'"message_stop"' in data or b'"error"' in data or b'"response.' in data
-        if not may_matter:
+        chunk = _decoded(_chunk, data) if _MAY_MATTER.search(data) else None
+        if chunk is None:
             return
-        try:
-            chunk = _chunk.decode(data)
-        except msgspec.DecodeError:
-            return
-        for table in (chunk.usage, chunk.message and chunk.message.usage, chunk.response and chunk.response.usage):
-            # Anthropic's message_delta is cumulative: what it says replaces, what it leaves out stays.
-            if table:
-                self._table |= {name: value for name, value in table.items() if value is not None}
+        self._add(_decoded(_any, chunk.usage))
+        for holder in (chunk.message, chunk.response):
+            if holder is not _NULL and (body := _decoded(_body, holder)):
+                self._add(body.usage)
         match chunk.type:
             case "message_stop" | "response.completed" | "response.incomplete":
                 self.is_complete = True
             case "error" | "response.failed":
                 self.is_complete = self.is_error = True
-            case _ if chunk.error is not None:
+            case _ if bytes(chunk.error) != b"null":
                 self.is_complete = self.is_error = True
             case _:
                 pass
+
+    def _add(self, table: object) -> None:
+        """Takes over what a table reports; what it leaves out, or spells oddly, stays as it was.
+
+        Anthropic's message_delta is cumulative and partial; of OpenAI's the last counts.
+        """
+        if not isinstance(table, dict):
+            return
+        for name in _COUNTS:
+            if _is_count(table.get(name)):
+                self._table[name] = table[name]
+        for name in _DETAILS:
+            if isinstance(table.get(name), dict):
+                self._table[name] = table[name]
+        self.usage = read(self._table)
 
 
 class _Delta(msgspec.Struct):
     content: Any = None
     reasoning_content: Any = None
+    reasoning: Any = None
+    refusal: Any = None
     tool_calls: Any = None
+    function_call: Any = None
     text: Any = None
     thinking: Any = None
     partial_json: Any = None
@@ -194,9 +229,8 @@ _content = msgspec.json.Decoder(_Content)
 
 def _has_content(data: bytes) -> bool:
     """True when the event carries a token: text, reasoning, or a piece of a tool call."""
-    try:
-        chunk = _content.decode(data)
-    except msgspec.DecodeError:
+    chunk = _decoded(_content, data)
+    if chunk is None:
         return False
     if isinstance(chunk.delta, str):
         return bool(chunk.delta)

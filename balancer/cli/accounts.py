@@ -134,11 +134,10 @@ class FakeAccount:
     @contextlib.asynccontextmanager
     async def _stream(
         self, request: web.Request, model: str, request_id: str
-    ) -> AsyncIterator[Callable[[bytes], Awaitable[None]]]:
+    ) -> AsyncIterator[tuple[Callable[[bytes], Awaitable[None]], web.StreamResponse]]:
         """Sends events; a caller that leaves is noted as a cut."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         await response.prepare(request)
-        request["response"] = response
 
         async def send(event: bytes) -> None:
             if self.chunk_interval_s:
@@ -146,7 +145,7 @@ class FakeAccount:
             await response.write(event)
 
         try:
-            yield send
+            yield send, response
             await response.write_eof()
         except (ConnectionError, asyncio.CancelledError):
             for book, key in ((self.ledger.models, model), (self.ledger.requests, request_id)):
@@ -176,7 +175,7 @@ class FakeAccount:
             choice = {"index": 0, "delta": delta, "finish_reason": finish}
             return _event({**base, "object": "chat.completion.chunk", "choices": [choice], **extra})
 
-        async with self._stream(request, model, request_id) as send:
+        async with self._stream(request, model, request_id) as (send, response):
             await send(chunk({"role": "assistant", "content": ""}))
             if call:
                 function: Json = {"name": call, "arguments": ""}
@@ -193,7 +192,7 @@ class FakeAccount:
                 self._report(model, request_id, input_tokens, output_tokens)
                 await send(_event({**base, "object": "chat.completion.chunk", "choices": [], "usage": usage}))
             await send(b"data: [DONE]\n\n")
-        return _sent(request)
+        return response
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         _, model, request_id, input_tokens, output_tokens = await self._begin(request)
@@ -228,7 +227,7 @@ class FakeAccount:
         if not body.get("stream"):
             self._report(model, request_id, input_tokens, output_tokens)
             return _json({**answer, "usage": usage})
-        async with self._stream(request, model, request_id) as send:
+        async with self._stream(request, model, request_id) as (send, response):
             number = 0
             started = {**answer, "status": "in_progress", "output": [], "usage": None}
             await send(_event({"type": "response.created", "response": started, "sequence_number": number}, True))
@@ -240,7 +239,7 @@ class FakeAccount:
             self._report(model, request_id, input_tokens, output_tokens)
             done = {"type": "response.completed", "response": {**answer, "usage": usage}}
             await send(_event({**done, "sequence_number": number + 1}, True))
-        return _sent(request)
+        return response
 
     async def _embeddings(self, request: web.Request) -> web.StreamResponse:
         _, model, request_id, input_tokens, _ = await self._begin(request)
@@ -278,7 +277,7 @@ class FakeAccount:
         if not body.get("stream"):
             self._report(model, request_id, input_tokens, output_tokens)
             return _json({**base, "content": content, "stop_reason": reason, "usage": usage})
-        async with self._stream(request, model, request_id) as send:
+        async with self._stream(request, model, request_id) as (send, response):
             message = {**base, "content": [], "stop_reason": None, "usage": {**usage, "output_tokens": 1}}
             self._report(model, request_id, input_tokens, 1)
             await send(_event({"type": "message_start", "message": message}, True))
@@ -297,7 +296,7 @@ class FakeAccount:
             end = {"stop_reason": reason, "stop_sequence": None}
             await send(_event({"type": "message_delta", "delta": end, "usage": {"output_tokens": output_tokens}}, True))
             await send(_event({"type": "message_stop"}, True))
-        return _sent(request)
+        return response
 
     async def _count_tokens(self, request: web.Request) -> web.StreamResponse:
         return _json({"input_tokens": max(1, len(await request.read()) // 4)})
@@ -310,11 +309,6 @@ def _json(value: object, status: int = 200) -> web.Response:
 def _event(value: Json, named: bool = False) -> bytes:
     name = b"event: %b\n" % str(value["type"]).encode() if named else b""
     return b"%bdata: %b\n\n" % (name, msgspec.json.encode(value))
-
-
-def _sent(request: web.Request) -> web.StreamResponse:
-    response: web.StreamResponse = request["response"]
-    return response
 
 
 def _openai_usage(input_tokens: int, output_tokens: int) -> Json:

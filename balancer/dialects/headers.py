@@ -38,10 +38,6 @@ _FROM_CLIENT = frozenset(
         "openai-organization",
         "openai-project",
         "forwarded",
-        "x-forwarded-for",
-        "x-forwarded-host",
-        "x-forwarded-proto",
-        "x-forwarded-port",
         "x-real-ip",
         "via",
     ]
@@ -62,22 +58,25 @@ _FROM_UPSTREAM = frozenset(
     ]
 )
 _OURS = "x-balancer-"
+_FORWARDED = "x-forwarded-"
 
 
 def request_headers(
     client: Headers, ours: Mapping[str, str], *, identity_only: bool = False, request_id: str = ""
 ) -> Headers:
-    """What goes upstream: the client's headers that may pass, then ours, which win.
+    """What goes upstream: the client's headers that may pass, then ours, which win; of equal names the last.
 
     Content-Length is left to whoever frames the body. Of Accept-Encoding only codings that we can decode pass.
     """
-    replaced = {name.lower() for name in ours}
-    dropped = HOP_BY_HOP | _FROM_CLIENT | replaced | _listed(client)
-    kept = [(n, v) for n, v in client if n.lower() not in dropped and not n.lower().startswith(_OURS)]
-    asked = next((value for name, value in client if name.lower() == "accept-encoding"), None)
-    accepted = "identity" if identity_only else restrict_accept_encoding(asked)
-    identified = (("x-request-id", request_id),) if request_id and "x-request-id" not in replaced else ()
-    return (*kept, ("Accept-Encoding", accepted), *identified, *ours.items())
+    asked = ",".join(value for name, value in client if name.lower() == "accept-encoding")
+    added = {"accept-encoding": ("Accept-Encoding", "identity" if identity_only else restrict_accept_encoding(asked))}
+    if request_id:
+        added["x-request-id"] = ("x-request-id", request_id)
+    # By lower-case name: a provider's own `authorization` replaces our `Authorization`, and does not stand beside it.
+    added |= {name.lower(): (name, value) for name, value in ours.items()}
+    dropped = HOP_BY_HOP | _FROM_CLIENT | added.keys() | _listed(client)
+    kept = [(n, v) for n, v in client if n.lower() not in dropped and not n.lower().startswith((_OURS, _FORWARDED))]
+    return (*kept, *added.values())
 
 
 def response_headers(upstream: Headers) -> Headers:

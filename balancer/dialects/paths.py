@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Literal, get_args
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 import msgspec
 
@@ -38,7 +38,8 @@ def route(method: str, path: str, *, speaks_anthropic: bool) -> Route | None:
     match = _PREFIX.match(path)
     named = msgspec.convert(match[1], ScenarioName) if match else None
     rest = match[2] if match else path
-    if not rest.startswith("/v1/"):
+    # With `..` a client could walk, under our credential, to whatever else the account offers.
+    if not rest.startswith("/v1/") or _has_dot_segment(rest):
         return None
     is_messages = rest in ("/v1/messages", "/v1/messages/count_tokens")
     if method == "GET" and (rest == "/v1/models" or rest.startswith("/v1/models/")):
@@ -53,6 +54,13 @@ def route(method: str, path: str, *, speaks_anthropic: bool) -> Route | None:
         return None
     kind: Kind = "count_tokens" if rest.endswith("/count_tokens") else "generation"
     return Route(scenario=scenario, dialect=dialect, path=rest, kind=kind)
+
+
+def _has_dot_segment(path: str) -> bool:
+    """True when `.` or `..` stands between slashes of either kind, however they are percent-encoded."""
+    while (plain := unquote(path)) != path:
+        path = plain
+    return any(part in (".", "..") for part in re.split(r"[/\\]", path))
 
 
 def upstream_url(provider: Provider, path: str, model: str, query: str) -> str:

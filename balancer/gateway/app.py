@@ -133,7 +133,7 @@ class Gateway:
         app.router.add_get("/readyz", self._readyz)
         if with_metrics:
             app.router.add_get("/metrics", self._metrics)
-        app.router.add_route("*", "/{path:.*}", front)
+        app.router.add_route("*", "/{path:.*}", front.answer)
         return app
 
     def _metrics_plane(self) -> web.Application:

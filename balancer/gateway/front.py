@@ -83,7 +83,7 @@ class Front:
         self._max_body_bytes = max_body_bytes
         self._is_draining = is_draining
 
-    async def __call__(self, request: web.Request) -> web.StreamResponse:
+    async def answer(self, request: web.Request) -> web.StreamResponse:
         """Answers one request. The handler is cancelled when the client goes away."""
         path, _, query = request.raw_path.partition("?")
         headers = tuple(

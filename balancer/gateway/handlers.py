@@ -17,6 +17,7 @@ from balancer.dialects.paths import Route, route
 from balancer.domain import Outcome, Provider, Rule
 from balancer.errors import (
     BalancerError,
+    ConfigurationError,
     ContentTypeError,
     NoServiceError,
     NotSupportedError,
@@ -88,6 +89,11 @@ class Handlers:
                 outcome = Outcome.SUCCESS
             else:
                 outcome = await self._forwarder.forward(request, wanted, rule, peek, stream)
+        except ConfigurationError as exc:
+            outcome = Outcome.FAILED
+            log.error("a request needs what the configuration does not give", reason=str(exc))
+            told = BalancerError("the gateway's configuration is incomplete; its log says what is missing")
+            await send_error(dialect, told, request, stream)
         except BalancerError as exc:
             outcome = Outcome.REJECTED if exc.status < 500 else Outcome.FAILED
             await send_error(dialect, exc, request, stream)

@@ -7,6 +7,7 @@ idle connections are kept for a short time only.
 from __future__ import annotations
 
 import asyncio
+import io
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -19,6 +20,8 @@ from balancer.gateway.messages import UpstreamRequest
 
 _KEEPALIVE_S = 15.0
 _READ_BYTES = 2**16
+_LARGE_BYTES = 2**20
+"""A body beyond this is handed to the socket in parts, so that one large prompt does not hold up the loop."""
 _AUTO_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
 
 
@@ -114,7 +117,7 @@ class AiohttpUpstream:
                     request.method,
                     yarl.URL(request.url, encoded=True),
                     headers=request.headers,
-                    data=request.body or None,
+                    data=io.BytesIO(request.body) if len(request.body) > _LARGE_BYTES else request.body or None,
                     allow_redirects=False,
                     proxy=request.proxy_url if is_http_proxy else None,
                     timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s),

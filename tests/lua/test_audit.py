@@ -35,7 +35,11 @@ MUTANTS = {
     "a settle that drops its tokens": ("settle.lua", "entry.input + entry.output, now", "0, now"),
     "a reservation never released": ("include/ledger.lua", "service.reserved - reserved", "service.reserved"),
     "a window never reset": ("include/window.lua", ">= window.length * 1000", ">= window.length * 1e15"),
-    "a retry that moves the cursor": ("select.lua", "if selection.is_retry then", "if selection.is_retry and false then"),
+    "a retry that moves the cursor": (
+        "select.lua",
+        "if selection.is_retry then",
+        "if selection.is_retry and false then",
+    ),
 }
 
 

@@ -31,7 +31,9 @@ def url(any_server: str) -> Iterator[str]:
     with redis.Redis.from_url(any_server) as client:
         client.flushall()
         yield any_server
-        immortal = [k for k in client.scan_iter("*") if client.pttl(k) < 0 and not k.startswith(b"balancer:{registry}:")]
+        immortal = [
+            k for k in client.scan_iter("*") if client.pttl(k) < 0 and not k.startswith(b"balancer:{registry}:")
+        ]
         assert not immortal, f"keys without an expiry: {immortal}"
 
 

@@ -1,0 +1,309 @@
+"""Reading and editing JSON bodies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from balancer.bodies import Peek, ask_for_usage, estimate_tokens, peek, replace_model, replace_string, values_at
+from balancer.errors import RequestError
+
+KEYS = st.sampled_from(["model", "message", "response", "x", 'a"b', "mo\\del", "stream_options", "include_usage", "é"])
+TEXTS = st.sampled_from(['"model":"old"', "\\", '\\"', "{[", "}],:", "old", "", "\n\t", "日本", '{"model":"x"}'])
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | TEXTS | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=5),
+    max_leaves=20,
+)
+OBJECTS = st.dictionaries(KEYS, VALUES, max_size=6)
+
+
+@st.composite
+def bodies(draw: st.DrawFn, objects: st.SearchStrategy[dict[str, Any]] = OBJECTS) -> bytes:
+    """An object, spelt one of the ways that a client may spell it."""
+    text = json.dumps(draw(objects), ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([None, 0, 2])))
+    if draw(st.booleans()):
+        text = text.replace('"model":', '"mod\\u0065l" \t:')
+    return draw(st.sampled_from([b"", b" \n"])) + text.encode() + draw(st.sampled_from([b"", b"\r\n"]))
+
+
+def with_model(objects: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    """The same with a model, at any place."""
+    return st.tuples(objects, st.booleans()).map(
+        lambda pair: pair[0] | {"model": "old"} if pair[1] else {"model": "old"} | pair[0] | {"model": "old"}
+    )
+
+
+# -- peek --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_fields_of_a_request_are_read() -> None:
+    body = (
+        b'{"messages":[{"model":3}],"model":"m","stream":true,"stream_options":{"include_usage":true},"max_tokens":9}'
+    )
+
+    request = peek(body)
+
+    assert (request.model, request.stream, request.asks_for_usage, request.most_output) == ("m", True, True, 9)
+
+
+def test_what_a_client_leaves_out_or_nulls_is_absent() -> None:
+    """`"stream": null` is OpenAI's own default, and was once refused."""
+    request = peek(b'{"model":"m","stream":null,"stream_options":null,"max_tokens":null}')
+
+    assert (bool(request.stream), request.asks_for_usage, request.most_output) == (False, False, 0)
+
+
+@pytest.mark.parametrize("odd", [-5, True, "9", 1.5])
+def test_an_odd_most_output_is_none(odd: object) -> None:
+    assert Peek(model="m", max_tokens=odd).most_output == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "words", "param"),
+    [
+        (b"", "no valid JSON", None),
+        (b"{", "no valid JSON", None),
+        (b'{"model":"secret",}', "no valid JSON", None),
+        (b'{"model":"secret"} secret', "no valid JSON", None),
+        (b'{"model":7,"x":secret}', "no valid JSON", None),
+        (b'["secret"]', "must be a JSON object", None),
+        (b'"secret"', "must be a JSON object", None),
+        (b"null", "must be a JSON object", None),
+        (b'{"modell":"secret"}', "`model` is missing", "model"),
+        (b'{"x":{"model":"secret"}}', "`model` is missing", "model"),
+        (b'{"model":null,"x":"secret"}', "`model` must be a string", "model"),
+        (b'{"model":["secret"]}', "`model` must be a string", "model"),
+        (b'{"model":"","x":"secret"}', "`model` must not be empty", "model"),
+        (b'{"model":"secret","stream":"secret"}', "`stream` must be", "stream"),
+        (b'{"model":"secret","stream_options":"secret"}', "`stream_options` must be", "stream_options"),
+        (b'{"model":"secret","max_tokens":1e999}', "out of range", None),
+        (b'{"model":"secret","stream":1e999}', "out of range", None),
+        (b'{"model":"secret\xff"}', "no valid UTF-8", None),
+        (b'{"model":"secret","messages":"\xff"}', "no valid UTF-8", None),
+        (b'{"model":"secret","messages":"\xc3', "no valid UTF-8", None),
+        (b'{"model":"secret","x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply", None),
+        (b'{"model":7,"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply", None),
+    ],
+)
+def test_a_bad_body_is_refused_with_its_reason_and_none_of_its_content(
+    body: bytes, words: str, param: str | None
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        peek(body)
+
+    assert words in caught.value.message
+    assert "secret" not in caught.value.message
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_a_character_across_two_steps_of_the_check_is_valid() -> None:
+    start = b'{"model":"m","x":"'
+    body = start + b"x" * (2**20 - len(start) - 1) + "é".encode() + b'"}'
+
+    assert peek(body).model == "m"
+
+
+@given(st.binary(max_size=30))
+def test_any_bytes_are_read_or_refused(rest: bytes) -> None:
+    with contextlib.suppress(RequestError):
+        assert peek(b'{"model":"m",' + rest).model
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "edited"),
+    [
+        (b'{"model":"old"}', b'{"model":"new"}'),
+        (b' { "model"\t:\n"old" , "x":1}', b' { "model"\t:\n"new" , "x":1}'),
+        (b'{"x":{"model":"old"},"model":"old"}', b'{"x":{"model":"old"},"model":"new"}'),
+        (b'{"x":[{"model":"old"}],"model":"old"}', b'{"x":[{"model":"old"}],"model":"new"}'),
+        (b'{"x":"\\"model\\":\\"old\\"","model":"old"}', b'{"x":"\\"model\\":\\"old\\"","model":"new"}'),
+        (b'{"x":"\\\\","model":"old"}', b'{"x":"\\\\","model":"new"}'),
+        (b'{"x":"a \\"model","model":"old"}', b'{"x":"a \\"model","model":"new"}'),
+        (b'{"x":"model","model":"old"}', b'{"x":"model","model":"new"}'),
+        (b'{"mod\\u0065l":"old","x":"model"}', b'{"mod\\u0065l":"new","x":"model"}'),
+        (b'{"mod\\u0065l":"old","x":{"model":"old"}}', b'{"mod\\u0065l":"new","x":{"model":"old"}}'),
+        (b'{"model":"a","model":"b"}', b'{"model":"new","model":"new"}'),
+        (b'{"model":"q\\"\\\\"}', b'{"model":"new"}'),
+        (b'{"model":"old","n":1E+2,"u":"\\u00e9"}', b'{"model":"new","n":1E+2,"u":"\\u00e9"}'),
+    ],
+)
+def test_only_the_top_level_model_changes(body: bytes, edited: bytes) -> None:
+    assert replace_model(body, "new") == edited
+
+
+def test_a_new_model_is_spelt_as_json() -> None:
+    assert json.loads(replace_model(b'{"model":"old"}', 'a"\\é\n')) == {"model": 'a"\\é\n'}
+
+
+@given(bodies(with_model(OBJECTS)))
+def test_replacing_the_model_says_what_setting_it_says(body: bytes) -> None:
+    edited = replace_model(body, "new")
+
+    assert json.loads(edited) == json.loads(body) | {"model": "new"}
+    assert replace_model(edited, "old") == body
+
+
+@pytest.mark.parametrize("path", [("model",), ("message", "model"), ("response", "model"), ("x", "x", "model")])
+@given(body=bodies())
+def test_replacing_a_string_under_a_path_says_what_setting_it_says(path: tuple[str, ...], body: bytes) -> None:
+    expected = json.loads(body)
+    holder: Any = expected
+    for key in path[:-1]:
+        holder = holder.get(key) if isinstance(holder, dict) else None
+    if isinstance(holder, dict) and isinstance(holder.get(path[-1]), str):
+        holder[path[-1]] = "new"
+
+    assert json.loads(replace_string(body, path, "new")) == expected
+
+
+@given(bodies())
+def test_a_value_is_found_where_it_stands(body: bytes) -> None:
+    table = json.loads(body)
+
+    for key in ("model", "x", 'a"b', "mo\\del", "é"):
+        found = [json.loads(body[start:end]) for start, end in values_at(body, (key,))]
+
+        assert found == ([table[key]] if key in table else [])
+
+
+@pytest.mark.parametrize("path", [("a",), ("a", "b"), ("a", "a"), ("b", "a", "b")])
+@given(
+    table=st.recursive(
+        st.sampled_from(["", "{", 1, None]),
+        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+        max_leaves=12,
+    )
+)
+def test_a_path_leads_where_looking_it_up_leads(path: tuple[str, ...], table: Any) -> None:
+    holder = table
+    for key in path:
+        holder = holder.get(key, ...) if isinstance(holder, dict) else ...
+    body = json.dumps(table).encode()
+
+    assert [json.loads(body[slice(*place)]) for place in values_at(body, path)] == [holder] * (holder is not ...)
+
+
+def test_a_path_ends_with_its_object() -> None:
+    body = b'{"message":{"model":"old"},"x":{"model":"old"},"message":{"x":{"model":"old"},"model":"old"}}'
+    edited = b'{"message":{"model":"new"},"x":{"model":"old"},"message":{"x":{"model":"old"},"model":"new"}}'
+
+    assert replace_string(body, ("message", "model"), "new") == edited
+
+
+def test_a_path_is_not_followed_through_a_list_nor_past_a_scalar() -> None:
+    body = b'{"message":[{"model":"old"}],"x":{"message":1,"model":"old","y":{"model":"old"}}}'
+
+    assert replace_string(body, ("message", "model"), "new") == body
+    assert replace_string(b'[{"model":"old"}]', ("model",), "new") == b'[{"model":"old"}]'
+
+
+def test_megabytes_are_edited_without_a_stall() -> None:
+    """The generic way once took seconds and a gigabyte for a long prompt with a schema that has a `model`."""
+    prompt = {"messages": [{"content": 'a "long"\n word ' * 400_000}], "tools": [{"model": 1}], "model": "old"}
+    body = json.dumps(prompt).encode()
+    began = time.process_time()
+
+    edited = ask_for_usage(replace_model(body, "new"))
+
+    assert time.process_time() - began < 1
+    assert edited.endswith(b'"model": "new"}')
+    assert len(edited) == len(body) + len(b'"stream_options":{"include_usage":true},')
+
+
+def test_a_key_repeated_very_often_is_no_stall() -> None:
+    body = b"{" + b",".join([b'"model":"old"'] * 50_000) + b"}"
+    began = time.process_time()
+
+    assert replace_model(body, "new").count(b'"new"') == 50_000
+    assert time.process_time() - began < 2
+
+
+# -- usage in streams --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "edited"),
+    [
+        (b"{}", b'{"stream_options":{"include_usage":true}}'),
+        (b' { "a":1}', b' {"stream_options":{"include_usage":true}, "a":1}'),
+        (b'{"stream_options":null}', b'{"stream_options":{"include_usage":true}}'),
+        (b'{"stream_options": { } }', b'{"stream_options": {"include_usage":true } }'),
+        (b'{"stream_options":{"x":[1]}}', b'{"stream_options":{"include_usage":true,"x":[1]}}'),
+        (b'{"stream_options":{"include_usage":false,"x":1}}', b'{"stream_options":{"include_usage":true,"x":1}}'),
+        (b'{"stream_options":{"include_usage": null}}', b'{"stream_options":{"include_usage": true}}'),
+        (b'{"stream_options":{"include_usage":true}}', b'{"stream_options":{"include_usage":true}}'),
+        (b'{"stream\\u005foptions":{}}', b'{"stream\\u005foptions":{"include_usage":true}}'),
+        (
+            b'{"x":{"stream_options":{}}}',
+            b'{"x":{"stream_options":{}}}'.replace(b"{", b'{"stream_options":{"include_usage":true},', 1),
+        ),
+        (
+            b'{"stream_options":{"include_usage":false},"stream_options":{}}',
+            b'{"stream_options":{"include_usage":true},"stream_options":{"include_usage":true}}',
+        ),
+    ],
+)
+def test_asking_for_usage_sets_one_option_and_keeps_the_rest(body: bytes, edited: bytes) -> None:
+    assert ask_for_usage(body) == edited
+
+
+OPTIONS = st.none() | st.dictionaries(KEYS, VALUES, max_size=4)
+
+
+@given(bodies(st.tuples(OBJECTS, OPTIONS).map(lambda pair: {**pair[0], "stream_options": pair[1]})), st.booleans())
+def test_asking_for_usage_says_what_setting_it_says(body: bytes, twice: bool) -> None:
+    table = json.loads(body)
+    table["stream_options"] = {**(table["stream_options"] or {}), "include_usage": True}
+
+    edited = ask_for_usage(ask_for_usage(body)) if twice else ask_for_usage(body)
+
+    assert json.loads(edited) == table
+
+
+# -- the estimate ------------------------------------------------------------------------------------------------------
+
+
+def plain_estimate(body: bytes) -> int:
+    """The rule, without the short cut."""
+    runs = [part for part in body.split(b'"') if len(part) >= 512 and not {0x20, 0x5C} & set(part) and max(part) < 0x80]
+    return max(1, (len(body) - sum(map(len, runs))) // 4 + 1000 * len(runs))
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        (b"x", 1),
+        (b'{"c":"' + b"a b " * 1000 + b'"}', 1002),
+        (b'{"c":"' + b"A" * 512 + b'"}', 1002),
+        (b'{"c":"' + b"A" * 511 + b'"}', 129),
+        (b' {"c": "' + b"A" * 512 + b'" }', 1002),
+        (b" " * 257 + b'"' + b"A" * 512 + b'"', 1064),
+        (b'{"c":"' + b"A" * 511 + b' "}', 130),
+        (b'{"c":"' + b"\\n" * 512 + b'"}', 258),
+        (b'{"c":"' + "日".encode() * 400 + b'"}', 302),
+        (b'{"c":"' + b"A" * 10**6 + b'","d":"' + b"B" * 10**6 + b'"}', 2003),
+    ],
+)
+def test_a_quarter_of_the_bytes_and_a_thousand_a_run(body: bytes, tokens: int) -> None:
+    assert estimate_tokens(body) == tokens
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([b"A", b"a b", b'"', b"\\n", b'" "', b"\xc3\xa9"]), st.integers(1, 700)), max_size=6
+    )
+)
+def test_the_short_cut_of_the_estimate_changes_nothing(pieces: list[tuple[bytes, int]]) -> None:
+    body = b"".join(piece * times for piece, times in pieces)
+
+    assert estimate_tokens(body) == plain_estimate(body)
