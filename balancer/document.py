@@ -11,7 +11,6 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
@@ -90,17 +89,6 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, str):
                 seen.add(key)
         return super().construct_mapping(node, deep)
-
-
-def load_file(path: Path) -> Any:
-    """What a YAML or JSON file holds. Raises ConfigurationError with the line of a syntax fault."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as exc:
-        raise ConfigurationError(f"cannot read {path}: {exc.strerror}") from exc
-    except UnicodeDecodeError as exc:
-        raise ConfigurationError(f"{path} is no UTF-8 text") from exc
-    return parse(text, str(path))
 
 
 def parse(text: str, name: str = "document") -> Any:
@@ -255,14 +243,23 @@ class _Reader:
         scenarios = []
         for path, item in self._items(table.get("scenarios"), "scenarios"):
             try:
-                flags = self._part(ScenarioFlags, item, "flags", path)
-                scenarios.append(self._struct(ScenarioConfig, item, path, flags=flags))
+                scenarios.append(self._scenario(item, path))
             except _SkippedError:
                 continue
         for name, count in Counter(s.scenario for s in scenarios).items():
             if count > 1:
                 self._fault("scenarios", f"{name} is there {count} times")
         return Configuration(providers=tuple(providers), rules=tuple(rules), scenarios=tuple(scenarios))
+
+    def _scenario(self, table: dict[str, Any], path: str) -> ScenarioConfig:
+        flags = self._part(ScenarioFlags, table, "flags", path)
+        for name in ("separate", "smart"):
+            if self._not_yet(getattr(flags, name), _join(path, f"flags.{name}")):
+                flags = msgspec.structs.replace(flags, **{name: False})
+        table = dict(table)
+        if self._not_yet(bool(table.get("extensions")), _join(path, "extensions")):
+            del table["extensions"]
+        return self._struct(ScenarioConfig, table, path, flags=flags)
 
     # -- providers -----------------------------------------------------------------------------------------------------
 

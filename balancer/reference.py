@@ -293,7 +293,7 @@ class Pool:
         """Applies a batch once, in order."""
         state = self._worker(worker)
         if batch > state.last + 1 and not skip:
-            return ["gap", state.last, *self._place_if(seen)]
+            return ["gap", state.last]
         lost = self._open(seen)
         state.lease_end_ms = now_ms + lease_ms
         if batch > state.last:
@@ -301,14 +301,6 @@ class Pool:
                 self._settle(now_ms, state, entry)
             state.last = batch
         return ["applied", state.last, self.epoch, self.position, lost]
-
-    def _place_if(self, seen: tuple[int, int]) -> tuple[int, int, int]:
-        """The place that _open would make, without making it."""
-        before = self.epoch, self.position
-        lost = self._open(seen)
-        place = self.epoch, self.position, lost
-        self.epoch, self.position = before
-        return place
 
     def _settle(self, now_ms: int, worker: WorkerState, entry: Entry) -> None:
         name = worker.names.get(entry.number)

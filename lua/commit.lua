@@ -1,4 +1,5 @@
--- Moves the head to the pending revision, whose fences are raised, and announces it. Done twice, it changes nothing more.
+-- Moves the head to the pending revision, whose fences are raised, and announces it. Done twice, it changes nothing
+-- more.
 -- KEYS[1] head          revision, digest, pending
 -- KEYS[2] digests       digest of a file to the revision made of it
 -- KEYS[3] outdated      the snapshot that is no longer kept

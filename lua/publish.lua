@@ -4,8 +4,8 @@
 -- ARGV[1] base          the revision that the new one was made from, 0 for none
 -- ARGV[2] revision      the new one
 -- ARGV[3] document      the snapshot, JSON
--- Returns {'prepared', revision}, {'pending', revision}: another publication is under way, or {'conflict', revision}: the
---   head is this one by now.
+-- Returns {'prepared', revision}, {'pending', revision}: another publication is under way, or {'conflict', revision}:
+--   the head is this one by now.
 
 local head = redis.call('HMGET', KEYS[1], 'revision', 'pending')
 local revision, pending = tonumber(head[1] or 0), tonumber(head[2] or 0)

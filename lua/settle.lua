@@ -14,7 +14,7 @@
 -- ARGV[8] skip          1 when earlier batches are no longer held by the worker and must be passed over
 -- ARGV[9…] entries      number, service ('' for an abandoned name, whose service is not known), outcome, age_ms, input,
 --   output, cached, cache_creation, reasoning
--- Returns {'applied', last, epoch, position, lost} or, changing nothing, {'gap', last, epoch, position, lost}.
+-- Returns {'applied', last, epoch, position, lost} or, changing nothing, {'gap', last}.
 -- include: clock
 -- include: pool
 -- include: ledger
@@ -41,10 +41,10 @@ for at = 9, #ARGV, 9 do
   entries[#entries + 1] = entry
 end
 
+local last = tonumber(redis.call('HGET', holdings_key, 'last') or 0)
+if batch > last + 1 and ARGV[8] ~= '1' then return {'gap', last} end
 local now = clock(now_arg)
 local pool = open_pool(partitions_key, seen_epoch, seen_position)
-local last = tonumber(redis.call('HGET', holdings_key, 'last') or 0)
-if batch > last + 1 and ARGV[8] ~= '1' then return {'gap', last, pool.epoch, pool.position, pool.lost} end
 redis.call('ZADD', leases_key, whole(now + lease_ms), ARGV[2])
 
 local services = {}

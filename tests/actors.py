@@ -58,7 +58,10 @@ def anthropic_events(words: int = 3, usage: tuple[int, int] = (11, 7)) -> list[b
     def event(name: str, rest: bytes) -> bytes:
         return b'event: %b\ndata: {"type":"%b"%b}\n\n' % (name.encode(), name.encode(), rest)
 
-    start = b',"message":{"id":"m1","type":"message","role":"assistant","model":"up-model","content":[],"usage":{"input_tokens":%d,"output_tokens":1}}'
+    start = (
+        b',"message":{"id":"m1","type":"message","role":"assistant","model":"up-model","content":[],'
+        b'"usage":{"input_tokens":%d,"output_tokens":1}}'
+    )
     return [
         event("message_start", start % usage[0]),
         event("content_block_start", b',"index":0,"content_block":{"type":"text","text":""}'),

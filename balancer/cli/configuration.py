@@ -26,12 +26,22 @@ _Result = TypeVar("_Result")
 
 def read_file(path: str, *, lenient: bool) -> Configuration:
     """The configuration in a file; warnings go to stderr. A tingly-box document is read leniently."""
-    raw = document.load_file(Path(path))
+    raw = _load(Path(path))
     is_lenient = lenient or document.is_tingly_box(raw)
     reading = document.read(raw, door="lenient" if is_lenient else "strict")
     for warning in reading.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return reading.configuration
+
+
+def _load(path: Path) -> Any:
+    """What a YAML or JSON file holds. Raises ConfigurationError with the line of a syntax fault."""
+    try:
+        return document.parse(path.read_text(encoding="utf-8"), str(path))
+    except OSError as exc:
+        raise ConfigurationError(f"cannot read {path}: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigurationError(f"{path} is no UTF-8 text") from exc
 
 
 def check(options: argparse.Namespace) -> int:

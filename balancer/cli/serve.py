@@ -118,12 +118,11 @@ async def _supervise(settings: Settings, store: Store, slots: tuple[Slot, ...], 
     keeper = asyncio.create_task(store.held.keep()) if store.held else None
     keepers: list[asyncio.Task[None]] = []
     try:
-        try:
-            for slot in slots:
-                await _start(slot, environment, life_read)
-        except BalancerError:
+        starting = (_start(slot, environment, life_read) for slot in slots)
+        failures = [exc for exc in await asyncio.gather(*starting, return_exceptions=True) if exc]
+        if failures:
             await _stop(settings, slots)
-            raise
+            raise failures[0]
         host, port = slots[0].sockets[0].getsockname()[:2]
         log.info("serving", url=f"http://{host}:{port}", workers=len(slots), pid=os.getpid())
         keepers = [asyncio.create_task(_keep_alive(slot, environment, life_read, stopping)) for slot in slots]

@@ -183,7 +183,7 @@ class Balance:
                     await self._follower.reach(int(answer[1]), timeout_s=3.0)
                 case "define":
                     # The pool has lost the rule, with all its state. Look at the head first: ours may be outdated.
-                    await self._follower.reach(directory.revision, timeout_s=3.0)
+                    await self._follower.refresh()
                     await self._define(current)
                 case _:
                     raise StoreUnavailableError("Redis answered too late")

@@ -238,9 +238,9 @@ class PoolClient:
             return  # The batch stays in the outbox; it is sent again when the link is up.
         exc = done.exception()
         if exc is None:
-            word, last, epoch, position, lost = done.result()
-            self._saw(epoch, position, lost)
+            word, last, *place = done.result()
             if word == b"applied":
+                self._saw(*place)
                 self.outbox.acknowledge(last)
                 if not len(self.outbox):
                     self._quiet.set()

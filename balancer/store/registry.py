@@ -325,7 +325,7 @@ class Follower:
     async def start(self) -> None:
         """Reads the head once, and follows it in the background from then on."""
         try:
-            await self._refresh()
+            await self.refresh()
         except BalancerError as exc:
             self._note(exc)
         self._tasks = [asyncio.create_task(self._poll()), asyncio.create_task(self._listen())]
@@ -347,7 +347,7 @@ class Follower:
         try:
             async with asyncio.timeout(timeout_s):
                 while self._directory is None or self._directory.revision < revision:
-                    await self._refresh()
+                    await self.refresh()
                     if self._directory is None or self._directory.revision < revision:
                         if loop.time() - started > _PATIENCE_S:
                             await self._registry.complete_pending()
@@ -355,7 +355,8 @@ class Follower:
         except TimeoutError:
             raise StoreUnavailableError(f"revision {revision} is fenced but not published yet") from None
 
-    async def _refresh(self) -> None:
+    async def refresh(self) -> None:
+        """Takes over the head as it stands now. Raises StoreUnavailableError."""
         async with self._loading:
             head = await self._registry.head()
             self._failure = ""
@@ -384,7 +385,7 @@ class Follower:
                 pass  # Nothing was announced: the second is over.
             self._wake.clear()
             try:
-                await self._refresh()
+                await self.refresh()
             except (StoreUnavailableError, ConfigurationError) as exc:
                 self._note(exc)
 

@@ -26,7 +26,7 @@ async def post(gateway: Served, path: str, data: bytes, headers: dict[str, str] 
 async def is_serving(gateway: Served, upstream: Upstream) -> bool:
     upstream.answers()
     async with gateway.chat() as response:
-        return response.status == 200
+        return bool(response.status == 200)
 
 
 # -- what is refused before anything is picked -------------------------------------------------------------------------

@@ -113,11 +113,12 @@ async def test_openai_responses_embeddings_models_and_sound(gateway: Served, acc
 
 
 async def test_openai_errors_become_the_sdk_s_exceptions(gateway: Served) -> None:
+    number: Any = 7
     async with an_openai(gateway) as client:
         with pytest.raises(openai.NotFoundError, match="openai-model"):
             await client.chat.completions.create(model="nope", messages=MESSAGES)
         with pytest.raises(openai.BadRequestError):
-            await client.chat.completions.create(model=7, messages=MESSAGES)  # type: ignore[arg-type]
+            await client.chat.completions.create(model=number, messages=MESSAGES)
     async with an_openai(gateway, key="wrong") as client:
         with pytest.raises(openai.AuthenticationError):
             await client.chat.completions.create(model="openai-model", messages=MESSAGES)

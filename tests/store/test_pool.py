@@ -65,7 +65,7 @@ async def join(url: str) -> AsyncIterator[Callable[..., Any]]:
     clients: list[PoolClient] = []
 
     async def make(worker: str, *, deadline_ms: int = 2000, lease_ms: int = 30_000, **more: Any) -> PoolClient:
-        options = {"record": 0, "scripts_dir": "", "events": PoolEvents()} | more
+        options: dict[str, Any] = {"record": 0, "scripts_dir": "", "events": PoolEvents()} | more
         pool = PoolClient(url, "default", worker, deadline_ms=deadline_ms, lease_ms=lease_ms, **options)
         pool.start()
         clients.append(pool)
