@@ -131,6 +131,10 @@ async def _supervise(settings: Settings, store: Store, slots: tuple[Slot, ...], 
         for task in keepers:
             task.cancel()
         await asyncio.gather(*keepers, return_exceptions=True)
+        for listener in (listener for slot in slots for listener in slot.sockets):
+            # Nobody succeeds a worker from now on. While we held them too, connections would go on queueing in sockets
+            # that a drained worker has left, only to be reset.
+            listener.close()
         await _stop(settings, slots)
         log.info("stopped")
         return 0

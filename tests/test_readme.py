@@ -1,0 +1,74 @@
+"""What the README says, held against the program: settings, metrics, files, and the configuration it shows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from balancer import config, document
+from balancer.__main__ import _FLAGS, main
+from balancer.metrics import Metrics, PoolGauges
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def cell(value: object) -> str:
+    """A default as the table shows it."""
+    if isinstance(value, bool):
+        return "`on`" if value else "`off`"
+    return f"`{value}`" if value != "" else ""
+
+
+def test_the_settings_table_is_what_the_program_reads() -> None:
+    rows = [tuple(part.strip() for part in row.split("|")[1:-1]) for row in README.splitlines() if "`BALANCER_" in row]
+    table = [row for row in rows if len(row) == 4]
+    flags = {*_FLAGS, "insecure"}
+    expected = [
+        (f"`{s.variable}`", f"`--{s.name.replace('_', '-')}`" if s.name in flags else "", cell(s.default), s.meaning)
+        for s in config.SETTINGS
+    ]
+    assert table == expected
+
+
+def test_the_series_named_are_those_exported() -> None:
+    text = Metrics().exposition([PoolGauges(pool="p", services={}, cursors={})], {}).decode()
+    exported = {line.split()[2].removesuffix("_created") for line in text.splitlines() if line.startswith("# TYPE")}
+    named = set(re.findall(r"`(balancer_[a-z_]+)`", README))
+    assert named == exported
+
+
+def test_every_file_that_it_names_exists() -> None:
+    named = re.findall(r"`((?:tests|balancer|lua|docs|benchmarks)/[\w./-]+)`", README)
+    named += re.findall(r"\]\(([\w./-]+)\)", README)
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_configuration_it_shows_is_valid() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    reading = document.read(document.parse(text), door="strict")
+    assert reading.warnings == ()
+    styles = sorted(provider.api_style for provider in reading.configuration.providers)
+    assert styles == ["anthropic", "openai", "openai"]
+
+
+def test_the_packages_with_a_reason_are_those_required() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^dependencies = \[\n(.*?)^\]", project, re.DOTALL | re.MULTILINE)
+    required = set(re.findall(r'^\s+"([a-z-]+)', block, re.MULTILINE))
+    section = README.partition("## What it stands on")[2].partition("##")[0]
+    named = {name for row in re.findall(r"^\| ([a-z][a-z, -]+) \|", section, re.MULTILINE) for name in row.split(", ")}
+    assert named - {"package"} == required
+
+
+def test_the_commands_it_names_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    named = set(re.findall(r"(?:^|`)balancer ([a-z]+)\b", README, re.MULTILINE))
+    assert named >= {"check", "serve", "apply", "diff", "get", "rollback", "demo"}
+    for name in named:
+        with pytest.raises(SystemExit) as ended:
+            main([name, "--help"])
+        assert ended.value.code == 0
+        assert f"balancer {name}" in capsys.readouterr().out
