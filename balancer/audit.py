@@ -1,146 +1,419 @@
 """Checks a pool's recorded history against the reference: every pick, and every counter beside it.
 
-The history must begin with the pool: a trimmed one is refused, for nothing is known of what came before.
+A *full* check begins where the whole state is known (the pool's first event, or a checkpoint) and replays every event
+from there. Where that is not possible (a sampled record, the part of a trimmed one before its first checkpoint) the
+check is *weaker*: each event by itself. A sampled pick tells what the tactic saw, so its choice is checked even then;
+every event tells a service's counters before and after it, and the difference must be what the event says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
-from balancer.domain import Entry, Outcome, RuleDefinition, Selection, Usage
-from balancer.reference import Abandoned, Held, Pool, ServiceState
+from balancer import checkpoint
+from balancer.domain import Candidate, Entry, Outcome, PartitionDefinition, RuleDefinition, Selection, Usage
+from balancer.reference import (
+    CLEAR_COUNTERS,
+    LEDGER_COUNTERS,
+    PICK_COUNTERS,
+    Abandoned,
+    Held,
+    Pool,
+    Reply,
+    ServiceState,
+    tactic_of,
+)
+from balancer.tactics import choose
 
 Event = Mapping[str, str]
 """One entry of the decision stream, as the scripts write it."""
 
+_KEPT_VIOLATIONS = 100
+_CONTEXT = 5
+_EVERY = 2**31
+"""As a place in a batch: all of it."""
+
+
+class Violation(msgspec.Struct, frozen=True, kw_only=True):
+    """What is wrong at a place of the history, and the events that led there, the one at fault last."""
+
+    epoch: int
+    position: int
+    message: str
+    context: tuple[Event, ...] = ()
+
+    def __str__(self) -> str:
+        return f"position {self.position} of epoch {self.epoch}: {self.message}"
+
 
 class Verdict(msgspec.Struct, kw_only=True):
-    """What was checked, and what disagrees: one line for each violation, in order."""
+    """What was checked, how, and what is wrong."""
 
+    events: int = 0
     picks: int = 0
     picks_by_rule: dict[str, int] = msgspec.field(default_factory=dict)
     settles: int = 0
     lost: int = 0
     switches: int = 0
+    clears: int = 0
     epochs: int = 1
-    violations: list[str] = msgspec.field(default_factory=list)
-    pool: Pool = msgspec.field(default_factory=Pool)
+    lost_to_failover: int = 0
+    checkpoints: int = 0
+    replayed: int = 0
+    """Events that were replayed on a known state; the others were checked by themselves."""
+    weaker: dict[str, int] = msgspec.field(default_factory=dict)
+    """Why events were not replayed, and how many."""
+    violation_count: int = 0
+    violations: list[Violation] = msgspec.field(default_factory=list)
+    """The first hundred."""
+
+    @property
+    def is_full(self) -> bool:
+        """True when every event was replayed."""
+        return self.replayed == self.events
+
+    def summary(self) -> str:
+        """The verdict in a few lines."""
+        kind = "full" if self.is_full else "weaker"
+        counts = {"picks": self.picks, "settles": self.settles, "lost": self.lost, "cleared": self.clears}
+        marks = f"{self.checkpoints} checkpoints, {self.epochs} epochs"
+        lines = [
+            f"{self.events} events: " + ", ".join(f"{count} {name}" for name, count in counts.items()),
+            f"{kind} check: {self.replayed} events replayed against the reference, {marks}",
+        ]
+        lines += [f"  {count} events checked by themselves: {why}" for why, count in self.weaker.items()]
+        if self.lost_to_failover:
+            lines.append(f"  {self.lost_to_failover} positions lost to failover")
+        if not self.violation_count:
+            lines.append("no violation")
+        else:
+            lines.append(f"{self.violation_count} violations, the first:")
+            first = self.violations[0]
+            lines.append(f"  {first}")
+            lines += ["    " + " ".join(f"{k}={v!r}" for k, v in event.items()) for event in first.context]
+        return "\n".join(lines)
 
 
 def check(events: Iterable[Event]) -> Verdict:
-    """Replays the events in (epoch, position) order. Raises KeyError or ValueError for what is no event of ours."""
-    verdict = Verdict()
-    for event in sorted(events, key=lambda event: (int(event["epoch"]), int(event["position"]))):
-        _apply(verdict, event)
-    return verdict
+    """The verdict on a history in its stream's order. Raises KeyError or ValueError for what is no event of ours."""
+    checker = Checker()
+    for event in events:
+        checker.feed(event)
+    return checker.verdict
 
 
-def _apply(verdict: Verdict, event: Event) -> None:
-    pool = verdict.pool
-    epoch, position = int(event["epoch"]), int(event["position"])
-    if epoch > pool.epoch:
-        verdict.epochs += 1
-        pool.epoch, pool.position = epoch, position - 1
-    if position != pool.position + 1:
-        verdict.violations.append(f"position {pool.position + 1} is missing: the next one is {position}")
-        pool.position = position - 1
-    match event["event"]:
-        case "pick":
-            _pick(verdict, event)
-        case "settle":
-            _settle(verdict, event)
-        case "reap":
-            _reap(verdict, event)
-        case "fence":
-            definition = msgspec.json.decode(event["definition"], type=RuleDefinition)
-            pool.fence(int(event["now_ms"]), [definition])
-        case other:
-            raise ValueError(f"unknown event {other!r}")
-    pool.position = position
+class Checker:
+    """Checks one event after the other, as the stream has them."""
 
+    def __init__(self) -> None:
+        self.verdict = Verdict()
+        self._pool: Pool | None = None
+        self._why = "nothing is known of what came before"
+        self._place = (0, 0)
+        self._recent: dict[str, deque[Event]] = {}
+        self._batches: dict[str, tuple[int, int]] = {}
 
-def _pick(verdict: Verdict, event: Event) -> None:
-    pool, now_ms, number = verdict.pool, int(event["now_ms"]), int(event["number"])
-    names = pool.workers[event["worker"]].names if event["worker"] in pool.workers else {}
-    name = names.get(number)
-    if isinstance(name, Abandoned) and name.until_ms <= now_ms:
-        del names[number]
-    selection = Selection(
-        number=number,
-        rule=event["rule"],
-        partition=event["partition"],
-        revision=int(event["revision"]),
-        draw=int(event["draw"]),
-        reserved=int(event["reserved"]),
-        deadline_ms=int(event["deadline_ms"]) - now_ms,
-        excluded=tuple(filter(None, event["excluded"].split("\n"))),
-    )
-    answer = pool.select(now_ms, event["worker"], [selection], 1)[0]
-    verdict.picks += 1
-    verdict.picks_by_rule[event["rule"]] = verdict.picks_by_rule.get(event["rule"], 0) + 1
-    expected = [
-        "pick",
-        event["service"],
-        event["reason"],
-        int(event["seq"]),
-        int(event["epoch"]),
-        int(event["position"]),
-        int(event["streak"]),
-    ]
-    if answer[:7] != expected:
-        verdict.violations.append(
-            f"position {event['position']}: rule {event['rule']} picked {expected[1:]}, the reference {answer[1:7]}"
-        )
-        return
-    verdict.switches += int(answer[7])
-    state = pool.services[event["service"]]
-    _compare(verdict, event, state, picks=state.picks)
+    @property
+    def pool(self) -> Pool | None:
+        """The state that the reference has reached, None while it is not known."""
+        return self._pool
 
+    def feed(self, event: Event) -> None:
+        """Checks the next event."""
+        kind = event["event"]
+        place = int(event["epoch"]), int(event["position"])
+        verdict = self.verdict
+        verdict.events += 1
+        subject = event.get("service") or event.get("rule", "")
+        recent = self._recent.setdefault(subject, deque(maxlen=_CONTEXT))
+        recent.append(event)
+        is_anchored = self._pool is not None
+        self._check_place(kind, event, place)
+        handler = _HANDLERS.get(kind)
+        if handler is None:
+            raise ValueError(f"unknown event {kind!r}")
+        handler(self, event)
+        self._place = place
+        if self._pool is not None:
+            self._pool.epoch, self._pool.position = place
+        if is_anchored or self._pool is not None:
+            verdict.replayed += 1
+        else:
+            verdict.weaker[self._why] = verdict.weaker.get(self._why, 0) + 1
 
-def _settle(verdict: Verdict, event: Event) -> None:
-    pool, worker = verdict.pool, event["worker"]
-    entry = Entry(
-        number=int(event["number"]),
-        service=event["service"],
-        outcome=Outcome(event["outcome"]),
-        age_ms=int(event["age_ms"]),
-        usage=Usage(
-            input=int(event["input"]),
-            output=int(event["output"]),
-            cached=int(event["cached"]),
-            cache_creation=int(event["cache_creation"]),
-            reasoning=int(event["reasoning"]),
-        ),
-    )
-    last = pool.workers[worker].last if worker in pool.workers else 0
-    pool.settle(int(event["now_ms"]), worker, last + 1, [entry], 1)
-    verdict.settles += 1
-    if event["service"]:
-        state = pool.services[event["service"]]
-        _compare(verdict, event, state, requests=state.requests)
+    # -- places --------------------------------------------------------------------------------------------------------
 
+    def _check_place(self, kind: str, event: Event, place: tuple[int, int]) -> None:
+        if kind in ("checkpoint", "record"):  # They change nothing, and take no position.
+            if self._pool is not None and place != self._place:
+                self._violate(event, f"a {kind} at {place}, the last event was at {self._place}")
+            return
+        if kind == "epoch":
+            self._check_epoch(event)
+        elif self._pool is not None and place != (self._place[0], self._place[1] + 1):
+            self._violate(event, f"position {self._place[1] + 1} is missing")
+        elif self._pool is None and place <= self._place:
+            self._violate(event, f"it comes after position {self._place[1]} of epoch {self._place[0]}")
 
-def _reap(verdict: Verdict, event: Event) -> None:
-    pool, worker, number = verdict.pool, event["worker"], int(event["number"])
-    held = pool.workers[worker].names.get(number) if worker in pool.workers else None
-    if not isinstance(held, Held):
-        verdict.violations.append(f"position {event['position']}: {worker} holds nothing under {number}, yet lost it")
-        return
-    pool.lose(int(event["now_ms"]), worker, number)
-    verdict.lost += 1
-    state = pool.services[event["service"]]
-    _compare(verdict, event, state, requests=state.requests)
+    def _check_epoch(self, event: Event) -> None:
+        """Writes were lost in a failover: what the history shows must end where the store said that it stood."""
+        was = int(event["was_epoch"]), int(event["was_position"])
+        self.verdict.epochs += 1
+        self.verdict.lost_to_failover += int(event["lost"])
+        if self._pool is not None and was != self._place:
+            self._violate(event, f"the store stood at {was}, the history at {self._place}")
+        elif int(event["position"]) != was[1] + int(event["lost"]) + 1:
+            self._violate(event, f"numbers do not go on from {was[1]} and the {event['lost']} that were lost")
 
-
-def _compare(verdict: Verdict, event: Event, state: ServiceState, **counters: int) -> None:
-    """The counters written beside an event against the reference's."""
-    windows = ";".join(f"{w.length} {w.start} {w.requests} {w.tokens}" for w in state.windows)
-    expected = {"windows": windows, "in_flight": str(state.in_flight), "held": str(state.reserved)}
-    expected |= {name: str(value) for name, value in counters.items()}
-    for name, value in expected.items():
-        if event[name] != value:
+    def _violate(self, event: Event, message: str) -> None:
+        """Notes a violation. Of what follows the state is not known: it gets the weaker check, up to a checkpoint."""
+        verdict = self.verdict
+        verdict.violation_count += 1
+        if len(verdict.violations) < _KEPT_VIOLATIONS:
+            subject = event.get("service") or event.get("rule", "")
+            context = tuple(_shortened(e) for e in self._recent.get(subject, ()))
             verdict.violations.append(
-                f"position {event['position']}: {name} of {event['service']} is {event[name]}, the reference's {value}"
+                Violation(epoch=int(event["epoch"]), position=int(event["position"]), message=message, context=context)
             )
+        self._leave("a violation came before")
+
+    def _leave(self, why: str) -> None:
+        self._pool = None
+        self._why = why
+
+    # -- events --------------------------------------------------------------------------------------------------------
+
+    def _on_record(self, event: Event) -> None:
+        self._batches.clear()
+        if event["record"] != "full":
+            self._leave("the record is sampled" if event["record"] == "sampled" else "recording ended")
+        elif event["origin"] == "1":
+            self._pool = Pool()
+        elif self._pool is None:
+            self._why = "recording began in mid-life"
+
+    def _on_epoch(self, event: Event) -> None:
+        pass  # All that it says was checked with its place.
+
+    def _on_checkpoint(self, event: Event) -> None:
+        self.verdict.checkpoints += 1
+        state = checkpoint.read(event["state"])
+        wrong = checkpoint.broken_invariants(state.pool)
+        if self._pool is not None:
+            wrong += checkpoint.differences(self._pool, state.pool)
+        if wrong:
+            self._violate(event, "; ".join(wrong[:_CONTEXT]))
+        if state.record == "full":
+            self._pool = state.pool
+            self._batches = {name: (worker.last, _EVERY) for name, worker in state.pool.workers.items()}
+
+    def _on_fence(self, event: Event) -> None:
+        if self._pool is None:
+            return
+        definition = msgspec.json.decode(event["definition"], type=RuleDefinition)
+        if self._pool.fence(int(event["now_ms"]), [definition])[1] != 1:
+            self._violate(event, f"rule {definition.rule} was fenced at {definition.revision} or later before")
+
+    def _on_pick(self, event: Event) -> None:
+        verdict, rule = self.verdict, event["rule"]
+        verdict.picks += 1
+        verdict.picks_by_rule[rule] = verdict.picks_by_rule.get(rule, 0) + 1
+        is_retry = event["reason"] == "retry"
+        if not is_retry and event["cursor"] not in ("", event["service"]):
+            verdict.switches += 1
+        if self._pool is not None:
+            self._replay_pick(self._pool, event)
+            return
+        if "services" in event:
+            self._check_sampled_choice(event)
+        state = _state(event["before"], PICK_COUNTERS)
+        state.pick(int(event["now_ms"]), int(event["reserved"]))
+        self._compare(event, state, PICK_COUNTERS)
+
+    def _replay_pick(self, pool: Pool, event: Event) -> None:
+        now_ms, number, worker = int(event["now_ms"]), int(event["number"]), event["worker"]
+        names = pool.workers[worker].names if worker in pool.workers else {}
+        name = names.get(number)
+        if isinstance(name, Abandoned) and name.until_ms <= now_ms:
+            del names[number]  # Names are forgotten without an event.
+        selection = Selection(
+            number=number,
+            rule=event["rule"],
+            partition=event["partition"],
+            revision=int(event["revision"]),
+            draw=int(event["draw"]),
+            reserved=int(event["reserved"]),
+            deadline_ms=int(event["deadline_ms"]) - now_ms,
+            excluded=tuple(filter(None, event["excluded"].split("\n"))),
+        )
+        if not self._agrees_before(event, PICK_COUNTERS):
+            return
+        answer: Reply = pool.select(now_ms, worker, [selection], 1)[0]
+        given = [
+            *("pick", event["service"], event["reason"], int(event["seq"])),
+            *(int(event["epoch"]), int(event["position"]), int(event["streak"])),
+        ]
+        if answer[:7] != given:
+            self._violate(event, f"rule {event['rule']}: {given} was picked, the reference says {answer[:7]}")
+        else:
+            self._compare(event, pool.services[event["service"]], PICK_COUNTERS)
+
+    def _check_sampled_choice(self, event: Event) -> None:
+        services = checkpoint.read_services(event["services"])
+        excluded = set(event["excluded"].split("\n"))
+        definition = PartitionDefinition(
+            id=event["partition"],
+            tactic=event["tactic"],
+            request_threshold=int(event["request_threshold"]),
+            token_threshold=int(event["token_threshold"]),
+            cursor="",
+            services=services,
+        )
+        tactic = tactic_of(definition)
+        counts = [tuple(map(int, line.split(" "))) for line in event["counts"].split("\n") if line]
+        if tactic is None:
+            self._violate(event, f"rule {event['rule']}: {event['tactic']!r} is no tactic")
+            return
+        choice = choose(
+            tactic,
+            cursor=event["cursor"],
+            streak=int(event["streak_before"]),
+            order=[service.id for service in services],
+            candidates=[
+                Candidate(service=service.id, weight=service.weight, requests=requests, tokens=tokens)
+                for service, (requests, tokens) in zip(services, counts, strict=True)
+                if service.active and service.id not in excluded
+            ],
+            draw=int(event["draw"]),
+        )
+        given = (event["service"], event["reason"], int(event["streak"]))
+        if choice is None:
+            self._violate(event, f"rule {event['rule']}: {given} was picked without a candidate")
+            return
+        is_retry = event["reason"] == "retry"
+        expected = (
+            choice.service,
+            "retry" if is_retry else choice.reason,
+            int(event["streak_before"]) if is_retry else choice.streak,
+        )
+        if given != expected:
+            self._violate(event, f"rule {event['rule']}: {given} was picked, by what it saw it had to be {expected}")
+
+    def _on_settle(self, event: Event) -> None:
+        self.verdict.settles += 1
+        worker, at = event["worker"], (int(event["batch"]), int(event["place"]))
+        if at <= self._batches.get(worker, (0, 0)):
+            self._violate(event, f"entry {at[1]} of batch {at[0]} of {worker} was settled before")
+        self._batches[worker] = at
+        entry = Entry(
+            number=int(event["number"]),
+            service=event["service"],
+            outcome=Outcome(event["outcome"]),
+            age_ms=int(event["age_ms"]),
+            usage=Usage(
+                input=int(event["input"]),
+                output=int(event["output"]),
+                cached=int(event["cached"]),
+                cache_creation=int(event["cache_creation"]),
+                reasoning=int(event["reasoning"]),
+            ),
+        )
+        if not event["service"]:
+            if self._pool is not None:
+                self._pool.apply_settle(int(event["now_ms"]), worker, entry)
+        elif self._pool is not None:
+            before = self._pool.services.get(event["service"], ServiceState()).text(LEDGER_COUNTERS)
+            if before != event["before"]:
+                self._violate(
+                    event, f"{event['service']} counted {event['before']} before, the reference says {before}"
+                )
+                return
+            self._pool.apply_settle(int(event["now_ms"]), worker, entry)
+            self._compare(event, self._pool.services.get(event["service"], ServiceState()), LEDGER_COUNTERS)
+        else:
+            self._check_settle_by_itself(event, entry)
+
+    def _check_settle_by_itself(self, event: Event, entry: Entry) -> None:
+        """What the attempt held is not known: what it gave back is taken from the event, the rest must follow."""
+        state, after = _state(event["before"], LEDGER_COUNTERS), _state(event["after"], LEDGER_COUNTERS)
+        if after.in_flight == state.in_flight - 1 and after.reserved <= state.reserved:
+            state.release(state.reserved - after.reserved)
+        elif after.lost < state.lost:
+            return  # A lost attempt was found again; when it was lost is not known here.
+        if entry.outcome is Outcome.ABANDONED:
+            state.abandoned += 1
+        else:
+            state.count(int(event["now_ms"]), entry)
+        self._compare(event, state, LEDGER_COUNTERS)
+
+    def _on_reap(self, event: Event) -> None:
+        self.verdict.lost += 1
+        now_ms, worker, number = int(event["now_ms"]), event["worker"], int(event["number"])
+        if self._pool is None:
+            state = _state(event["before"], LEDGER_COUNTERS)
+            state.lose(now_ms, int(event["reserved"]))
+            self._compare(event, state, LEDGER_COUNTERS)
+            return
+        held = self._pool.workers[worker].names.get(number) if worker in self._pool.workers else None
+        if not isinstance(held, Held):
+            self._violate(event, f"{worker} holds nothing under {number}, yet lost it")
+            return
+        if not self._agrees_before(event, LEDGER_COUNTERS):
+            return
+        self._pool.lose(now_ms, worker, number)
+        self._compare(event, self._pool.services[event["service"]], LEDGER_COUNTERS)
+
+    def _on_clear(self, event: Event) -> None:
+        self.verdict.clears += 1
+        if self._pool is not None:
+            if not self._agrees_before(event, CLEAR_COUNTERS):
+                return
+            self._pool.clear(int(event["now_ms"]), [event["service"]])
+            state = self._pool.services[event["service"]]
+        else:
+            state = _state(event["before"], CLEAR_COUNTERS)
+            state.clear(int(event["position"]))
+        self._compare(event, state, CLEAR_COUNTERS)
+
+    def _agrees_before(self, event: Event, names: Sequence[str]) -> bool:
+        """True when the counters before an event are the reference's."""
+        assert self._pool is not None
+        before = self._pool.services.get(event["service"], ServiceState()).text(names)
+        if event["before"] != before:
+            self._violate(event, f"{event['service']} counted {event['before']} before, the reference says {before}")
+            return False
+        return True
+
+    def _compare(self, event: Event, state: ServiceState, names: Sequence[str]) -> None:
+        """The counters after an event against what they must be."""
+        expected = state.text(names)
+        if event["after"] != expected:
+            told = ", ".join(names)
+            self._violate(event, f"{event['service']} counts {event['after']}, expected {expected} ({told} | windows)")
+
+
+def _state(text: str, names: Sequence[str]) -> ServiceState:
+    """A service from the counters that an event tells."""
+    counters, _, windows = text.partition("|")
+    values = dict(zip(names, map(int, counters.split(" ")), strict=True))
+    return ServiceState(windows=checkpoint.read_windows(windows), **values)
+
+
+def _shortened(event: Event) -> Event:
+    """The event without the parts that fill pages."""
+    return {k: v if len(v) <= 300 else v[:300] + "…" for k, v in event.items()}
+
+
+_HANDLERS: dict[str, Callable[[Checker, Event], None]] = {
+    "record": Checker._on_record,
+    "epoch": Checker._on_epoch,
+    "checkpoint": Checker._on_checkpoint,
+    "fence": Checker._on_fence,
+    "pick": Checker._on_pick,
+    "settle": Checker._on_settle,
+    "reap": Checker._on_reap,
+    "clear": Checker._on_clear,
+}

@@ -56,7 +56,6 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="max_body_bytes", default=64 * 1024 * 1024, meaning="longest request body in bytes; beyond it: 413"),
     Setting(name="upstream_connections", default=1024, meaning="connections a worker opens per provider at most"),
     Setting(name="decision_headers", default=True, meaning="answer with x-balancer-decision, -service and -attempts"),
-    Setting(name="record_events", default=0, meaning="events kept in each pool's decision stream; 0 records none"),
     Setting(name="scripts_dir", default="", meaning="folder of Lua scripts to run instead of ours, for experiments"),
 )
 
@@ -82,7 +81,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int
     upstream_connections: int
     decision_headers: bool
-    record_events: int
     scripts_dir: str
 
     @property
@@ -171,7 +169,6 @@ def _check(settings: Settings) -> None:
     require("drain_delay_s", settings.drain_delay_s >= 0, "0 seconds or more")
     require("max_body_bytes", settings.max_body_bytes > 0, "more than 0 bytes")
     require("upstream_connections", settings.upstream_connections > 0, "1 or more")
-    require("record_events", settings.record_events >= 0, "0 or more")
     if faults:
         raise ConfigurationError("settings refused", tuple(faults))
     if settings.host and not is_loopback(settings.host) and not settings.client_tokens and not settings.insecure:

@@ -24,6 +24,7 @@ from balancer.domain import (
     Health,
     Limits,
     OAuthDetail,
+    PoolSettings,
     Price,
     Provider,
     Retry,
@@ -51,6 +52,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _LONGEST_NAME = 256
 _MOST_WEIGHT = 1_000_000
 _MOST_SERVICES = 1000
+_MOST_EVENTS = 100_000_000
 _LONGEST_WINDOW_S = 366 * 24 * 3600
 _TINGLY_KEYS = frozenset(
     (
@@ -231,7 +233,7 @@ class _Reader:
             table = self._table(raw, "document")
         except _SkippedError:
             return Configuration()
-        known = {"providers", "rules", "scenarios", "keys"}
+        known = {"providers", "rules", "scenarios", "pools", "keys"}
         if self._door == "lenient" and isinstance(table.get("providers_v2"), list):
             table["providers"] = [*self._list(table.get("providers"), "providers"), *table.pop("providers_v2")]
         for name in table.keys() - known:
@@ -249,7 +251,29 @@ class _Reader:
         for name, count in Counter(s.scenario for s in scenarios).items():
             if count > 1:
                 self._fault("scenarios", f"{name} is there {count} times")
-        return Configuration(providers=tuple(providers), rules=tuple(rules), scenarios=tuple(scenarios))
+        return Configuration(
+            providers=tuple(providers),
+            rules=tuple(rules),
+            scenarios=tuple(scenarios),
+            pools=tuple(self._pools(table.get("pools"))),
+        )
+
+    def _pools(self, raw: Any) -> list[PoolSettings]:
+        pools = []
+        for path, table in self._items(raw, "pools"):
+            try:
+                pool = self._struct(PoolSettings, table, path)
+            except _SkippedError:
+                continue
+            if not _POOL.fullmatch(pool.name):
+                self._fault(_join(path, "name"), f"expected {_POOL.pattern}")
+            if not 1 <= pool.record_events <= _MOST_EVENTS:
+                self._fault(_join(path, "record_events"), f"expected 1 to {_MOST_EVENTS}")
+            pools.append(pool)
+        for name, count in Counter(pool.name for pool in pools).items():
+            if count > 1:
+                self._fault("pools", f"{name} is there {count} times")
+        return pools
 
     def _scenario(self, table: dict[str, Any], path: str) -> ScenarioConfig:
         flags = self._part(ScenarioFlags, table, "flags", path)
@@ -596,7 +620,7 @@ def diff(old: Configuration, new: Configuration) -> list[str]:
     """What differs, a line each: `+ rule x`, `- provider y`, `~ rule z: field old -> new`, without credentials."""
     before, after = write(old), write(new)
     lines = []
-    for kind, key in (("provider", "uuid"), ("rule", "uuid"), ("scenario", "scenario")):
+    for kind, key in (("provider", "uuid"), ("rule", "uuid"), ("scenario", "scenario"), ("pool", "name")):
         olds = {item[key]: item for item in before.get(f"{kind}s", [])}
         news = {item[key]: item for item in after.get(f"{kind}s", [])}
         lines += [f"- {kind} {name}" for name in olds if name not in news]

@@ -20,12 +20,14 @@ DEFAULT_RESERVE_CAP = 200_000
 DEFAULT_TIME_WINDOW_S = 300
 DEFAULT_TIMEOUT_S = 1800
 DEFAULT_POOL = "default"
+DEFAULT_RECORD_EVENTS = 100_000
 OAUTH_EXPIRY_MARGIN = timedelta(minutes=5)
 
 ApiStyle = Literal["openai", "anthropic"]
 AuthType = Literal["api_key", "oauth"]
 ScenarioName = Literal["openai", "anthropic", "claude_code", "opencode"]
 Reserve = Literal["none", "input", "full"]
+Record = Literal["off", "sampled", "full"]
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -358,12 +360,29 @@ class ScenarioConfig(Struct, frozen=True, kw_only=True):
         return ScenarioFlags(unified=True)
 
 
+class PoolSettings(Struct, frozen=True, kw_only=True):
+    """How a pool's events are recorded: not at all, one pick and settle in 16, or all; and how many are kept, about."""
+
+    name: str
+    record: Record = "off"
+    record_events: int = DEFAULT_RECORD_EVENTS
+
+
 class Configuration(Struct, frozen=True, kw_only=True):
-    """All that a fleet shares: providers and rules in order, scenarios."""
+    """All that a fleet shares: providers and rules in order, scenarios, pools that are not as by default."""
 
     providers: tuple[Provider, ...] = ()
     rules: tuple[Rule, ...] = ()
     scenarios: tuple[ScenarioConfig, ...] = ()
+    pools: tuple[PoolSettings, ...] = ()
+
+    def pool(self, name: str) -> PoolSettings:
+        """The settings of the pool of that name."""
+        return next((pool for pool in self.pools if pool.name == name), PoolSettings(name=name))
+
+    def pool_names(self) -> tuple[str, ...]:
+        """The names of all pools, those of rules first."""
+        return tuple(dict.fromkeys((*(rule.pool for rule in self.rules), *(pool.name for pool in self.pools))))
 
     def provider(self, uuid: str) -> Provider | None:
         """The provider of that uuid."""

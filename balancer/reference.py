@@ -70,6 +70,12 @@ class ServiceState(msgspec.Struct):
     lost_tokens: int = 0
     abandoned: int = 0
     last_used: int = 0
+    cleared: int = 0
+
+    def text(self, names: Sequence[str]) -> str:
+        """The named counters and the windows as an event tells them."""
+        values = " ".join(str(getattr(self, name)) for name in names)
+        return values + "|" + ";".join(f"{w.length} {w.start} {w.requests} {w.tokens}" for w in self.windows)
 
     def counts(self, length: int, now_ms: int) -> tuple[int, int]:
         """Requests and tokens of the window of that length, reserved tokens included."""
@@ -78,6 +84,60 @@ class ServiceState(msgspec.Struct):
                 return window.requests, window.tokens + self.reserved
         return 0, self.reserved
 
+    def pick(self, now_ms: int, reserved: int) -> None:
+        """Counts a pick, which holds a place in flight and its reserved tokens."""
+        for window in self.windows:
+            window.roll(now_ms)
+            window.requests += 1
+        self.in_flight += 1
+        self.reserved += reserved
+        self.picks += 1
+
+    def release(self, reserved: int) -> None:
+        """Gives back what a pick held."""
+        self.in_flight -= 1
+        self.reserved -= reserved
+
+    def count(self, now_ms: int, entry: Entry) -> None:
+        """Counts a settled attempt and what it used."""
+        usage = entry.usage
+        self.requests += 1
+        self.failures += entry.outcome in FAILURES
+        self.input += usage.input
+        self.output += usage.output
+        self.cached += usage.cached
+        self.cache_creation += usage.cache_creation
+        self.reasoning += usage.reasoning
+        self.last_used = max(self.last_used, now_ms - entry.age_ms)
+        self.add_tokens(usage.input + usage.output, now_ms, entry.age_ms)
+
+    def lose(self, now_ms: int, reserved: int) -> None:
+        """Counts an attempt whose worker died: one request, and its reserved tokens."""
+        self.release(reserved)
+        self.requests += 1
+        self.lost += 1
+        self.lost_tokens += reserved
+        self.add_tokens(reserved, now_ms, 0)
+
+    def find_again(self, reserved: int, reaped_ms: int, position: int) -> None:
+        """Takes `lose` back: the worker was only late. What was cleared in between is not there to be taken back."""
+        if position <= self.cleared:
+            return
+        self.requests -= 1
+        self.lost -= 1
+        self.lost_tokens -= reserved
+        for window in self.windows:
+            if reaped_ms >= window.start:
+                window.tokens = max(0, window.tokens - reserved)
+
+    def clear(self, position: int) -> None:
+        """Sets all counters to zero but what is in flight and reserved."""
+        for name in CLEAR_COUNTERS[2:]:
+            setattr(self, name, 0)
+        for window in self.windows:
+            window.start = window.requests = window.tokens = 0
+        self.cleared = position
+
     def add_tokens(self, tokens: int, now_ms: int, age_ms: int) -> None:
         """Counts tokens in the windows that were open `age_ms` ago and still are; fresh ones open a window."""
         for window in self.windows:
@@ -85,6 +145,27 @@ class ServiceState(msgspec.Struct):
                 window.roll(now_ms)
             if not window.has_ended(now_ms) and now_ms - age_ms >= window.start:
                 window.tokens += tokens
+
+
+PICK_COUNTERS = ("in_flight", "reserved", "picks")
+LEDGER_COUNTERS = (
+    "in_flight",
+    "reserved",
+    "requests",
+    "failures",
+    "input",
+    "output",
+    "cached",
+    "cache_creation",
+    "reasoning",
+    "lost",
+    "lost_tokens",
+    "abandoned",
+    "last_used",
+    "cleared",
+)
+CLEAR_COUNTERS = ("in_flight", "reserved", "picks", *LEDGER_COUNTERS[2:])
+"""What the events of pick; settle and reap; clear tell of a service, in this order."""
 
 
 class PartitionState(msgspec.Struct):
@@ -117,6 +198,7 @@ class Lost(msgspec.Struct, frozen=True):
     service: str
     reserved: int
     reaped_ms: int
+    position: int
 
 
 class Abandoned(msgspec.Struct, frozen=True):
@@ -148,6 +230,10 @@ def tactic_of(definition: PartitionDefinition) -> Tactic | None:
             return None
 
 
+def _tactic_values(definition: PartitionDefinition) -> tuple[str, int, int]:
+    return definition.tactic, definition.request_threshold, definition.token_threshold
+
+
 class Pool:
     """The state of one pool."""
 
@@ -166,7 +252,7 @@ class Pool:
             return 0
         lost = max(0, position - self.position)
         self.epoch = epoch + 1
-        self.position = max(position, self.position)
+        self.position = max(position, self.position) + 1
         return lost
 
     def _service(self, service: str) -> ServiceState:
@@ -200,13 +286,14 @@ class Pool:
     def _define(self, new: PartitionDefinition) -> None:
         old = self.partitions.get(new.id)
         cursor, streak = (old.cursor, old.streak) if old else ("", 0)
-        if old and tactic_of(old.definition) != tactic_of(new):
+        if old and _tactic_values(old.definition) != _tactic_values(new):
             streak = 0
         if new.cursor:
             cursor, streak = new.cursor, 0
         if cursor not in (service.id for service in new.services):
             cursor, streak = "", 0
-        self.partitions[new.id] = PartitionState(definition=new, cursor=cursor, streak=streak)
+        definition = msgspec.structs.replace(new, cursor="")
+        self.partitions[new.id] = PartitionState(definition=definition, cursor=cursor, streak=streak)
 
     def _set_windows(self, windows: WindowsDefinition) -> None:
         service = self._service(windows.id)
@@ -261,13 +348,7 @@ class Pool:
         else:
             is_switch = int(partition.cursor not in ("", choice.service))
             partition.cursor, partition.streak = choice.service, choice.streak
-        service = self._service(choice.service)
-        for window in service.windows:
-            window.roll(now_ms)
-            window.requests += 1
-        service.in_flight += 1
-        service.reserved += selection.reserved
-        service.picks += 1
+        self._service(choice.service).pick(now_ms, selection.reserved)
         rule.seq += 1
         worker.names[selection.number] = Held(choice.service, selection.reserved, now_ms + selection.deadline_ms)
         self.position += 1
@@ -302,42 +383,29 @@ class Pool:
             state.last = batch
         return ["applied", state.last, self.epoch, self.position, lost]
 
+    def apply_settle(self, now_ms: int, worker: str, entry: Entry) -> None:
+        """Applies one entry, whatever batch it came in."""
+        self._settle(now_ms, self._worker(worker), entry)
+
     def _settle(self, now_ms: int, worker: WorkerState, entry: Entry) -> None:
         name = worker.names.get(entry.number)
-        service: ServiceState | None = None
+        service = self._service(entry.service) if entry.service and not isinstance(name, Held | Lost) else None
+        self.position += 1
         if isinstance(name, Held):
             service = self._service(name.service)
-            service.in_flight -= 1
-            service.reserved -= name.reserved
+            service.release(name.reserved)
             del worker.names[entry.number]
         elif isinstance(name, Lost):
             service = self._service(name.service)
-            service.requests -= 1
-            service.lost -= 1
-            service.lost_tokens -= name.reserved
-            for window in service.windows:
-                if name.reaped_ms >= window.start:
-                    window.tokens = max(0, window.tokens - name.reserved)
+            service.find_again(name.reserved, name.reaped_ms, name.position)
             del worker.names[entry.number]
-        elif entry.service:
-            service = self._service(entry.service)
-        if entry.outcome is Outcome.ABANDONED:
-            if service:
-                service.abandoned += 1
-            else:
-                worker.names[entry.number] = Abandoned(now_ms + ABANDONED_MS)
+        if entry.outcome is not Outcome.ABANDONED:
+            assert service is not None, "only an abandoned name has no service"
+            service.count(now_ms, entry)
         elif service:
-            service.requests += 1
-            service.failures += entry.outcome in FAILURES
-            usage = entry.usage
-            service.input += usage.input
-            service.output += usage.output
-            service.cached += usage.cached
-            service.cache_creation += usage.cache_creation
-            service.reasoning += usage.reasoning
-            service.last_used = max(service.last_used, now_ms - entry.age_ms)
-            service.add_tokens(usage.input + usage.output, now_ms, entry.age_ms)
-        self.position += 1
+            service.abandoned += 1
+        else:
+            worker.names[entry.number] = Abandoned(now_ms + ABANDONED_MS)
 
     # -- reap ----------------------------------------------------------------------------------------------------------
 
@@ -362,8 +430,8 @@ class Pool:
             elif isinstance(name, Held) and (is_ended or name.deadline_ms <= now_ms) and lost < limit:
                 self.lose(now_ms, target, number)
                 lost += 1
-        if is_ended and lost < limit:
-            state.lease_end_ms = 0
+        if is_ended and lost < limit and state.lease_end_ms > 0:
+            state.lease_end_ms = -now_ms
         return ["reaped", int(is_ended), lost, self.epoch, self.position, lost_positions]
 
     def lose(self, now_ms: int, worker: str, number: int) -> None:
@@ -371,12 +439,16 @@ class Pool:
         names = self._worker(worker).names
         held = names[number]
         assert isinstance(held, Held), "only an attempt in flight can be lost"
-        service = self._service(held.service)
-        service.in_flight -= 1
-        service.reserved -= held.reserved
-        service.requests += 1
-        service.lost += 1
-        service.lost_tokens += held.reserved
-        service.add_tokens(held.reserved, now_ms, 0)
-        names[number] = Lost(held.service, held.reserved, now_ms)
+        self._service(held.service).lose(now_ms, held.reserved)
         self.position += 1
+        names[number] = Lost(held.service, held.reserved, now_ms, self.position)
+
+    # -- clear ---------------------------------------------------------------------------------------------------------
+
+    def clear(self, now_ms: int, services: Sequence[str], seen: tuple[int, int] = (0, 0)) -> Reply:
+        """Sets the counters of services to zero."""
+        lost = self._open(seen)
+        for name in services:
+            self.position += 1
+            self._service(name).clear(self.position)
+        return ["cleared", len(services), self.epoch, self.position, lost]

@@ -6,8 +6,10 @@
 -- ARGV[1] now_ms        0 for the server's clock
 -- ARGV[2] epoch         the highest epoch and
 -- ARGV[3] position      position in it that the caller has seen, 0 0 for none
--- ARGV[4] record        events to keep in the stream, 0 to record none
--- ARGV[5…] rules        JSON, one argument a rule: {rule, revision, partitions: [{id, tactic, request_threshold,
+-- ARGV[4] record        how events are recorded: off, sampled or full; empty leaves that as it is
+-- ARGV[5] keep          events to keep in the stream, about
+-- ARGV[6] revision      that says so: an older one than the last changes nothing
+-- ARGV[7…] rules        JSON, one argument a rule: {rule, revision, partitions: [{id, tactic, request_threshold,
 --   token_threshold, cursor, services: [{id, active, window, weight}]}], windows: [{id, lengths}]}; no partitions is a
 --   tombstone; a cursor that is not empty is set and starts a new streak, as a changed tactic does; `windows` are all
 --   lengths that the rule's services have in the pool, in seconds
@@ -20,16 +22,38 @@ local services_key, partitions_key, decisions_key = KEYS[1], KEYS[2], KEYS[3]
 local part_fields = {'tactic', 'request_threshold', 'token_threshold', 'cursor', 'window', 'streak', 'services'}
 
 local now_arg, seen_epoch, seen_position = to_whole(ARGV[1], 0), to_whole(ARGV[2], 0), to_whole(ARGV[3], 0)
-local record = to_whole(ARGV[4], 0)
-if not (now_arg and seen_epoch and seen_position and record) then
+local record, keep, revision = ARGV[4], to_whole(ARGV[5], 1), to_whole(ARGV[6], 0)
+local is_mode = {[''] = true, off = true, sampled = true, full = true}
+if not (now_arg and seen_epoch and seen_position and is_mode[record] and keep and revision) then
   return redis.error_reply('BALANCER fence: malformed argument')
 end
 local rules = {}
-for at = 5, #ARGV do rules[#rules + 1] = cjson.decode(ARGV[at]) end
+for at = 7, #ARGV do rules[#rules + 1] = cjson.decode(ARGV[at]) end
 
 local now = clock(now_arg)
-local pool = open_pool(partitions_key, seen_epoch, seen_position)
+local pool = open_pool(partitions_key, decisions_key, seen_epoch, seen_position, now)
 local raised = 0
+
+-- Whether nothing at all is known of the pool but its place: its history begins here.
+local function is_blank()
+  return redis.call('EXISTS', services_key) == 0 and #redis.call('HKEYS', partitions_key) <= 2
+end
+
+local function set_record()
+  local stored = tonumber(redis.call('HGET', partitions_key, 'record_revision') or -1)
+  if record == '' or revision < stored then return end
+  local is_changed = record ~= pool.record or keep ~= pool.keep
+  if is_changed then
+    local origin = is_blank() and 1 or 0
+    -- The last event of a record that ends, else the first of one that begins.
+    if record == 'off' then record_event(pool, 'record', {'record', record, 'keep', keep, 'origin', origin}) end
+    pool.record, pool.keep = record, keep
+    record_event(pool, 'record', {'record', record, 'keep', keep, 'origin', origin})
+  end
+  redis.call('HSET', partitions_key, 'record', record, 'keep', keep, 'record_revision', revision)
+end
+
+set_record()
 
 local function forget_partition(id)
   for _, name in ipairs(part_fields) do redis.call('HDEL', partitions_key, name .. ':' .. id) end
@@ -94,7 +118,7 @@ for at, rule in ipairs(rules) do
       table.concat(ids, '\n'))
     raised = raised + 1
     advance(pool)
-    record_event(decisions_key, record, pool, 'fence', now, {'rule', rule.rule, 'definition', ARGV[4 + at]})
+    record_event(pool, 'fence', {'rule', rule.rule, 'definition', ARGV[6 + at]})
   end
 end
 

@@ -10,9 +10,8 @@
 -- ARGV[3] epoch         the highest epoch and
 -- ARGV[4] position      position in it that the worker has seen, 0 0 for none
 -- ARGV[5] lease_ms      how long the asking worker's lease is renewed for
--- ARGV[6] record        events to keep in the stream, 0 to record none
--- ARGV[7] target        the worker that is looked at
--- ARGV[8] limit         holdings to reap at most
+-- ARGV[6] target        the worker that is looked at
+-- ARGV[7] limit         holdings to reap at most
 -- Returns {'reaped', is_ended, lost, epoch, position, lost_positions}: is_ended tells whether the target's lease had
 --   ended, lost how many attempts were counted as lost; call again while that equals the limit.
 -- include: clock
@@ -23,14 +22,14 @@ local services_key, partitions_key, holdings_key = KEYS[1], KEYS[2], KEYS[3]
 local leases_key, decisions_key = KEYS[4], KEYS[5]
 
 local now_arg, seen_epoch, seen_position = to_whole(ARGV[1], 0), to_whole(ARGV[3], 0), to_whole(ARGV[4], 0)
-local lease_ms, record, limit = to_whole(ARGV[5], 1), to_whole(ARGV[6], 0), to_whole(ARGV[8], 1)
-if not (now_arg and seen_epoch and seen_position and lease_ms and record and limit) then
+local lease_ms, limit = to_whole(ARGV[5], 1), to_whole(ARGV[7], 1)
+if not (now_arg and seen_epoch and seen_position and lease_ms and limit) then
   return redis.error_reply('BALANCER reap: malformed argument')
 end
-local worker, target = ARGV[2], ARGV[7]
+local worker, target = ARGV[2], ARGV[6]
 
 local now = clock(now_arg)
-local pool = open_pool(partitions_key, seen_epoch, seen_position)
+local pool = open_pool(partitions_key, decisions_key, seen_epoch, seen_position, now)
 redis.call('ZADD', leases_key, whole(now + lease_ms), worker)
 local lease_end = tonumber(redis.call('ZSCORE', leases_key, target) or 0)
 local is_ended = lease_end <= now
@@ -38,17 +37,16 @@ local services, lost = {}, 0
 
 local function reap(number, reserved, id)
   local service = load_service(services, services_key, id, ledger_fields)
-  count_lost(service, reserved, now)
-  redis.call('HSET', holdings_key, number, 'l ' .. whole(reserved) .. ' ' .. whole(now) .. ' ' .. id)
-  lost = lost + 1
   advance(pool)
-  if record > 0 then
-    record_event(decisions_key, record, pool, 'reap', now, {
-      'worker', target, 'number', number, 'service', id, 'reserved', whole(reserved), 'by', worker,
-      'windows', windows_text(service.windows), 'in_flight', service.in_flight, 'held', whole(service.reserved),
-      'requests', whole(service.requests),
-    })
-  end
+  local before = counters_text(service, ledger_fields)
+  count_lost(service, reserved, now)
+  redis.call('HSET', holdings_key, number,
+    'l ' .. whole(reserved) .. ' ' .. whole(now) .. ' ' .. whole(pool.position) .. ' ' .. id)
+  lost = lost + 1
+  record_event(pool, 'reap', {
+    'worker', target, 'number', number, 'service', id, 'reserved', whole(reserved), 'by', worker,
+    'before', before, 'after', counters_text(service, ledger_fields),
+  })
 end
 
 local flat = redis.call('HGETALL', holdings_key)
@@ -70,7 +68,9 @@ for _, number in ipairs(numbers) do
     if reserved and (is_ended or tonumber(deadline) <= now) then reap(whole(number), tonumber(reserved), id) end
   end
 end
-if is_ended and lost < limit then redis.call('ZREM', leases_key, target) end
+-- A worker that is reaped stays listed for as long as its holdings are kept, with the time of that below zero.
+if is_ended and lost < limit and lease_end >= 0 then redis.call('ZADD', leases_key, '-' .. whole(now), target) end
+redis.call('ZREMRANGEBYSCORE', leases_key, '-' .. whole(math.max(0, now - 604800000)), 0)
 save_services(services, services_key, ledger_fields)
 close_pool(pool, partitions_key, {services_key, leases_key, decisions_key}, nil)
 return {'reaped', is_ended and 1 or 0, lost, pool.epoch, pool.position, pool.lost}

@@ -9,8 +9,7 @@
 -- ARGV[3] epoch         the highest epoch and
 -- ARGV[4] position      position in it that the worker has seen, 0 0 for none
 -- ARGV[5] lease_ms      how long the worker's lease is renewed for
--- ARGV[6] record        events to keep in the stream, 0 to record none
--- ARGV[7…] selections   number, rule, partition, revision, draw, reserved, deadline_ms (from now), excluded (how
+-- ARGV[6…] selections   number, rule, partition, revision, draw, reserved, deadline_ms (from now), excluded (how
 --   many) and their ids
 -- Returns an array for each selection, in order:
 --   {'pick', service, reason, seq, epoch, position, streak, is_switch}, {'none'}, {'stale', revision}: a later revision
@@ -31,7 +30,7 @@ local tactics = {round_robin = round_robin, token_based = token_based, hybrid = 
 local service_fields = {'windows', 'in_flight', 'reserved', 'picks'}
 
 local selections, names = {}, {}
-local at = 7
+local at = 6
 while at <= #ARGV do
   local selection = {
     number = ARGV[at], rule = ARGV[at + 1], partition = ARGV[at + 2], revision = to_whole(ARGV[at + 3], 1),
@@ -50,14 +49,14 @@ while at <= #ARGV do
   at = at + 8 + excluded
 end
 local now_arg, seen_epoch, seen_position = to_whole(ARGV[1], 0), to_whole(ARGV[3], 0), to_whole(ARGV[4], 0)
-local lease_ms, record = to_whole(ARGV[5], 1), to_whole(ARGV[6], 0)
+local lease_ms = to_whole(ARGV[5], 1)
 if #selections < 1 or #selections > 64 then return redis.error_reply('BALANCER select: 1 to 64 selections') end
-if not (now_arg and seen_epoch and seen_position and lease_ms and record) then
+if not (now_arg and seen_epoch and seen_position and lease_ms) then
   return redis.error_reply('BALANCER select: malformed argument')
 end
 
 local now = clock(now_arg)
-local pool = open_pool(partitions_key, seen_epoch, seen_position)
+local pool = open_pool(partitions_key, decisions_key, seen_epoch, seen_position, now)
 local known = redis.call('HMGET', holdings_key, unpack(names))
 local services, rules, parts, held, answers = {}, {}, {}, {}, {}
 
@@ -87,11 +86,13 @@ local function counts(id, length)
   return requests, tokens + service.reserved
 end
 
+local function services_text(partition)
+  return redis.call('HGET', partitions_key, 'services:' .. partition) or ''
+end
+
 -- Chooses by the partition's tactic; nil when it has no candidate. A retry works on a copy of cursor and streak.
 local function choose(part, selection)
-  local view = candidates_of(part, selection.excluded, function()
-    return redis.call('HGET', partitions_key, 'services:' .. selection.partition) or ''
-  end, counts)
+  local view = candidates_of(part, selection.excluded, function() return services_text(selection.partition) end, counts)
   local before = {cursor = part.cursor, window = part.window, streak = part.streak}
   if part.cursor == '' then
     local first = view.after('')
@@ -104,9 +105,41 @@ local function choose(part, selection)
   return id, streak, reason, window
 end
 
+-- What a sampled pick saw, so that it can be checked by itself: thresholds, services, and what each of them counted.
+local function seen_by_tactic(part, partition)
+  local text, lines = services_text(partition), {}
+  for _, service in ipairs(parse_services(text)) do
+    local requests, tokens = counts(service.id, service.window)
+    lines[#lines + 1] = whole(requests) .. ' ' .. whole(tokens)
+  end
+  return {
+    'request_threshold', whole(part.request_threshold), 'token_threshold', whole(part.token_threshold),
+    'services', text, 'counts', table.concat(lines, '\n'),
+  }
+end
+
+local function record_pick(selection, part, fields, sample)
+  local excluded = {}
+  for other in pairs(selection.excluded) do excluded[#excluded + 1] = other end
+  local event = {
+    'worker', ARGV[2], 'number', selection.number, 'rule', selection.rule, 'partition', selection.partition,
+    'revision', whole(selection.revision), 'tactic', part.tactic, 'draw', whole(selection.draw),
+    'reserved', whole(selection.reserved), 'deadline_ms', whole(now + selection.deadline_ms),
+    'excluded', table.concat(excluded, '\n'),
+  }
+  for _, list in ipairs({fields, sample}) do
+    for _, value in ipairs(list) do event[#event + 1] = value end
+  end
+  record_event(pool, 'pick', event)
+end
+
 local function pick(selection, rule, part)
   local id, streak, reason, window = choose(part, selection)
   if not id then return {'none'} end
+  local service = load_service(services, services_key, id, service_fields)
+  local is_recorded = advance(pool)
+  local sample = is_recorded and pool.record == 'sampled' and seen_by_tactic(part, selection.partition) or {}
+  local before = is_recorded and {part.cursor, part.streak, counters_text(service, service_fields)}
   local is_switch = 0
   if selection.is_retry then
     reason, streak = 'retry', part.streak
@@ -114,7 +147,6 @@ local function pick(selection, rule, part)
     if part.cursor ~= '' and part.cursor ~= id then is_switch = 1 end
     part.cursor, part.window, part.streak, part.is_changed = id, window, streak, true
   end
-  local service = load_service(services, services_key, id, service_fields)
   roll_windows(service.windows, now)
   for _, w in ipairs(service.windows) do w.requests = w.requests + 1 end
   service.in_flight = service.in_flight + 1
@@ -125,18 +157,11 @@ local function pick(selection, rule, part)
   rule.is_changed = true
   held[#held + 1] = selection.number
   held[#held + 1] = 'h ' .. whole(selection.reserved) .. ' ' .. whole(now + selection.deadline_ms) .. ' ' .. id
-  advance(pool)
-  if record > 0 then
-    local excluded = {}
-    for other in pairs(selection.excluded) do excluded[#excluded + 1] = other end
-    record_event(decisions_key, record, pool, 'pick', now, {
-      'worker', ARGV[2], 'number', selection.number, 'rule', selection.rule, 'partition', selection.partition,
-      'revision', rule.revision, 'service', id, 'reason', reason, 'seq', rule.seq, 'streak', streak,
-      'draw', whole(selection.draw), 'reserved', whole(selection.reserved),
-      'deadline_ms', whole(now + selection.deadline_ms), 'excluded', table.concat(excluded, '\n'),
-      'cursor', part.cursor, 'windows', windows_text(service.windows), 'in_flight', service.in_flight,
-      'held', whole(service.reserved), 'picks', whole(service.picks),
-    })
+  if before then
+    record_pick(selection, part, {
+      'service', id, 'reason', reason, 'seq', whole(rule.seq), 'cursor', before[1], 'streak_before', before[2],
+      'streak', streak, 'before', before[3], 'after', counters_text(service, service_fields),
+    }, sample)
   end
   return {'pick', id, reason, rule.seq, pool.epoch, pool.position, streak, is_switch}
 end

@@ -9,10 +9,9 @@
 -- ARGV[3] epoch         the highest epoch and
 -- ARGV[4] position      position in it that the worker has seen, 0 0 for none
 -- ARGV[5] lease_ms      how long the worker's lease is renewed for
--- ARGV[6] record        events to keep in the stream, 0 to record none
--- ARGV[7] batch         1, 2, 3… for this worker and pool
--- ARGV[8] skip          1 when earlier batches are no longer held by the worker and must be passed over
--- ARGV[9…] entries      number, service ('' for an abandoned name, whose service is not known), outcome, age_ms, input,
+-- ARGV[6] batch         1, 2, 3… for this worker and pool
+-- ARGV[7] skip          1 when earlier batches are no longer held by the worker and must be passed over
+-- ARGV[8…] entries      number, service ('' for an abandoned name, whose service is not known), outcome, age_ms, input,
 --   output, cached, cache_creation, reasoning
 -- Returns {'applied', last, epoch, position, lost} or, changing nothing, {'gap', last}.
 -- include: clock
@@ -24,12 +23,12 @@ local leases_key, decisions_key = KEYS[4], KEYS[5]
 local is_failure = {rate_limited = 1, unauthorized = 1, overloaded = 1, failed = 1}
 
 local now_arg, seen_epoch, seen_position = to_whole(ARGV[1], 0), to_whole(ARGV[3], 0), to_whole(ARGV[4], 0)
-local lease_ms, record, batch = to_whole(ARGV[5], 1), to_whole(ARGV[6], 0), to_whole(ARGV[7], 1)
-if not (now_arg and seen_epoch and seen_position and lease_ms and record and batch) or (#ARGV - 8) % 9 ~= 0 then
+local lease_ms, batch = to_whole(ARGV[5], 1), to_whole(ARGV[6], 1)
+if not (now_arg and seen_epoch and seen_position and lease_ms and batch) or (#ARGV - 7) % 9 ~= 0 then
   return redis.error_reply('BALANCER settle: malformed argument')
 end
 local entries = {}
-for at = 9, #ARGV, 9 do
+for at = 8, #ARGV, 9 do
   local entry = {number = ARGV[at], service = ARGV[at + 1], outcome = ARGV[at + 2], age_ms = to_whole(ARGV[at + 3], 0)}
   for i, name in ipairs({'input', 'output', 'cached', 'cache_creation', 'reasoning'}) do
     entry[name] = to_whole(ARGV[at + 3 + i], 0)
@@ -42,9 +41,9 @@ for at = 9, #ARGV, 9 do
 end
 
 local last = tonumber(redis.call('HGET', holdings_key, 'last') or 0)
-if batch > last + 1 and ARGV[8] ~= '1' then return {'gap', last} end
+if batch > last + 1 and ARGV[7] ~= '1' then return {'gap', last} end
 local now = clock(now_arg)
-local pool = open_pool(partitions_key, seen_epoch, seen_position)
+local pool = open_pool(partitions_key, decisions_key, seen_epoch, seen_position, now)
 redis.call('ZADD', leases_key, whole(now + lease_ms), ARGV[2])
 
 local services = {}
@@ -70,35 +69,35 @@ local function count(entry, service)
   add_window_tokens(service, entry.input + entry.output, now, entry.age_ms)
 end
 
-local function apply(entry)
-  local holding = redis.call('HGET', holdings_key, entry.number)
-  local state, reserved, at_ms, held = string.match(holding or '', '^(%a) (%d+) (%d+) (.+)$')
-  local id = held or entry.service
+-- Applies the entry at a place of the batch. A holding is `h reserved deadline_ms id`, `x until_ms`, or
+-- `l reserved reaped_ms position id`.
+local function apply(entry, place)
+  local holding = redis.call('HGET', holdings_key, entry.number) or ''
+  local reserved, id = string.match(holding, '^h (%d+) %d+ (.+)$')
+  local lost_reserved, reaped_ms, position, lost_id = string.match(holding, '^l (%d+) (%d+) (%d+) (.+)$')
+  id = id or lost_id or entry.service
   local service = id ~= '' and load_service(services, services_key, id, ledger_fields) or nil
-  if state then
-    redis.call('HDEL', holdings_key, entry.number)
-    if state == 'h' then
-      release(service, tonumber(reserved))
-    else
-      uncount_lost(service, tonumber(reserved), tonumber(at_ms))
-    end
+  local before = advance(pool) and (service and counters_text(service, ledger_fields) or '')
+  if reserved then
+    release(service, tonumber(reserved))
+  elseif lost_reserved then
+    uncount_lost(service, tonumber(lost_reserved), tonumber(reaped_ms), tonumber(position))
   end
+  if reserved or lost_reserved then redis.call('HDEL', holdings_key, entry.number) end
   if entry.outcome == 'abandoned' then abandon(entry, service) else count(entry, service) end
-  advance(pool)
-  if record > 0 then
-    record_event(decisions_key, record, pool, 'settle', now, {
-      'worker', ARGV[2], 'number', entry.number, 'service', id, 'outcome', entry.outcome,
-      'age_ms', whole(entry.age_ms), 'input', whole(entry.input), 'output', whole(entry.output),
-      'cached', whole(entry.cached), 'cache_creation', whole(entry.cache_creation),
-      'reasoning', whole(entry.reasoning), 'windows', service and windows_text(service.windows) or '',
-      'in_flight', service and service.in_flight or 0, 'held', service and whole(service.reserved) or 0,
-      'requests', service and whole(service.requests) or 0,
+  if before then
+    record_event(pool, 'settle', {
+      'worker', ARGV[2], 'number', entry.number, 'batch', whole(batch), 'place', place, 'service', id,
+      'outcome', entry.outcome, 'age_ms', whole(entry.age_ms), 'input', whole(entry.input),
+      'output', whole(entry.output), 'cached', whole(entry.cached), 'cache_creation', whole(entry.cache_creation),
+      'reasoning', whole(entry.reasoning), 'before', before,
+      'after', service and counters_text(service, ledger_fields) or '',
     })
   end
 end
 
 if batch > last then
-  for _, entry in ipairs(entries) do apply(entry) end
+  for place, entry in ipairs(entries) do apply(entry, place) end
   last = batch
   redis.call('HSET', holdings_key, 'last', whole(last))
   save_services(services, services_key, ledger_fields)

@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
             {
                 "audit",
                 "bodies",
+                "checkpoint",
                 "dialects",
                 "document",
                 "encoding",

@@ -136,7 +136,7 @@ def _with_registry(options: argparse.Namespace, work: Callable[[Registry, Store]
         await connection.check_server(store.url)
         client = connection.client(store.url)
         try:
-            return await work(Registry(client, settings.record_events, settings.scripts_dir), store)
+            return await work(Registry(client, settings.scripts_dir), store)
         finally:
             await client.aclose()
 

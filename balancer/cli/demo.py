@@ -31,6 +31,7 @@ from balancer.store.views import PoolView, read_pool
 POOL = "default"
 ACCOUNTS = ("anna", "boris", "chen")
 LEASE_S = 3.0
+_KEEP = 10_000_000
 _START_S = 30.0
 _SETTLE_S = LEASE_S + 12.0
 _REQUEST_S = 60.0
@@ -124,7 +125,7 @@ class _Demo:
             for problem in outcome.problems[:10]:
                 say(f"[red]✗ {problem}[/]")
             if outcome.problems:
-                say(f"[bold red]{len(outcome.problems)} disagreements[/]")
+                say(f"[bold red]{len(outcome.problems)} disagreement{'s' if len(outcome.problems) > 1 else ''}[/]")
             else:
                 say("[bold green]Everything agrees: every pick, every counter, every token.[/]")
             if self._options.keep:
@@ -151,7 +152,11 @@ class _Demo:
             }
             for rule in RULES
         ]
-        return {"providers": providers, "rules": rules}
+        return {
+            "providers": providers,
+            "rules": rules,
+            "pools": [{"name": POOL, "record": "full", "record_events": _KEEP}],
+        }
 
     @contextlib.asynccontextmanager
     async def _gateway(self, accounts: list[str]) -> AsyncIterator[str]:
@@ -159,7 +164,7 @@ class _Demo:
         file = self._folder / "balancer.json"
         file.write_bytes(msgspec.json.encode(self._configuration(accounts)))
         environment = {name: value for name, value in os.environ.items() if not name.startswith("BALANCER_")}
-        environment |= {"BALANCER_RECORD_EVENTS": "10000000", "BALANCER_LEASE_S": str(LEASE_S)}
+        environment["BALANCER_LEASE_S"] = str(LEASE_S)
         if self._options.sabotage:
             environment["BALANCER_SCRIPTS_DIR"] = str(self._wrong_scripts())
         log = self._folder / "serve.log"
@@ -303,7 +308,7 @@ class _Demo:
             ]
             verdict = await asyncio.to_thread(audit.check, events)
         view, ledger = await _view(client), await _ledgers(accounts)
-        problems = list(verdict.violations)
+        problems = [str(violation) for violation in verdict.violations]
         if verdict.picks == 0:
             problems.append("no history was recorded")
         problems += [
@@ -333,7 +338,7 @@ class _Demo:
             requests = sum(state.requests - state.lost for state in states)
             found = _rule_problems(rule, mine, here, expected, requests, there.requests - lost_there.requests)
             problems += found
-            wrong = bool(found) or any(rule.uuid in line for line in verdict.violations)
+            wrong = bool(found) or any(rule.uuid in str(violation) for violation in verdict.violations)
             table.add_row(
                 rule.model,
                 str(len(mine)),

@@ -63,7 +63,7 @@ async def _prepare(store: Store, settings: Settings, configuration: Configuratio
         return None
     client = connection.client(store.url)
     try:
-        registry = Registry(client, settings.record_events, settings.scripts_dir)
+        registry = Registry(client, settings.scripts_dir)
         return await publish_file(registry, configuration, store.sealer)
     finally:
         await client.aclose()

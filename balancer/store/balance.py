@@ -39,7 +39,7 @@ class Balance:
         self._settings = settings
         self._events = events or BalanceEvents()
         self._client = connection.client(url)
-        self.registry = Registry(self._client, settings.record_events, settings.scripts_dir)
+        self.registry = Registry(self._client, settings.scripts_dir)
         self._follower = Follower(self._client, self.registry)
         self._pools: dict[str, PoolClient] = {}
         self._numbers = itertools.count(1)
@@ -86,7 +86,6 @@ class Balance:
                 self.worker,
                 deadline_ms=self._settings.redis_deadline_ms,
                 lease_ms=round(self._settings.lease_s * 1000),
-                record=self._settings.record_events,
                 scripts_dir=self._settings.scripts_dir,
                 events=self._events.pool,
             )
@@ -218,7 +217,9 @@ class Balance:
         directory = self.directory
         current = directory.by_uuid.get(rule.uuid)
         if current is not None:
-            await self._pool(current.pool).raise_fence([directory.snapshot.definition(current)])
+            settings = directory.configuration.pool(current.pool)
+            definitions = [directory.snapshot.definition(current)]
+            await self._pool(current.pool).raise_fence(definitions, settings, directory.revision)
 
     def settle(self, pick: Pick, outcome: Outcome, usage: Usage | None) -> None:
         """Queues the end of an attempt; it is written to Redis with the other commands of this tick."""

@@ -8,6 +8,7 @@ from balancer.domain import (
     Configuration,
     Entry,
     PartitionDefinition,
+    PoolSettings,
     Rule,
     RuleDefinition,
     Selection,
@@ -50,6 +51,11 @@ def entry_arguments(entry: Entry, extra_age_ms: int = 0) -> tuple[str | int, ...
         usage.cache_creation,
         usage.reasoning,
     )
+
+
+def fence_arguments(settings: PoolSettings, revision: int) -> dict[str, str | int]:
+    """How a pool's events are recorded as of a revision, as fence takes it."""
+    return {"record": settings.record, "keep": settings.record_events, "revision": revision}
 
 
 def rule_definition(configuration: Configuration, rule: Rule, revision: int) -> RuleDefinition:

@@ -10,10 +10,10 @@ import msgspec
 from redis.exceptions import ResponseError
 
 from balancer import log
-from balancer.domain import Entry, Outcome, RuleDefinition, Selection
+from balancer.domain import Entry, Outcome, PoolSettings, RuleDefinition, Selection
 from balancer.errors import StoreUnavailableError
 from balancer.store import keys, views
-from balancer.store.calls import entry_arguments, selection_arguments
+from balancer.store.calls import entry_arguments, fence_arguments, selection_arguments
 from balancer.store.connection import Link, is_noscript
 from balancer.store.scripts import load
 from balancer.store.settlement import Batch, Outbox
@@ -48,7 +48,6 @@ class PoolClient:
         *,
         deadline_ms: int,
         lease_ms: int,
-        record: int,
         scripts_dir: str,
         events: PoolEvents,
     ) -> None:
@@ -58,7 +57,6 @@ class PoolClient:
         self.seen = (0, 0)
         self._deadline_s = deadline_ms / 1000
         self._lease_ms = lease_ms
-        self._record = record
         self._events = events
         self._scripts = {name: load(name, scripts_dir) for name in ("select", "settle", "reap", "fence")}
         self._link = Link(url, deadline_ms, self._on_up, self._on_down, name=pool)
@@ -182,7 +180,6 @@ class PoolClient:
             "epoch": self.seen[0],
             "position": self.seen[1],
             "lease_ms": self._lease_ms,
-            "record": self._record,
             **more,
         }
 
@@ -295,10 +292,14 @@ class PoolClient:
                 self._link.forget(script)
         raise StoreUnavailableError("Redis does not keep scripts")
 
-    async def raise_fence(self, definitions: Sequence[RuleDefinition]) -> int:
-        """Raises the fences of rules in this pool; how many rose."""
-        names = {name: key for name, key in self._keys("").items() if name in self._scripts["fence"].keys}
-        arguments = {k: v for k, v in self._arguments().items() if k in self._scripts["fence"].arguments}
+    async def raise_fence(
+        self, definitions: Sequence[RuleDefinition], settings: PoolSettings | None = None, revision: int = 0
+    ) -> int:
+        """Raises the fences of rules in this pool, and says how events are recorded; how many rose."""
+        script = self._scripts["fence"]
+        names = {name: key for name, key in self._keys("").items() if name in script.keys}
+        arguments = {k: v for k, v in self._arguments().items() if k in script.arguments}
+        arguments |= fence_arguments(settings or PoolSettings(name=self.pool), revision)
         rest = [msgspec.json.encode(definition).decode() for definition in definitions]
         _, raised, epoch, position, lost = await self._ask("fence", names, arguments, rest)
         self._saw(epoch, position, lost)
@@ -318,7 +319,10 @@ class PoolClient:
             await asyncio.sleep(pause_s)
 
     async def _others_to_reap(self) -> list[str]:
-        """Workers whose lease has ended, and the next one in the ring, whose overdue attempts are ours to look at."""
+        """Workers whose lease has ended, and the next one in the ring, whose overdue attempts are ours to look at.
+
+        A lease below zero has been reaped.
+        """
         leases, clock = self._link.send("ZRANGE", keys.leases(self.pool), 0, -1, "WITHSCORES"), self._link.send("TIME")
         self._link.flush()
         try:
@@ -327,7 +331,7 @@ class PoolClient:
         except ResponseError as exc:
             raise _store_error(exc) from exc
         now_ms = int(seconds) * 1000 + int(micros) // 1000
-        ended = [worker for worker, end_ms in ends.items() if end_ms <= now_ms and worker != self.worker]
+        ended = [worker for worker, end_ms in ends.items() if 0 <= end_ms <= now_ms and worker != self.worker]
         alive = sorted(worker for worker, end_ms in ends.items() if end_ms > now_ms)
         following = [worker for worker in alive if worker > self.worker] or [w for w in alive if w < self.worker]
         return ended + following[:1]

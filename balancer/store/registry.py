@@ -16,10 +16,10 @@ import msgspec
 import redis.asyncio
 
 from balancer import document, log
-from balancer.domain import Configuration, Provider, Rule, RuleDefinition
+from balancer.domain import Configuration, PoolSettings, Provider, Rule, RuleDefinition
 from balancer.errors import BalancerError, ConfigurationError, ConflictError, StoreUnavailableError
 from balancer.store import keys
-from balancer.store.calls import rule_definition
+from balancer.store.calls import fence_arguments, rule_definition
 from balancer.store.connection import translated
 from balancer.store.scripts import load
 
@@ -128,9 +128,8 @@ class _Stored(msgspec.Struct, frozen=True, kw_only=True):
 class Registry:
     """Reads and publishes snapshots. Raises StoreUnavailableError when Redis does not answer."""
 
-    def __init__(self, client: redis.asyncio.Redis, record: int = 0, scripts_dir: str = "") -> None:
+    def __init__(self, client: redis.asyncio.Redis, scripts_dir: str = "") -> None:
         self._client = client
-        self._record = record
         self._scripts_dir = scripts_dir
 
     async def head(self) -> Head:
@@ -211,22 +210,22 @@ class Registry:
         if head.pending and (snapshot := await self.load(head.pending)):
             await self._finish(snapshot)
 
-    async def raise_fences(self, pool: str, definitions: Sequence[RuleDefinition]) -> None:
-        """Raises the fences of rules in a pool."""
-        for start in range(0, len(definitions), _RULES_PER_CALL):
+    async def raise_fences(self, settings: PoolSettings, revision: int, definitions: Sequence[RuleDefinition]) -> None:
+        """Raises the fences of rules in a pool, and says how its events are recorded as of that revision."""
+        for start in range(0, max(1, len(definitions)), _RULES_PER_CALL):
             await self._run(
                 "fence",
                 {
-                    "services": keys.services(pool),
-                    "partitions": keys.partitions(pool),
-                    "decisions": keys.decisions(pool),
+                    "services": keys.services(settings.name),
+                    "partitions": keys.partitions(settings.name),
+                    "decisions": keys.decisions(settings.name),
                 },
-                {"now_ms": 0, "epoch": 0, "position": 0, "record": self._record},
+                {"now_ms": 0, "epoch": 0, "position": 0, **fence_arguments(settings, revision)},
                 [msgspec.json.encode(d).decode() for d in definitions[start : start + _RULES_PER_CALL]],
             )
 
     async def _finish(self, snapshot: Snapshot) -> None:
-        by_pool: dict[str, list[RuleDefinition]] = {}
+        by_pool: dict[str, list[RuleDefinition]] = {name: [] for name in snapshot.configuration.pool_names()}
         for tombstone in snapshot.tombstones:
             gone = RuleDefinition(rule=tombstone.rule, revision=snapshot.revision)
             by_pool.setdefault(tombstone.pool, []).append(gone)
@@ -234,7 +233,7 @@ class Registry:
             if snapshot.rule_revision(rule.uuid) == snapshot.revision:
                 by_pool.setdefault(rule.pool, []).append(snapshot.definition(rule))
         for pool, definitions in by_pool.items():
-            await self.raise_fences(pool, definitions)
+            await self.raise_fences(snapshot.configuration.pool(pool), snapshot.revision, definitions)
         await self._run(
             "commit",
             {

@@ -11,19 +11,23 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import msgspec
 
 from balancer.errors import ConfigurationError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_KEY = re.compile(r"^-- KEYS\[(\d+)\]\s+(\w+)")
+_KEY = re.compile(r"^-- KEYS\[(\d+)(…?)\]\s+(\w+)")
 _ARGUMENT = re.compile(r"^-- ARGV\[(\d+)(…?)\]\s+(\w+)")
 _INCLUDE = re.compile(r"^-- include: (\S+)\s*$")
 
 
 class Script(msgspec.Struct, frozen=True, kw_only=True):
-    """A script as Redis gets it, with the names of its keys and arguments; `rest` names the last, repeated group."""
+    """A script as Redis gets it, with the names of its keys and arguments.
+
+    `rest` names the last group of arguments, `rest_keys` that of keys, where there may be any number of it.
+    """
 
     name: str
     source: str
@@ -31,19 +35,29 @@ class Script(msgspec.Struct, frozen=True, kw_only=True):
     keys: tuple[str, ...]
     arguments: tuple[str, ...]
     rest: str
+    rest_keys: str = ""
 
     def command(
-        self, keys: Mapping[str, str], arguments: Mapping[str, str | int], rest: Sequence[str | int] = ()
+        self,
+        keys: Mapping[str, str],
+        arguments: Mapping[str, str | int],
+        rest: Sequence[str | int] = (),
+        rest_keys: Sequence[str] = (),
     ) -> tuple[str | int, ...]:
         """What follows the word EVALSHA <sha> or EVAL <source>: the number of keys, keys and arguments in order.
 
         Raises TypeError when the names are not exactly those of the header.
         """
-        if keys.keys() != set(self.keys) or arguments.keys() != set(self.arguments) or (rest and not self.rest):
-            raise TypeError(f"{self.name} takes keys {self.keys}, arguments {self.arguments}, rest {self.rest or None}")
+        is_known = keys.keys() == set(self.keys) and arguments.keys() == set(self.arguments)
+        if not is_known or (rest and not self.rest) or (rest_keys and not self.rest_keys):
+            raise TypeError(
+                f"{self.name} takes keys {self.keys} and {self.rest_keys or 'none'} more, "
+                f"arguments {self.arguments} and {self.rest or 'none'} more"
+            )
         return (
-            len(self.keys),
+            len(self.keys) + len(rest_keys),
             *(keys[name] for name in self.keys),
+            *rest_keys,
             *(arguments[name] for name in self.arguments),
             *rest,
         )
@@ -62,15 +76,12 @@ def load(name: str, override: str = "") -> Script:
     """The script of that name. Raises ConfigurationError when its header or an include is wrong."""
     root = folder(override)
     text = (root / f"{name}.lua").read_text(encoding="utf-8")
-    keys, arguments, rest = _header(name, text)
     source = _expand(root, text, set())
     return Script(
         name=name,
         source=source,
         sha=hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest(),
-        keys=keys,
-        arguments=arguments,
-        rest=rest,
+        **_header(name, text),
     )
 
 
@@ -79,25 +90,34 @@ def names(override: str = "") -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in folder(override).glob("*.lua")))
 
 
-def _header(name: str, text: str) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+class _Header(TypedDict):
+    keys: tuple[str, ...]
+    arguments: tuple[str, ...]
+    rest: str
+    rest_keys: str
+
+
+def _header(name: str, text: str) -> _Header:
     keys: list[str] = []
     arguments: list[str] = []
-    rest = ""
+    rest: dict[str, str] = {}
     for line in text.splitlines():
         if not line.startswith("--"):
             break
-        if match := _KEY.match(line):
-            if int(match[1]) != len(keys) + 1:
-                raise ConfigurationError(f"{name}.lua: KEYS[{match[1]}] is out of order")
-            keys.append(match[2])
-        elif match := _ARGUMENT.match(line):
-            if int(match[1]) != len(arguments) + 1 or rest:
-                raise ConfigurationError(f"{name}.lua: ARGV[{match[1]}] is out of order")
-            if match[2]:
-                rest = match[3]
-            else:
-                arguments.append(match[3])
-    return tuple(keys), tuple(arguments), rest
+        for word, pattern, known in (("KEYS", _KEY, keys), ("ARGV", _ARGUMENT, arguments)):
+            if match := pattern.match(line):
+                if int(match[1]) != len(known) + 1 or word in rest:
+                    raise ConfigurationError(f"{name}.lua: {word}[{match[1]}] is out of order")
+                if match[2]:
+                    rest[word] = match[3]
+                else:
+                    known.append(match[3])
+    return {
+        "keys": tuple(keys),
+        "arguments": tuple(arguments),
+        "rest": rest.get("ARGV", ""),
+        "rest_keys": rest.get("KEYS", ""),
+    }
 
 
 def _expand(root: Path, text: str, done: set[str]) -> str:

@@ -1,9 +1,9 @@
 -- include: service
 
--- How the end of an attempt changes its service. Shared by settle and reap.
+-- How the end of an attempt changes its service. Shared by settle, reap and clear.
 local ledger_fields = {
   'windows', 'in_flight', 'reserved', 'requests', 'failures', 'input', 'output', 'cached', 'cache_creation',
-  'reasoning', 'lost', 'lost_tokens', 'abandoned', 'last_used',
+  'reasoning', 'lost', 'lost_tokens', 'abandoned', 'last_used', 'cleared',
 }
 
 -- Adds tokens to the windows open at `now - age_ms`; a fresh entry (age 0) opens a new one where the last has ended.
@@ -30,8 +30,9 @@ local function count_lost(service, reserved, now)
   add_window_tokens(service, reserved, now, 0)
 end
 
--- Takes back count_lost: the worker was only late.
-local function uncount_lost(service, reserved, reaped_ms)
+-- Takes back count_lost: the worker was only late. What was cleared in between is not there to be taken back.
+local function uncount_lost(service, reserved, reaped_ms, position)
+  if position <= service.cleared then return end
   service.requests = service.requests - 1
   service.lost = service.lost - 1
   service.lost_tokens = service.lost_tokens - reserved

@@ -1,30 +1,38 @@
 -- include: number
 
--- A pool's place in its history: its epoch and position. When the caller has seen more than the pool remembers,
--- acknowledged writes were lost in a failover: the epoch rises, numbers go on from the highest seen, `lost` says how
--- many.
-local function open_pool(partitions, seen_epoch, seen_position)
-  local stored = redis.call('HMGET', partitions, 'epoch', 'position')
-  local pool = {epoch = tonumber(stored[1] or 1), position = tonumber(stored[2] or 0), lost = 0}
-  if seen_epoch > pool.epoch or (seen_epoch == pool.epoch and seen_position > pool.position) then
-    if seen_position > pool.position then pool.lost = seen_position - pool.position end
-    pool.epoch = seen_epoch + 1
-    pool.position = math.max(pool.position, seen_position)
-  end
-  return pool
-end
+-- A pool's place in its history: its epoch and position, and how its events are recorded.
+local SAMPLED_ONE_IN = 16
 
--- Takes the next position.
+-- Takes the next position; true if what happens there is recorded.
 local function advance(pool)
   pool.position = pool.position + 1
-  return pool.position
+  return pool.record == 'full' or (pool.record == 'sampled' and pool.position % SAMPLED_ONE_IN == 0)
 end
 
--- Writes an event to the decision stream, if it is recorded.
-local function record_event(stream, keep, pool, kind, now, fields)
-  if keep == 0 then return end
-  redis.call('XADD', stream, 'MAXLEN', '~', keep, '*', 'event', kind, 'epoch', pool.epoch, 'position', pool.position,
-    'now_ms', whole(now), unpack(fields))
+-- Writes an event to the decision stream. Rare ones are written whenever events are recorded at all.
+local function record_event(pool, kind, fields)
+  if pool.record == 'off' then return end
+  redis.call('XADD', pool.decisions, 'MAXLEN', '~', pool.keep, '*', 'event', kind, 'epoch', pool.epoch,
+    'position', pool.position, 'now_ms', whole(pool.now), unpack(fields))
+end
+
+-- Reads the pool's place. When the caller has seen more than the pool remembers, acknowledged writes were lost in a
+-- failover: the epoch rises, numbers go on from the highest seen, `lost` says how many.
+local function open_pool(partitions, decisions, seen_epoch, seen_position, now)
+  local stored = redis.call('HMGET', partitions, 'epoch', 'position', 'record', 'keep')
+  local pool = {
+    epoch = tonumber(stored[1] or 1), position = tonumber(stored[2] or 0), record = stored[3] or 'off',
+    keep = tonumber(stored[4] or 0), decisions = decisions, now = now, lost = 0,
+  }
+  if seen_epoch > pool.epoch or (seen_epoch == pool.epoch and seen_position > pool.position) then
+    local was_epoch, was_position = pool.epoch, pool.position
+    pool.lost = math.max(0, seen_position - was_position)
+    pool.epoch = seen_epoch + 1
+    pool.position = math.max(was_position, seen_position)
+    advance(pool)
+    record_event(pool, 'epoch', {'was_epoch', was_epoch, 'was_position', was_position, 'lost', pool.lost})
+  end
+  return pool
 end
 
 -- Writes back the pool's place, and keeps what is in use from expiring: the pool's state for 30 days, a worker's for 7.

@@ -32,3 +32,10 @@ local function save_services(cache, key, names)
     end
   end
 end
+
+-- The named counters as an event tells them, joined by blanks; the windows, which come first in `names`, behind a `|`.
+local function counters_text(service, names)
+  local values = {}
+  for i = 2, #names do values[#values + 1] = whole(service[names[i]]) end
+  return table.concat(values, ' ') .. '|' .. windows_text(service.windows)
+end

@@ -7,16 +7,16 @@ from typing import Any
 
 import msgspec
 
-from balancer.domain import Entry, RuleDefinition, Selection
+from balancer.domain import Entry, PoolSettings, Record, RuleDefinition, Selection
 from balancer.store import keys, views
-from balancer.store.calls import entry_arguments, selection_arguments
+from balancer.store.calls import entry_arguments, fence_arguments, selection_arguments
 from balancer.store.scripts import load
 
 
 class LuaPool:
     """Runs the scripts on a server, with the time given."""
 
-    def __init__(self, client: Any, name: str, record: int = 0, scripts: str = "") -> None:
+    def __init__(self, client: Any, name: str, record: Record = "off", scripts: str = "") -> None:
         self.client = client
         self.name = name
         self.record = record
@@ -42,7 +42,6 @@ class LuaPool:
             "epoch": seen[0],
             "position": seen[1],
             "lease_ms": lease_ms,
-            "record": self.record,
         }
 
     def fence(self, now_ms: int, definitions: Sequence[RuleDefinition], seen: tuple[int, int] = (0, 0)) -> Any:
@@ -52,7 +51,7 @@ class LuaPool:
             "now_ms": now_ms,
             "epoch": seen[0],
             "position": seen[1],
-            "record": self.record,
+            **fence_arguments(PoolSettings(name=self.name, record=self.record, record_events=1_000_000), 0),
         }
         return self._run("fence", names, arguments, [msgspec.json.encode(d).decode() for d in definitions])
 
@@ -93,6 +92,21 @@ class LuaPool:
     ) -> Any:
         arguments = self._arguments(now_ms, worker, lease_ms, seen) | {"target": target, "limit": limit}
         return self._run("reap", self._keys(target), arguments, ())
+
+    def clear(self, now_ms: int, services: Sequence[str], seen: tuple[int, int] = (0, 0)) -> Any:
+        names = self._keys("")
+        del names["holdings"], names["leases"]
+        return self._run("clear", names, {"now_ms": now_ms, "epoch": seen[0], "position": seen[1]}, services)
+
+    def checkpoint(self, now_ms: int) -> Any:
+        """What the script says, with the holdings of every worker that is listed."""
+        names = self._keys("")
+        del names["holdings"]
+        workers = [worker.decode() for worker in self.client.zrange(keys.leases(self.name), 0, -1)]
+        script = load("checkpoint", self.scripts)
+        holdings = [keys.holdings(self.name, worker) for worker in workers]
+        command = script.command(names, {"now_ms": now_ms}, workers, holdings)
+        return _text(self.client.execute_command("EVAL", script.source, *command))
 
     def view(self) -> views.PoolView:
         services = self.client.hgetall(keys.services(self.name))

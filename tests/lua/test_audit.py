@@ -9,9 +9,22 @@ from pathlib import Path
 import pytest
 
 from balancer import audit
+from balancer.domain import (
+    Entry,
+    Outcome,
+    PartitionDefinition,
+    RuleDefinition,
+    Selection,
+    ServiceDefinition,
+    Usage,
+    WindowsDefinition,
+)
 from balancer.store import keys, scripts
 from tests.lua.pool import LuaPool
 from tests.lua.traces import Trace
+
+NewPool = Callable[..., LuaPool]
+NOW = 1_800_000_000_000
 
 
 def history(pool: LuaPool) -> list[dict[str, str]]:
@@ -19,20 +32,118 @@ def history(pool: LuaPool) -> list[dict[str, str]]:
     return [{k.decode(): v.decode() for k, v in fields.items()} for _, fields in entries]
 
 
+def is_unrecorded(verdict: audit.Verdict) -> bool:
+    return verdict.events == verdict.picks == 0
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_a_recorded_history_agrees_with_the_reference(new_pool: Callable[..., LuaPool], seed: int) -> None:
-    pool = new_pool(record=1_000_000)
+def test_a_recorded_history_is_replayed_from_the_pools_first_event(new_pool: NewPool, seed: int) -> None:
+    pool = new_pool(record="full")
     Trace(pool, seed).run(steps=200)
     verdict = audit.check(history(pool))
     assert verdict.violations == []
+    assert verdict.is_full, verdict.weaker
     assert verdict.picks > 100
     assert verdict.settles > 50
+    assert verdict.checkpoints > 5
 
+
+def test_a_pool_that_records_nothing_writes_no_event(new_pool: NewPool) -> None:
+    pool = new_pool(record="off")
+    Trace(pool, seed=1).run(steps=60)
+    assert is_unrecorded(audit.check(history(pool)))
+
+
+def test_a_trimmed_history_is_checked_by_itself_up_to_its_first_checkpoint(new_pool: NewPool) -> None:
+    pool = new_pool(record="full")
+    Trace(pool, seed=2).run(steps=120)
+    whole = history(pool)
+    first = next(i for i, event in enumerate(whole) if event["event"] == "checkpoint" and i > 100)
+    verdict = audit.check(whole[first - 50 :])
+    assert verdict.violations == []
+    assert verdict.weaker == {"nothing is known of what came before": 50}
+    assert verdict.replayed == verdict.events - 50
+    assert "weaker check" in verdict.summary()
+
+
+def test_a_history_without_a_missing_event_is_not_accepted(new_pool: NewPool) -> None:
+    pool = new_pool(record="full")
+    Trace(pool, seed=3).run(steps=60)
+    whole = history(pool)
+    cut = next(i for i, event in enumerate(whole) if event["event"] == "pick" and i > 30)
+    verdict = audit.check(whole[:cut] + whole[cut + 1 :])
+    assert verdict.violation_count
+    assert verdict.violations[0].message == f"position {whole[cut]['position']} is missing"
+
+
+def test_a_sampled_record_has_one_position_in_sixteen_and_its_choices_are_checked(new_pool: NewPool) -> None:
+    pool = new_pool(record="sampled")
+    Trace(pool, seed=4).run(steps=400)
+    events = history(pool)
+    verdict = audit.check(events)
+    assert verdict.violations == []
+    assert not verdict.is_full
+    assert verdict.picks > 30
+    assert {int(e["position"]) % 16 for e in events if e["event"] in ("pick", "settle")} == {0}
+    assert "sampled" in str(verdict.weaker)
+
+
+def test_a_counter_that_somebody_changed_by_hand_is_found_at_the_next_checkpoint(new_pool: NewPool) -> None:
+    pool = new_pool(record="full")
+    trace = Trace(pool, seed=5)
+    trace.run(steps=60)
+    pool.client.hincrby(keys.services(pool.name), "input:p1:model 1", 1)
+    pool.checkpoint(trace.now_ms)
+    verdict = audit.check(history(pool))
+    assert verdict.violation_count == 1
+    assert "service p1:model 1" in verdict.violations[0].message
+
+
+def test_holdings_that_do_not_add_up_are_found_without_any_event(new_pool: NewPool) -> None:
+    pool = new_pool(record="sampled")
+    trace = Trace(pool, seed=5)
+    trace.run(steps=60)
+    pool.client.hincrby(keys.services(pool.name), "in_flight:p1:model 1", 1)
+    pool.checkpoint(trace.now_ms)
+    verdict = audit.check(history(pool))
+    assert [v.message for v in verdict.violations if "in flight" in v.message]
+
+
+def test_recording_that_begins_in_mid_life_is_replayed_from_the_next_checkpoint(new_pool: NewPool) -> None:
+    pool = new_pool(record="off")
+    trace = Trace(pool, seed=6)
+    trace.run(steps=60)
+    pool.record = "full"
+    trace.run(steps=60)
+    verdict = audit.check(history(pool))
+    assert verdict.violations == []
+    assert set(verdict.weaker) == {"recording began in mid-life"}
+    assert verdict.replayed > 100
+
+
+# -- mutants -----------------------------------------------------------------------------------------------------------
 
 MUTANTS = {
     "a streak one too long": ("include/tactic/round_robin.lua", "part.streak < part", "part.streak <= part"),
+    "a streak that is not reset": (
+        "include/tactic/round_robin.lua",
+        "return service and service.id, 1, 'next'",
+        "return service and service.id, part.streak + 1, 'next'",
+    ),
     "a tie broken the other way": ("include/candidates.lua", "value < least", "value <= least"),
-    "a settle that drops its tokens": ("settle.lua", "entry.input + entry.output, now", "0, now"),
+    "a threshold that is reached too late": (
+        "include/tactic/token_based.lua",
+        "tokens < part.token_threshold",
+        "tokens <= part.token_threshold",
+    ),
+    "a missing fence": ("select.lua", "if rule.revision > selection.revision then", "if false then"),
+    "a settle that drops its tokens": ("include/ledger.lua", "w.tokens = w.tokens + tokens", "w.tokens = w.tokens"),
+    "a batch that is settled twice": ("settle.lua", "if batch > last then\n  for", "if true then\n  for"),
+    "a reap that forgets what it took": (
+        "reap.lua",
+        "  redis.call('HSET', holdings_key, number,",
+        "  redis.call('HSET', holdings_key, number .. '0',",
+    ),
     "a reservation never released": ("include/ledger.lua", "service.reserved - reserved", "service.reserved"),
     "a window never reset": ("include/window.lua", ">= window.length * 1000", ">= window.length * 1e15"),
     "a retry that moves the cursor": (
@@ -40,20 +151,89 @@ MUTANTS = {
         "if selection.is_retry then",
         "if selection.is_retry and false then",
     ),
+    "a lost attempt that is never found again": (
+        "settle.lua",
+        "uncount_lost(service, tonumber(lost_reserved), tonumber(reaped_ms), tonumber(position))",
+        "release(service, 0)",
+    ),
+    "a clear that keeps the windows": (
+        "clear.lua",
+        "w.start, w.requests, w.tokens = 0, 0, 0",
+        "w.start = w.start",
+    ),
+    "an epoch that loses its numbers": (
+        "include/pool.lua",
+        "pool.position = math.max(was_position, seen_position)",
+        "pool.position = was_position",
+    ),
 }
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_wrong_script_is_found_out_by_its_history(
-    new_pool: Callable[..., LuaPool], tmp_path: Path, mutant: str
-) -> None:
+def a_mutant(folder: Path, mutant: str) -> str:
+    """A copy of the scripts with the mutation."""
     file, right, wrong = MUTANTS[mutant]
-    shutil.copytree(scripts.folder(), tmp_path / "lua")
-    source = (tmp_path / "lua" / file).read_text()
+    shutil.copytree(scripts.folder(), folder / "lua")
+    source = (folder / "lua" / file).read_text()
     assert source.count(right) == 1
-    (tmp_path / "lua" / file).write_text(source.replace(right, wrong))
-    pool = new_pool(record=1_000_000, scripts=str(tmp_path / "lua"))
+    (folder / "lua" / file).write_text(source.replace(right, wrong))
+    return str(folder / "lua")
+
+
+# What the check finds does not depend on the server.
+on_one_server = pytest.mark.parametrize("server", ["valkey-9"], indirect=True)
+
+
+@on_one_server
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_wrong_script_is_found_out_by_its_history(new_pool: NewPool, tmp_path: Path, mutant: str) -> None:
+    pool = new_pool(record="full", scripts=a_mutant(tmp_path, mutant))
     trace = Trace(pool, seed=1)
     with pytest.raises(AssertionError):
-        trace.run(steps=400)  # The trace sees it at once; what follows is what the history alone would show.
-    assert audit.check(history(pool)).violations
+        trace.run(steps=1500)  # The trace sees it at once; what follows is what the history alone would show.
+    verdict = audit.check(history(pool))
+    assert verdict.violation_count
+    assert verdict.violations[0].context or verdict.violations[0].message
+
+
+TIGHT = {"round_robin": (3, 0), "token_based": (0, 10), "hybrid": (1, 2**53)}
+"""Thresholds at which ties and exact hits are common."""
+
+
+def be_busy(pool: LuaPool) -> None:
+    """Some hundred attempts, each settled with ten tokens, under rules whose thresholds are hit all the time."""
+    services = ("a:m", "b:m", "c:m")
+    for rule, (requests, tokens) in TIGHT.items():
+        partition = PartitionDefinition(
+            id=keys.partition(rule),
+            tactic=rule,
+            request_threshold=requests,
+            token_threshold=tokens,
+            cursor="",
+            services=tuple(ServiceDefinition(id=f"{rule}{s}", active=1, window=300, weight=1) for s in services),
+        )
+        windows = tuple(WindowsDefinition(id=s.id, lengths=(300,)) for s in partition.services)
+        pool.fence(NOW, [RuleDefinition(rule=rule, revision=1, partitions=(partition,), windows=windows)])
+    for number in range(1, 401):
+        rule = tuple(TIGHT)[number % 3]
+        selection = Selection(number=number, rule=rule, partition=keys.partition(rule), revision=1, deadline_ms=60_000)
+        answer = pool.select(NOW + number, "w", [selection], 30_000)[0]
+        entry = Entry(number=number, service=answer[1], outcome=Outcome.SUCCESS, usage=Usage(input=10))
+        pool.settle(NOW + number, "w", number, [entry], 30_000)
+
+
+@on_one_server
+@pytest.mark.parametrize(
+    "mutant", ["a streak one too long", "a tie broken the other way", "a threshold that is reached too late"]
+)
+def test_a_wrong_choice_is_found_out_by_a_sampled_record_too(new_pool: NewPool, tmp_path: Path, mutant: str) -> None:
+    pool = new_pool(record="sampled", scripts=a_mutant(tmp_path, mutant))
+    be_busy(pool)
+    assert audit.check(history(pool)).violation_count
+
+
+def test_a_sampled_record_of_the_right_scripts_has_no_violation(new_pool: NewPool) -> None:
+    pool = new_pool(record="sampled")
+    be_busy(pool)
+    verdict = audit.check(history(pool))
+    assert verdict.violations == []
+    assert verdict.picks > 10

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from balancer import checkpoint
 from balancer.domain import (
     Entry,
     Outcome,
@@ -47,7 +48,10 @@ class Trace:
         for rule in self.rules:
             self.raise_fence(rule)
         doings = (
-            [self.select] * 8 + [self.settle] * 5 + [self.pass_time] * 4 + [self.reap] + [self.resend] + [self.rewind]
+            [self.select] * 8
+            + [self.settle] * 5
+            + [self.pass_time] * 4
+            + [self.reap, self.resend, self.rewind, self.clear]
         )
         for step in range(steps):
             self.random.choice(doings)()
@@ -90,7 +94,7 @@ class Trace:
             id=keys.partition(rule),
             tactic=tactic,
             request_threshold=self.random.choice((1, 2, 3, 7, 2**53)),
-            token_threshold=self.random.choice((1, 50, 400, 2**53)),
+            token_threshold=self.random.choice((10, 50, 400, 2000, 2**53)),
             cursor=self.random.choice((*(s.id for s in services), "", "", "", "")),
             services=services,
         )
@@ -119,7 +123,7 @@ class Trace:
                     partition=keys.partition(rule),
                     revision=max(1, self.revisions[rule] + self.random.choice((0, 0, 0, 0, 0, 0, -1, 1))),
                     draw=self.random.randrange(2**32),
-                    reserved=self.random.choice((0, 10, 150)),
+                    reserved=self.random.choice((0, 0, 10, 50)),
                     deadline_ms=self.random.choice((1000, 60_000)),
                     excluded=tuple(f"p{i}:model {i}" for i in excluded),
                 )
@@ -144,8 +148,8 @@ class Trace:
                     outcome=outcome,
                     age_ms=self.random.choice((0, 0, 0, 4000, 400_000)),
                     usage=Usage(
-                        input=self.random.randrange(100),
-                        output=self.random.randrange(100),
+                        input=self.random.choice((0, 10, 20, 50)),
+                        output=self.random.choice((0, 10, 20, 50)),
                         cached=self.random.randrange(3),
                         cache_creation=self.random.randrange(3),
                         reasoning=self.random.randrange(3),
@@ -178,6 +182,12 @@ class Trace:
         by, target = self.random.choice(WORKERS), self.random.choice(WORKERS)
         self.both("reap", self.now_ms, by, target, LEASE_MS, self.random.choice((1, 3, 1000)), self.seen())
 
+    def clear(self) -> None:
+        """The counters of some services, back to zero."""
+        if self.random.random() < 0.3:
+            services = [f"p{i}:model {i}" for i in self.random.sample(range(6), self.random.randint(1, 6))]
+            self.both("clear", self.now_ms, services, self.seen())
+
     def pass_time(self) -> None:
         """From nothing to past every window, deadline and lease."""
         self.now_ms += self.random.choice((0, 1, 40, 1000, 4999, 5000, 31_000, 70_000, 300_000))
@@ -190,6 +200,11 @@ class Trace:
     def compare_state(self) -> None:
         """Every counter of the server's state against the reference's."""
         assert _plain(self.lua.view()) == _state(self.reference)
+        word, *_, text = self.lua.checkpoint(self.now_ms)
+        assert word == "checkpoint"
+        state = checkpoint.read(text)
+        assert checkpoint.differences(self.reference, state.pool) == []
+        assert checkpoint.broken_invariants(state.pool) == []
 
 
 def _plain(view: PoolView) -> dict[str, Any]:
@@ -217,8 +232,9 @@ def _state(pool: Pool) -> dict[str, Any]:
             name: {
                 k: [msgspec.structs.astuple(w) for w in v] if k == "windows" else v
                 for k, v in msgspec.structs.asdict(service).items()
+                if k != "cleared"
             }
             for name, service in pool.services.items()
-            if any(msgspec.structs.asdict(service).values())
+            if any(v for k, v in msgspec.structs.asdict(service).items() if k != "cleared")
         },
     }

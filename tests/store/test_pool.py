@@ -65,7 +65,7 @@ async def join(url: str) -> AsyncIterator[Callable[..., Any]]:
     clients: list[PoolClient] = []
 
     async def make(worker: str, *, deadline_ms: int = 2000, lease_ms: int = 30_000, **more: Any) -> PoolClient:
-        options: dict[str, Any] = {"record": 0, "scripts_dir": "", "events": PoolEvents()} | more
+        options: dict[str, Any] = {"scripts_dir": "", "events": PoolEvents()} | more
         pool = PoolClient(url, "default", worker, deadline_ms=deadline_ms, lease_ms=lease_ms, **options)
         pool.start()
         clients.append(pool)
@@ -239,5 +239,5 @@ async def test_a_flushed_server_starts_a_new_epoch_and_numbers_go_on(join: Any, 
     await pool.raise_fence([a_definition()])
     answer = await pool.select(a_selection(5))
     assert answer[4] == epoch + 1
-    assert answer[5] == position + 2
+    assert answer[5] == position + 3
     assert bumps == [position]

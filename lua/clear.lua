@@ -1,0 +1,41 @@
+-- Sets the counters of services back to zero: totals and windows, not what is in flight or reserved.
+-- KEYS[1] services      the pool's services
+-- KEYS[2] partitions    the pool's place in its history
+-- KEYS[3] decisions     the stream of events
+-- ARGV[1] now_ms        0 for the server's clock
+-- ARGV[2] epoch         the highest epoch and
+-- ARGV[3] position      position in it that the caller has seen, 0 0 for none
+-- ARGV[4…] services     their ids
+-- Returns {'cleared', how many, epoch, position, lost}.
+-- include: clock
+-- include: pool
+-- include: ledger
+
+local services_key, partitions_key, decisions_key = KEYS[1], KEYS[2], KEYS[3]
+local fields = {'windows', 'in_flight', 'reserved', 'picks', unpack(ledger_fields, 4)}
+local kept = {windows = true, in_flight = true, reserved = true, cleared = true}
+
+local now_arg, seen_epoch, seen_position = to_whole(ARGV[1], 0), to_whole(ARGV[2], 0), to_whole(ARGV[3], 0)
+if not (now_arg and seen_epoch and seen_position) then
+  return redis.error_reply('BALANCER clear: malformed argument')
+end
+
+local now = clock(now_arg)
+local pool = open_pool(partitions_key, decisions_key, seen_epoch, seen_position, now)
+local services = {}
+for at = 4, #ARGV do
+  local id = ARGV[at]
+  local service = load_service(services, services_key, id, fields)
+  advance(pool)
+  local before = counters_text(service, fields)
+  for _, name in ipairs(fields) do
+    if not kept[name] then service[name] = 0 end
+  end
+  for _, w in ipairs(service.windows) do w.start, w.requests, w.tokens = 0, 0, 0 end
+  service.cleared = pool.position
+  service.is_changed = true
+  record_event(pool, 'clear', {'service', id, 'before', before, 'after', counters_text(service, fields)})
+end
+save_services(services, services_key, fields)
+close_pool(pool, partitions_key, {services_key, decisions_key}, nil)
+return {'cleared', #ARGV - 3, pool.epoch, pool.position, pool.lost}
