@@ -361,7 +361,7 @@ class ScenarioConfig(Struct, frozen=True, kw_only=True):
 
 
 class PoolSettings(Struct, frozen=True, kw_only=True):
-    """How a pool's events are recorded: not at all, one pick and settle in 16, or all; and how many are kept, about."""
+    """How a pool's events are recorded: not at all, one position in 17, or all; and how many are kept, about."""
 
     name: str
     record: Record = "off"

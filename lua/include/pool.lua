@@ -1,7 +1,8 @@
 -- include: number
 
--- A pool's place in its history: its epoch and position, and how its events are recorded.
-local SAMPLED_ONE_IN = 16
+-- A pool's place in its history: its epoch and position, and how its events are recorded. A sampled record has one
+-- position in 17: a prime, so that it does not keep step with a streak and see always the same part of it.
+local SAMPLED_ONE_IN = 17
 
 -- Takes the next position; true if what happens there is recorded.
 local function advance(pool)

@@ -76,7 +76,7 @@ def test_a_history_without_a_missing_event_is_not_accepted(new_pool: NewPool) ->
     assert verdict.violations[0].message == f"position {whole[cut]['position']} is missing"
 
 
-def test_a_sampled_record_has_one_position_in_sixteen_and_its_choices_are_checked(new_pool: NewPool) -> None:
+def test_a_sampled_record_has_one_position_in_seventeen_and_its_choices_are_checked(new_pool: NewPool) -> None:
     pool = new_pool(record="sampled")
     Trace(pool, seed=4).run(steps=400)
     events = history(pool)
@@ -84,7 +84,7 @@ def test_a_sampled_record_has_one_position_in_sixteen_and_its_choices_are_checke
     assert verdict.violations == []
     assert not verdict.is_full
     assert verdict.picks > 30
-    assert {int(e["position"]) % 16 for e in events if e["event"] in ("pick", "settle")} == {0}
+    assert {int(e["position"]) % 17 for e in events if e["event"] in ("pick", "settle")} == {0}
     assert "sampled" in str(verdict.weaker)
 
 
