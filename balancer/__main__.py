@@ -83,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(get, ("redis", "data_dir"))
     get.set_defaults(run=_configuration("get"))
 
+    audit = commands.add_parser("audit", help="check the recorded history against the reference")
+    audit.add_argument("file", nargs="?", default="", help="a history that --save wrote; without one, the live pools")
+    audit.add_argument("--pool", default="", metavar="NAME", help="this pool alone")
+    audit.add_argument("--save", default="", metavar="FILE", help="write the live history to a file too")
+    _add_settings(audit, ("redis", "data_dir"))
+    audit.set_defaults(run=_audit)
+
     rollback = commands.add_parser("rollback", help="publish an earlier revision again, as a new one")
     rollback.add_argument("revision", type=int)
     _add_settings(rollback, ("redis", "data_dir"))
@@ -109,6 +116,12 @@ def _demo(options: argparse.Namespace) -> int:
     from balancer.cli import demo
 
     return demo.run(options)
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from balancer.cli import audit
+
+    return audit.run(options)
 
 
 def _configuration(name: str) -> Callable[[argparse.Namespace], int]:

@@ -144,6 +144,16 @@ class Checker:
         else:
             verdict.weaker[self._why] = verdict.weaker.get(self._why, 0) + 1
 
+    def lose_track(self, why: str) -> None:
+        """Says that events are missing here, and why: the weaker check, up to the next checkpoint."""
+        self._leave(why)
+        self._batches.clear()
+
+    def check_invariants(self, pool: Pool) -> None:
+        """Checks a state by itself, where no event is recorded."""
+        for wrong in checkpoint.broken_invariants(pool):
+            self._violate({"event": "", "epoch": str(pool.epoch), "position": str(pool.position)}, wrong)
+
     # -- places --------------------------------------------------------------------------------------------------------
 
     def _check_place(self, kind: str, event: Event, place: tuple[int, int]) -> None:

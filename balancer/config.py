@@ -56,6 +56,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="max_body_bytes", default=64 * 1024 * 1024, meaning="longest request body in bytes; beyond it: 413"),
     Setting(name="upstream_connections", default=1024, meaning="connections a worker opens per provider at most"),
     Setting(name="decision_headers", default=True, meaning="answer with x-balancer-decision, -service and -attempts"),
+    Setting(
+        name="audit_interval_s", default=60.0, meaning="seconds between checks of each pool's history; 0 checks none"
+    ),
     Setting(name="scripts_dir", default="", meaning="folder of Lua scripts to run instead of ours, for experiments"),
 )
 
@@ -81,6 +84,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int
     upstream_connections: int
     decision_headers: bool
+    audit_interval_s: float
     scripts_dir: str
 
     @property
@@ -169,6 +173,7 @@ def _check(settings: Settings) -> None:
     require("drain_delay_s", settings.drain_delay_s >= 0, "0 seconds or more")
     require("max_body_bytes", settings.max_body_bytes > 0, "more than 0 bytes")
     require("upstream_connections", settings.upstream_connections > 0, "1 or more")
+    require("audit_interval_s", settings.audit_interval_s >= 0, "0 seconds or more")
     if faults:
         raise ConfigurationError("settings refused", tuple(faults))
     if settings.host and not is_loopback(settings.host) and not settings.client_tokens and not settings.insecure:

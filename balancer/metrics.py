@@ -77,6 +77,7 @@ class Metrics:
         self.leases_expired = counter("leases_expired_total", "Attempts lost with their worker.", "pool")
         self.batches_lost = counter("settle_batches_lost_total", "Settled batches no longer held.", "pool")
         self.epoch_bumps = counter("epoch_bumps_total", "Failovers that lost writes.", "pool")
+        self.violations = counter("invariant_violations_total", "What the audit of a pool found wrong.", "pool")
         self.request_duration = histogram("request_duration_seconds", "Whole requests.", BUCKETS, "scenario")
         self.upstream_duration = histogram("upstream_duration_seconds", "Whole attempts.", BUCKETS, "service")
         self.first_token = histogram(

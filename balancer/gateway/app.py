@@ -72,6 +72,7 @@ class Gateway:
                 epoch_bumped=lambda pool, lost: metrics.epoch_bumps.labels(pool).inc(),
                 lease_expired=lambda pool, lost: metrics.leases_expired.labels(pool).inc(lost),
                 batches_lost=lambda pool, count: metrics.batches_lost.labels(pool).inc(count),
+                violated=lambda pool, count: metrics.violations.labels(pool).inc(count),
             ),
         )
 

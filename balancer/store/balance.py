@@ -88,6 +88,7 @@ class Balance:
                 lease_ms=round(self._settings.lease_s * 1000),
                 scripts_dir=self._settings.scripts_dir,
                 events=self._events.pool,
+                audit_interval_s=self._settings.audit_interval_s,
             )
             pool.start()
         return pool

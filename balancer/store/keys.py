@@ -6,6 +6,7 @@
 | `balancer:{<pool>}:partitions` | hash: epoch, position, rules, cursors | 30 days after the last use |
 | `balancer:{<pool>}:holdings:<worker>` | hash: what its attempts hold, its last batch | 7 days after the last use |
 | `balancer:{<pool>}:leases` | sorted set: worker by the end of its lease in ms | 30 days after the last use |
+| `balancer:{<pool>}:auditor` | string: the worker that audits the pool | three intervals |
 | `balancer:{<pool>}:decisions` | stream: events, when recorded | 30 days after the last use, bounded by length |
 | `balancer:{registry}:head` | hash: revision, digest, and a publication in progress | permanent |
 | `balancer:{registry}:snapshot:<revision>` | string: JSON | the last 200 |
@@ -43,6 +44,11 @@ def leases(pool: str) -> str:
 def decisions(pool: str) -> str:
     """The stream of the pool's events."""
     return f"{_PREFIX}{{{pool}}}:decisions"
+
+
+def auditor(pool: str) -> str:
+    """The string that names the worker that audits the pool."""
+    return f"{_PREFIX}{{{pool}}}:auditor"
 
 
 HEAD = f"{_PREFIX}{{registry}}:head"

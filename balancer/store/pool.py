@@ -13,6 +13,7 @@ from balancer import log
 from balancer.domain import Entry, Outcome, PoolSettings, RuleDefinition, Selection
 from balancer.errors import StoreUnavailableError
 from balancer.store import keys, views
+from balancer.store.auditor import Auditor
 from balancer.store.calls import entry_arguments, fence_arguments, selection_arguments
 from balancer.store.connection import Link, is_noscript
 from balancer.store.scripts import load
@@ -31,6 +32,7 @@ class PoolEvents(msgspec.Struct, kw_only=True):
     epoch_bumped: Callable[[str, int], None] = lambda pool, lost: None
     lease_expired: Callable[[str, int], None] = lambda pool, lost: None
     batches_lost: Callable[[str, int], None] = lambda pool, count: None
+    violated: Callable[[str, int], None] = lambda pool, count: None
 
 
 class PoolClient:
@@ -50,6 +52,7 @@ class PoolClient:
         lease_ms: int,
         scripts_dir: str,
         events: PoolEvents,
+        audit_interval_s: float = 0,
     ) -> None:
         self.pool = pool
         self.worker = worker
@@ -58,6 +61,7 @@ class PoolClient:
         self._deadline_s = deadline_ms / 1000
         self._lease_ms = lease_ms
         self._events = events
+        self._audit_interval_s = audit_interval_s
         self._scripts = {name: load(name, scripts_dir) for name in ("select", "settle", "reap", "fence")}
         self._link = Link(url, deadline_ms, self._on_up, self._on_down, name=pool)
         self._asked: list[tuple[Selection, asyncio.Future[Answer]]] = []
@@ -73,6 +77,9 @@ class PoolClient:
     def start(self) -> None:
         """Connects and begins to keep the lease, in the background."""
         self._tasks = [asyncio.create_task(self._link.run()), asyncio.create_task(self._keep_lease())]
+        if self._audit_interval_s:
+            auditor = Auditor(self.command, self.pool, self.worker, self._audit_interval_s, self._events.violated)
+            self._tasks.append(asyncio.create_task(auditor.run()))
 
     async def close(self, timeout_s: float = 5.0) -> bool:
         """Ends the background work once everything settled is acknowledged, or the time is over; True if all was."""
@@ -277,6 +284,15 @@ class PoolClient:
 
     # -- fences, leases, views -----------------------------------------------------------------------------------------
 
+    async def command(self, *command: str | int) -> Any:
+        """The reply to one rare command. Raises StoreUnavailableError."""
+        reply = self._link.send(*command)
+        self._link.flush()
+        try:
+            return await reply
+        except ResponseError as exc:
+            raise _store_error(exc) from exc
+
     async def _ask(self, script_name: str, names: dict[str, str], arguments: dict[str, str | int], rest: Any) -> Answer:
         """A rare script's reply; NOSCRIPT is answered with the source."""
         script = self._scripts[script_name]
@@ -323,13 +339,9 @@ class PoolClient:
 
         A lease below zero has been reaped.
         """
-        leases, clock = self._link.send("ZRANGE", keys.leases(self.pool), 0, -1, "WITHSCORES"), self._link.send("TIME")
-        self._link.flush()
-        try:
-            ends = _scores(await leases)
-            seconds, micros = await clock
-        except ResponseError as exc:
-            raise _store_error(exc) from exc
+        leases = self.command("ZRANGE", keys.leases(self.pool), 0, -1, "WITHSCORES")
+        reply, (seconds, micros) = await asyncio.gather(leases, self.command("TIME"))
+        ends = _scores(reply)
         now_ms = int(seconds) * 1000 + int(micros) // 1000
         ended = [worker for worker, end_ms in ends.items() if 0 <= end_ms <= now_ms and worker != self.worker]
         alive = sorted(worker for worker, end_ms in ends.items() if end_ms > now_ms)
@@ -351,19 +363,16 @@ class PoolClient:
 
     async def view(self) -> views.PoolView:
         """A picture of the pool, within the deadline."""
-        partitions = self._link.send("HGETALL", keys.partitions(self.pool))
-        services = self._link.send("HGETALL", keys.services(self.pool))
-        clock = self._link.send("TIME")
-        self._link.flush()
+        hashes = (keys.partitions(self.pool), keys.services(self.pool))
         try:
             async with asyncio.timeout(self._deadline_s):
-                seconds, micros = await clock
-                now_ms = int(seconds) * 1000 + int(micros) // 1000
-                return views.read_pool(self.pool, _mapping(await partitions), _mapping(await services), now_ms)
+                partitions, services, (seconds, micros) = await asyncio.gather(
+                    *(self.command("HGETALL", key) for key in hashes), self.command("TIME")
+                )
         except TimeoutError:
             raise StoreUnavailableError("Redis did not answer in time") from None
-        except ResponseError as exc:
-            raise _store_error(exc) from exc
+        now_ms = int(seconds) * 1000 + int(micros) // 1000
+        return views.read_pool(self.pool, _mapping(partitions), _mapping(services), now_ms)
 
 
 def _store_error(exc: BaseException) -> StoreUnavailableError:
