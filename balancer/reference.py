@@ -33,12 +33,13 @@ FAILURES = (Outcome.RATE_LIMITED, Outcome.UNAUTHORIZED, Outcome.OVERLOADED, Outc
 
 
 class Window(msgspec.Struct):
-    """Requests and tokens counted since `start` (ms), for `length` seconds."""
+    """Requests and tokens (of them `output`) counted since `start` (ms), for `length` seconds."""
 
     length: int
     start: int = 0
     requests: int = 0
     tokens: int = 0
+    output: int = 0
 
     def has_ended(self, now_ms: int) -> bool:
         """True when its length has passed since its start."""
@@ -47,7 +48,7 @@ class Window(msgspec.Struct):
     def roll(self, now_ms: int) -> None:
         """A new window where this one has ended; a start in the future becomes now."""
         if self.has_ended(now_ms):
-            self.start, self.requests, self.tokens = now_ms, 0, 0
+            self.start, self.requests, self.tokens, self.output = now_ms, 0, 0, 0
         elif self.start > now_ms:
             self.start = now_ms
 
@@ -75,7 +76,7 @@ class ServiceState(msgspec.Struct):
     def text(self, names: Sequence[str]) -> str:
         """The named counters and the windows as an event tells them."""
         values = " ".join(str(getattr(self, name)) for name in names)
-        return values + "|" + ";".join(f"{w.length} {w.start} {w.requests} {w.tokens}" for w in self.windows)
+        return values + "|" + ";".join(f"{w.length} {w.start} {w.requests} {w.tokens} {w.output}" for w in self.windows)
 
     def counts(self, length: int, now_ms: int) -> tuple[int, int]:
         """Requests and tokens of the window of that length, reserved tokens included."""
@@ -109,7 +110,7 @@ class ServiceState(msgspec.Struct):
         self.cache_creation += usage.cache_creation
         self.reasoning += usage.reasoning
         self.last_used = max(self.last_used, now_ms - entry.age_ms)
-        self.add_tokens(usage.input + usage.output, now_ms, entry.age_ms)
+        self.add_tokens(usage.input, usage.output, now_ms, entry.age_ms)
 
     def lose(self, now_ms: int, reserved: int) -> None:
         """Counts an attempt whose worker died: one request, and its reserved tokens."""
@@ -117,7 +118,7 @@ class ServiceState(msgspec.Struct):
         self.requests += 1
         self.lost += 1
         self.lost_tokens += reserved
-        self.add_tokens(reserved, now_ms, 0)
+        self.add_tokens(reserved, 0, now_ms, 0)
 
     def find_again(self, reserved: int, reaped_ms: int, position: int) -> None:
         """Takes `lose` back: the worker was only late. What was cleared in between is not there to be taken back."""
@@ -135,16 +136,17 @@ class ServiceState(msgspec.Struct):
         for name in CLEAR_COUNTERS[2:]:
             setattr(self, name, 0)
         for window in self.windows:
-            window.start = window.requests = window.tokens = 0
+            window.start = window.requests = window.tokens = window.output = 0
         self.cleared = position
 
-    def add_tokens(self, tokens: int, now_ms: int, age_ms: int) -> None:
+    def add_tokens(self, input_: int, output: int, now_ms: int, age_ms: int) -> None:
         """Counts tokens in the windows that were open `age_ms` ago and still are; fresh ones open a window."""
         for window in self.windows:
             if age_ms == 0:
                 window.roll(now_ms)
             if not window.has_ended(now_ms) and now_ms - age_ms >= window.start:
-                window.tokens += tokens
+                window.tokens += input_ + output
+                window.output += output
 
 
 PICK_COUNTERS = ("in_flight", "reserved", "picks")

@@ -31,7 +31,7 @@ for at = 4, #ARGV do
   for _, name in ipairs(fields) do
     if not kept[name] then service[name] = 0 end
   end
-  for _, w in ipairs(service.windows) do w.start, w.requests, w.tokens = 0, 0, 0 end
+  for _, w in ipairs(service.windows) do w.start, w.requests, w.tokens, w.output = 0, 0, 0, 0 end
   service.cleared = pool.position
   service.is_changed = true
   record_event(pool, 'clear', {'service', id, 'before', before, 'after', counters_text(service, fields)})

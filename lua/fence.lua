@@ -92,7 +92,7 @@ local function set_windows(id, lengths)
   local field = 'windows:' .. id
   local old, windows = parse_windows(redis.call('HGET', services_key, field)), {}
   for _, length in ipairs(lengths) do
-    local kept = {length = length, start = 0, requests = 0, tokens = 0}
+    local kept = {length = length, start = 0, requests = 0, tokens = 0, output = 0}
     for _, w in ipairs(old) do
       if w.length == length then kept = w end
     end

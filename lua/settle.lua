@@ -66,7 +66,7 @@ local function count(entry, service)
   end
   service.last_used = math.max(service.last_used, now - entry.age_ms)
   service.is_changed = true
-  add_window_tokens(service, entry.input + entry.output, now, entry.age_ms)
+  add_window_tokens(service, entry.input, entry.output, now, entry.age_ms)
 end
 
 -- Applies the entry at a place of the batch. A holding is `h reserved deadline_ms id`, `x until_ms`, or

@@ -13,12 +13,16 @@ _View = TypeVar("_View", "RuleView", "PartitionView", "ServiceView")
 
 
 class WindowView(msgspec.Struct, frozen=True, kw_only=True):
-    """What a service used since `start_ms`, for `length_s` seconds. Whether it has ended, the reader decides."""
+    """What a service used since `start_ms`, for `length_s` seconds; `output` is part of the tokens.
+
+    Whether it has ended, the reader decides.
+    """
 
     length_s: int
     start_ms: int
     requests: int
     tokens: int
+    output: int = 0
 
     def counts(self, now_ms: int) -> tuple[int, int]:
         """Requests and tokens, zeros once the window has ended."""
@@ -108,6 +112,6 @@ def _group(fields: Mapping[bytes, bytes], kind: type[_View]) -> dict[str, _View]
 def _windows(text: str) -> tuple[WindowView, ...]:
     windows = []
     for part in filter(None, text.split(";")):
-        length, start, requests, tokens = map(int, part.split())
-        windows.append(WindowView(length_s=length, start_ms=start, requests=requests, tokens=tokens))
+        length, start, requests, tokens, output = map(int, part.split())
+        windows.append(WindowView(length_s=length, start_ms=start, requests=requests, tokens=tokens, output=output))
     return tuple(windows)

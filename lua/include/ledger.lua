@@ -7,10 +7,12 @@ local ledger_fields = {
 }
 
 -- Adds tokens to the windows open at `now - age_ms`; a fresh entry (age 0) opens a new one where the last has ended.
-local function add_window_tokens(service, tokens, now, age_ms)
+local function add_window_tokens(service, input, output, now, age_ms)
   if age_ms == 0 then roll_windows(service.windows, now) end
   for _, w in ipairs(service.windows) do
-    if not has_ended(w, now) and now - age_ms >= w.start then w.tokens = w.tokens + tokens end
+    if not has_ended(w, now) and now - age_ms >= w.start then
+      w.tokens, w.output = w.tokens + input + output, w.output + output
+    end
   end
 end
 
@@ -27,7 +29,7 @@ local function count_lost(service, reserved, now)
   service.requests = service.requests + 1
   service.lost = service.lost + 1
   service.lost_tokens = service.lost_tokens + reserved
-  add_window_tokens(service, reserved, now, 0)
+  add_window_tokens(service, reserved, 0, now, 0)
 end
 
 -- Takes back count_lost: the worker was only late. What was cleared in between is not there to be taken back.

@@ -1,12 +1,14 @@
 -- include: number
 
 -- A service's windows, one for each distinct length that rules of the pool give it: an array of
--- {length = seconds, start = ms, requests =, tokens =}, kept as text `length start requests tokens` joined by `;`.
+-- {length = seconds, start = ms, requests =, tokens =, output = (of the tokens)}, kept as text
+-- `length start requests tokens output` joined by `;`.
 local function parse_windows(text)
   local windows = {}
-  for length, start, requests, tokens in string.gmatch(text or '', '(%d+) (%d+) (%d+) (%d+)') do
+  for length, start, requests, tokens, output in string.gmatch(text or '', '(%d+) (%d+) (%d+) (%d+) (%d+)') do
     windows[#windows + 1] = {
       length = tonumber(length), start = tonumber(start), requests = tonumber(requests), tokens = tonumber(tokens),
+      output = tonumber(output),
     }
   end
   return windows
@@ -15,7 +17,8 @@ end
 local function windows_text(windows)
   local parts = {}
   for i, w in ipairs(windows) do
-    parts[i] = whole(w.length) .. ' ' .. whole(w.start) .. ' ' .. whole(w.requests) .. ' ' .. whole(w.tokens)
+    parts[i] = whole(w.length) .. ' ' .. whole(w.start) .. ' ' .. whole(w.requests) .. ' ' .. whole(w.tokens) .. ' '
+      .. whole(w.output)
   end
   return table.concat(parts, ';')
 end
@@ -29,7 +32,7 @@ end
 local function roll_windows(windows, now)
   for _, w in ipairs(windows) do
     if has_ended(w, now) then
-      w.start, w.requests, w.tokens = now, 0, 0
+      w.start, w.requests, w.tokens, w.output = now, 0, 0, 0
     elseif w.start > now then
       w.start = now
     end

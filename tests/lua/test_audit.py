@@ -137,7 +137,7 @@ MUTANTS = {
         "tokens <= part.token_threshold",
     ),
     "a missing fence": ("select.lua", "if rule.revision > selection.revision then", "if false then"),
-    "a settle that drops its tokens": ("include/ledger.lua", "w.tokens = w.tokens + tokens", "w.tokens = w.tokens"),
+    "a settle that drops its tokens": ("include/ledger.lua", "w.tokens + input + output", "w.tokens"),
     "a batch that is settled twice": ("settle.lua", "if batch > last then\n  for", "if true then\n  for"),
     "a reap that forgets what it took": (
         "reap.lua",
@@ -158,7 +158,7 @@ MUTANTS = {
     ),
     "a clear that keeps the windows": (
         "clear.lua",
-        "w.start, w.requests, w.tokens = 0, 0, 0",
+        "w.start, w.requests, w.tokens, w.output = 0, 0, 0, 0",
         "w.start = w.start",
     ),
     "an epoch that loses its numbers": (
