@@ -29,7 +29,7 @@ from balancer.store.scripts import Script
 
 Reply = list[Any]
 
-_STALL_LIMIT_S = 5.0
+_STALL_LIMIT_S = 2.0
 _LONGEST_PAUSE_S = 1.0
 _OLDEST = {"redis": (6, 2), "valkey": (7, 2)}
 
@@ -221,7 +221,7 @@ class Link:
     async def _guard(self) -> None:
         """Breaks a connection that has been silent for too long with commands waiting: it may be half-open."""
         while True:
-            await asyncio.sleep(1)
+            await asyncio.sleep(0.5)
             if self._waiting and time.monotonic() - self._waiting[0][1] > _STALL_LIMIT_S and self._writer:
                 self._writer.transport.abort()
 

@@ -1,0 +1,1 @@
+"""What takes minutes: proofs and measurements, each a target of the Makefile."""
