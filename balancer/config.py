@@ -6,7 +6,9 @@ variable `BALANCER_X`; one marked as a secret may also be given as a file, `BALA
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ import msgspec
 from balancer.errors import ConfigurationError
 
 PREFIX = "BALANCER_"
+_WHOLE = re.compile(r"[+-]?\d+")
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,6 +139,8 @@ def _from_environment(setting: Setting, environ: Mapping[str, str]) -> str | Non
             return Path(path).read_text(encoding="utf-8").strip()
         except OSError as exc:
             raise ConfigurationError(f"{setting.variable}_FILE: cannot read {path}: {exc.strerror}") from exc
+        except UnicodeDecodeError as exc:
+            raise ConfigurationError(f"{setting.variable}_FILE: {path} is no UTF-8 text") from exc
     return value or None
 
 
@@ -149,11 +155,10 @@ def _typed(setting: Setting, raw: object) -> object:
         if text.lower() in ("0", "false", "no", "off"):
             return False
         raise ConfigurationError(f"{setting.variable}: expected on or off, not {text!r}")
-    try:
+    if (_WHOLE if kind is int else _NUMBER).fullmatch(text):
         return kind(text)
-    except ValueError as exc:
-        word = {int: "a whole number", float: "a number"}[kind]
-        raise ConfigurationError(f"{setting.variable}: expected {word}, not {text!r} ({setting.meaning})") from exc
+    word = "a whole number" if kind is int else "a number"
+    raise ConfigurationError(f"{setting.variable}: expected {word}, not {text!r} ({setting.meaning})")
 
 
 def _check(settings: Settings) -> None:
@@ -185,4 +190,7 @@ def _check(settings: Settings) -> None:
 
 def is_loopback(host: str) -> bool:
     """True for localhost, 127.0.0.0/8 and ::1."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

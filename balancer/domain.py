@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -28,6 +29,14 @@ AuthType = Literal["api_key", "oauth"]
 ScenarioName = Literal["openai", "anthropic", "claude_code", "opencode"]
 Reserve = Literal["none", "input", "full"]
 Record = Literal["off", "sampled", "full"]
+
+
+_SECRET_NAME = re.compile(r"(?i)auth|cookie|key|token|secret|password|credential|signature")
+
+
+def is_secret_name(name: str) -> bool:
+    """True for the name of a header, parameter or field whose value is a credential."""
+    return bool(_SECRET_NAME.search(name))
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -51,7 +60,7 @@ class OAuthDetail(Struct, frozen=True, kw_only=True):
     extra_fields: dict[str, Any] = {}
 
     def is_expired(self, now: datetime | None = None) -> bool:
-        """True from five minutes before `expires_at` on; never when it is empty or no RFC 3339 date."""
+        """True when less than five minutes are left; never when `expires_at` is empty or no RFC 3339 date."""
         try:
             expires_at = datetime.fromisoformat(self.expires_at)
         except ValueError:

@@ -5,6 +5,7 @@ Never a prompt, a completion or a credential: callers pass names and numbers.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from datetime import UTC, datetime
@@ -25,14 +26,18 @@ class _JsonLines(logging.Formatter):
         }
         if record.name != _LOGGER.name:
             line["logger"] = record.name
-        line |= getattr(record, "facts", {})
+        line |= {name: value for name, value in getattr(record, "facts", {}).items() if name not in line}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line, enc_hook=str).decode()
+        try:
+            return msgspec.json.encode(line, enc_hook=str).decode()
+        except UnicodeEncodeError:
+            # Half a surrogate pair, from a name that was no text to begin with: the line is worth more.
+            return json.dumps(line, default=str, ensure_ascii=False).encode("utf-8", "replace").decode()
 
 
 def configure(level: str, stream: TextIO | None = None) -> None:
-    """Sends everything of that level and above to stderr, ours and the libraries'."""
+    """Sends what is ours from that level on to stderr, and the libraries' warnings."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_JsonLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

@@ -17,13 +17,12 @@ import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from balancer.domain import Configuration, Provider
+from balancer.domain import Configuration, Provider, is_secret_name
 from balancer.errors import ConfigurationError
 
 _SEALED = "sealed:v1:"
 _REFERENCE = re.compile(r"\$\{(file:)?([^}]+)\}")
 _NONCE_BYTES = 12
-_SECRET_NAMES = re.compile(r"(?i)authorization|cookie|key|token|secret|password")
 _HOW_TO_MAKE_ONE = "make one with `openssl rand -base64 32` and give it to every worker as BALANCER_SECRET_KEY"
 
 Place = tuple[str, str]
@@ -120,17 +119,23 @@ def _map_values(provider: Provider, change: Callable[[str, Place], str]) -> Prov
             detail,
             access_token=changed(detail.access_token, "oauth_detail.access_token"),
             refresh_token=changed(detail.refresh_token, "oauth_detail.refresh_token"),
+            extra_fields={
+                name: changed(value, f"oauth_detail.extra_fields.{name}")
+                if is_secret_name(name) and isinstance(value, str)
+                else value
+                for name, value in detail.extra_fields.items()
+            },
         )
     return msgspec.structs.replace(
         provider,
         token=changed(provider.token, "token"),
         oauth_detail=detail,
         headers={
-            name: changed(value, f"headers.{name}") if _SECRET_NAMES.search(name) else value
+            name: changed(value, f"headers.{name}") if is_secret_name(name) else value
             for name, value in provider.headers.items()
         },
         query={
-            name: changed(value, f"query.{name}") if _SECRET_NAMES.search(name) else value
+            name: changed(value, f"query.{name}") if is_secret_name(name) else value
             for name, value in provider.query.items()
         },
         proxy_url=changed(provider.proxy_url, "proxy_url") if "@" in provider.proxy_url else provider.proxy_url,

@@ -13,7 +13,6 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.util
-import logging
 import os
 import platform
 import secrets
@@ -33,6 +32,7 @@ from urllib.parse import quote
 
 from msgspec import Struct
 
+from balancer import log
 from balancer.errors import ConfigurationError, StoreUnavailableError
 from balancer.store import guardian
 
@@ -62,8 +62,6 @@ SERVER_ARGUMENTS = (
     *("--daemonize", "no"),
     *("--logfile", LOG),
 )
-
-log = logging.getLogger(__name__)
 
 
 class _Hold(Struct, frozen=True, kw_only=True):
@@ -139,15 +137,15 @@ class EmbeddedStore:
         while True:
             with contextlib.suppress(ConnectionError):
                 await loop.sock_recv(self._hold.connection, 1)
-            log.warning("embedded store lost, starting it again", extra={"guardian_pid": self.guardian_pid})
+            log.warning("embedded store lost, starting it again", guardian_pid=self.guardian_pid)
             try:
                 await asyncio.to_thread(self.renew)
             except (ConfigurationError, StoreUnavailableError) as exc:
-                log.warning("embedded store cannot be started", extra={"reason": exc.message, "retry_s": delay_s})
+                log.warning("embedded store cannot be started", reason=exc.message, retry_s=delay_s)
                 await asyncio.sleep(delay_s)
                 delay_s = min(delay_s * 2, KEEP_DELAY_MAX_S)
             else:
-                log.info("embedded store is back", extra={"server_pid": self.server_pid})
+                log.info("embedded store is back", server_pid=self.server_pid)
                 delay_s = KEEP_DELAY_S
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The configuration document: what people write becomes the domain's structs, through one of three doors.
+"""A document becomes the domain's structs, through one of three doors.
 
 *strict* refuses what is wrong, every fault with its path. *lenient* (for tingly-box documents) mends what it can, each
 mend a warning. *stored* reads what we wrote ourselves, possibly by a newer version: unknown fields are dropped.
@@ -7,18 +7,18 @@ mend a warning. *stored* reads what we wrote ourselves, possibly by a newer vers
 from __future__ import annotations
 
 import datetime
-import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, get_args
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
-import yaml
 
 from balancer.domain import (
     TACTIC_NAMES,
+    TACTICS,
     BreakerSettings,
     Configuration,
     Health,
@@ -39,7 +39,6 @@ from balancer.domain import (
     Timeouts,
     is_valid_tactic,
     tactic_from_map,
-    tactic_to_map,
 )
 from balancer.errors import ConfigurationError
 
@@ -75,47 +74,6 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key may not be written twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping, refused when a key repeats."""
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.MarkedYAMLError(None, None, f"the key {key!r} is written twice", key_node.start_mark)
-            if isinstance(key, str):
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def parse(text: str, name: str = "document") -> Any:
-    """What YAML or JSON text holds; dates become strings. Raises ConfigurationError."""
-    try:
-        return _plain(yaml.load(text, Loader=_Loader))  # noqa: S506 - a SafeLoader that is stricter still
-    except yaml.MarkedYAMLError as exc:
-        where = f"{name}, line {exc.problem_mark.line + 1}" if exc.problem_mark else name
-        raise ConfigurationError(f"{where}: {exc.problem}") from exc
-    except yaml.YAMLError as exc:
-        raise ConfigurationError(f"{name} is no valid YAML: {exc}") from exc
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k) if not isinstance(k, str) else k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, datetime.datetime):
-        return value.isoformat().replace("+00:00", "Z")
-    if isinstance(value, datetime.date):
-        return value.isoformat()
-    return value
-
-
 def is_tingly_box(raw: Any) -> bool:
     """True for a document with keys that only tingly-box writes."""
     return isinstance(raw, Mapping) and not _TINGLY_KEYS.isdisjoint(raw)
@@ -135,19 +93,24 @@ def read(raw: Any, *, door: Door) -> Reading:
 
 
 class _SkippedError(Exception):
-    """The value at hand cannot be used; its fault is noted."""
+    """The value at hand is not even of the right kind; its fault is noted."""
 
 
 class _Reader:
     def __init__(self, door: Door) -> None:
         self._door = door
         self.faults: list[str] = []
+        self._faulty: set[str] = set()
+        self._bases: Counter[str] = Counter()
         self.warnings: list[str] = []
 
     # -- notes ---------------------------------------------------------------------------------------------------------
 
     def _fault(self, path: str, message: str) -> None:
-        self.faults.append(f"{path}: {message}")
+        """Notes a fault; of several in one place the first."""
+        if path not in self._faulty:
+            self._faulty.add(path)
+            self.faults.append(f"{path}: {message}")
 
     def _mend(self, path: str, message: str, mended: str) -> bool:
         """Notes what is wrong: a fault, or where it is mended a warning. True if it is to be mended."""
@@ -182,28 +145,31 @@ class _Reader:
                 continue
 
     def _struct(self, kind: type[_STRUCT], table: dict[str, Any], path: str, **known: Any) -> _STRUCT:
-        """The struct of a table whose fields are plain; `known` ones are given. Every field's fault is noted."""
+        """The struct of a table whose fields are plain; `known` ones are given. Every field's fault is noted.
+
+        A field with a fault has its default, or nothing: what is beside it is looked at all the same.
+        """
         values: dict[str, Any] = {}
         fields = {field.name: field for field in msgspec.structs.fields(kind)}
         for name in table:
             if name not in fields:
                 hint = "" if self._door != "strict" else f" (known: {', '.join(sorted(fields))})"
                 self._mend(_join(path, name), f"unknown field{hint}", "dropped")
-        is_whole = True
         for name, field in fields.items():
             if name in known:
                 values[name] = known[name]
-            elif name in table and not (table[name] is None and field.default is not msgspec.NODEFAULT):
+            elif name in table and (table[name] is not None or field.required):
                 try:
-                    values[name] = msgspec.convert(table[name], field.type)
+                    values[name] = value = msgspec.convert(table[name], field.type)
                 except msgspec.ValidationError as exc:
                     self._fault(_join(path, name), str(exc).replace(" - at `$", " - at `"))
-                    is_whole = False
+                else:
+                    if isinstance(value, float) and not math.isfinite(value):
+                        self._fault(_join(path, name), f"expected a finite number, not {value}")
             elif field.required:
                 self._fault(_join(path, name), "missing")
-                is_whole = False
-        if not is_whole:
-            raise _SkippedError
+            if field.required and name not in values:
+                values[name] = get_args(field.type)[0] if get_args(field.type) else ""
         return kind(**values)
 
     def _part(self, kind: type[_STRUCT], table: dict[str, Any], name: str, path: str) -> _STRUCT:
@@ -236,7 +202,7 @@ class _Reader:
         known = {"providers", "rules", "scenarios", "pools", "keys"}
         if self._door == "lenient" and isinstance(table.get("providers_v2"), list):
             table["providers"] = [*self._list(table.get("providers"), "providers"), *table.pop("providers_v2")]
-        for name in table.keys() - known:
+        for name in [name for name in table if name not in known]:
             self._mend(name, f"unknown field (known: {', '.join(sorted(known))})", "dropped")
         self._not_yet(bool(table.get("keys")), "keys")
         providers = self._providers(table.get("providers"))
@@ -244,10 +210,8 @@ class _Reader:
         rules = self._rules(table.get("rules"), uuids)
         scenarios = []
         for path, item in self._items(table.get("scenarios"), "scenarios"):
-            try:
+            if not self._is_unknown_scenario(item.get("scenario"), path, "the settings are"):
                 scenarios.append(self._scenario(item, path))
-            except _SkippedError:
-                continue
         for name, count in Counter(s.scenario for s in scenarios).items():
             if count > 1:
                 self._fault("scenarios", f"{name} is there {count} times")
@@ -258,13 +222,17 @@ class _Reader:
             pools=tuple(self._pools(table.get("pools"))),
         )
 
+    def _is_unknown_scenario(self, scenario: Any, path: str, what: str) -> bool:
+        """True for one that the lenient door leaves out, with a warning."""
+        is_unknown = self._door == "lenient" and scenario not in get_args(ScenarioName)
+        if is_unknown:
+            self.warnings.append(f"{path}.scenario: {scenario!r} is unknown; {what} left out")
+        return is_unknown
+
     def _pools(self, raw: Any) -> list[PoolSettings]:
         pools = []
         for path, table in self._items(raw, "pools"):
-            try:
-                pool = self._struct(PoolSettings, table, path)
-            except _SkippedError:
-                continue
+            pool = self._struct(PoolSettings, table, path)
             if not _POOL.fullmatch(pool.name):
                 self._fault(_join(path, "name"), f"expected {_POOL.pattern}")
             if not 1 <= pool.record_events <= _MOST_EVENTS:
@@ -296,7 +264,7 @@ class _Reader:
             except _SkippedError:
                 continue
             for field, name in {"name": provider.name, "uuid": provider.uuid}.items():
-                if taken.setdefault(name, path) != path:
+                if name and taken.setdefault(name, path) != path:
                     self._fault(
                         _join(path, field), f"{name!r} is taken by {taken[name]}: names and uuids are unique together"
                     )
@@ -314,8 +282,9 @@ class _Reader:
         if table.get("api_style") == "":
             del table["api_style"]
         if table.get("api_style") == "google":
-            self._fault(_join(path, "api_style"), f"google is {NOT_YET}")
-            raise _SkippedError
+            if self._mend(_join(path, "api_style"), f"google is {NOT_YET}", "the provider is left out"):
+                raise _SkippedError
+            del table["api_style"]
         if table.get("timeout") == 0:
             del table["timeout"]
         given_breaker = self._not_yet(bool(table.get("breaker")), _join(path, "breaker"))
@@ -348,15 +317,16 @@ class _Reader:
     def _check_provider(self, provider: Provider, path: str) -> None:
         self._name(provider.name, _join(path, "name"), "{}")
         self._name(provider.uuid, _join(path, "uuid"), ":{}")
-        base = urlsplit(provider.api_base)
-        if base.scheme not in ("http", "https") or not base.hostname:
+        base = _split(provider.api_base)
+        if base is None or base.scheme not in ("http", "https") or not base.hostname:
             self._fault(_join(path, "api_base"), "expected an http:// or https:// URL with a host")
         elif base.username or base.query or base.fragment:
             self._fault(_join(path, "api_base"), "must hold no credentials, query or fragment")
         proxy = provider.proxy_url
-        is_opaque = proxy.startswith(("sealed:", "${"))
-        if proxy and not is_opaque and urlsplit(proxy).scheme not in ("http", "https", "socks5", "socks5h"):
-            self._fault(_join(path, "proxy_url"), "expected an http, https or socks5 URL, or nothing")
+        if proxy and not proxy.startswith(("sealed:", "${")):
+            parts = _split(proxy)
+            if parts is None or parts.scheme not in ("http", "https", "socks5", "socks5h") or not parts.hostname:
+                self._fault(_join(path, "proxy_url"), "expected an http, https or socks5 URL with a host, or nothing")
         if provider.timeout <= 0:
             self._fault(_join(path, "timeout"), "expected more than 0 seconds")
         for name, value in msgspec.structs.asdict(provider.timeouts).items():
@@ -397,14 +367,12 @@ class _Reader:
     def _rule(self, table: dict[str, Any], path: str, providers: Mapping[str, str]) -> Rule:
         table = dict(table)
         table["scenario"] = scenario = table.get("scenario") or "openai"
-        if self._door == "lenient" and scenario not in get_args(ScenarioName):
-            self.warnings.append(f"{path}.scenario: {scenario!r} is unknown; the rule is left out")
+        if self._is_unknown_scenario(scenario, path, "the rule is"):
             raise _SkippedError
         if not table.get("uuid") and isinstance(table.get("request_model"), str):
-            table["uuid"] = f"{scenario}/{table['request_model']}"
-        for name in ("retry",):
-            if not table.get(name) or self._not_yet(True, _join(path, name)):
-                table.pop(name, None)
+            table["uuid"] = self._default_uuid(f"{scenario}/{table['request_model']}")
+        if not table.get("retry") or self._not_yet(True, _join(path, "retry")):
+            table.pop("retry", None)
         if self._not_yet(table.get("on_store_loss") == "local", _join(path, "on_store_loss"), "today it is closed"):
             del table["on_store_loss"]
         if self._not_yet(table.get("on_exhausted") == "refuse", _join(path, "on_exhausted")):
@@ -413,10 +381,10 @@ class _Reader:
             if self._not_yet(bool(table.get(name)), _join(path, name)):
                 del table[name]
         tactic = self._tactic(table.get("lb_tactic"), _join(path, "lb_tactic"))
-        services = self._services(table.get("services"), _join(path, "services"), providers)
+        services, places = self._services(table.get("services"), _join(path, "services"), providers)
         routes = self._routes(table.get("smart_routing"), _join(path, "smart_routing"), providers)
         retry = self._part(Retry, table, "retry", path)
-        index = self._index(table, path, len(services))
+        index = self._index(table, path, places)
         rule = self._struct(
             Rule,
             table,
@@ -435,67 +403,91 @@ class _Reader:
             self._fault(_join(path, "pool"), f"expected {_POOL.pattern}")
         return rule
 
-    def _index(self, table: dict[str, Any], path: str, services: int) -> int | None:
+    def _default_uuid(self, base: str) -> str:
+        """The uuid of a rule that has none of its own: further rules of the same model are numbered."""
+        self._bases[base] += 1
+        return base if self._bases[base] == 1 else f"{base}#{self._bases[base]}"
+
+    def _index(self, table: dict[str, Any], path: str, places: list[int]) -> int | None:
+        """The configured index, counted in the services that were kept; `places` are those of the document's."""
         raw = table.get("current_service_index")
         if raw is None:
             return None
         if not isinstance(raw, int) or isinstance(raw, bool):
             self._fault(_join(path, "current_service_index"), f"expected a whole number, not {_kind(raw)}")
             return None
-        if 0 <= raw < services or (raw == 0 and services == 0):
+        if 0 <= raw < len(places):
+            return places[raw]
+        if raw == 0:
             return raw
-        message = f"{raw} is no index of {services} services"
-        if self._mend(_join(path, "current_service_index"), message, "taken modulo") and services:
-            return raw % services
+        message = f"{raw} is no index of {len(places)} services"
+        if self._mend(_join(path, "current_service_index"), message, "taken modulo") and places:
+            return places[raw % len(places)]
         return None
 
     def _tactic(self, raw: Any, path: str) -> Tactic:
         if raw is None:
             return tactic_from_map(TACTIC_NAMES[0])
-        table = self._table(raw, path)
-        for name in table.keys() - {"type", "params"}:
+        try:
+            table = self._table(raw, path)
+        except _SkippedError:
+            return tactic_from_map(TACTIC_NAMES[0])
+        for name in [name for name in table if name not in ("type", "params")]:
             self._mend(_join(path, name), "unknown field (known: params, type)", "dropped")
         kind = table.get("type")
         if kind is None or kind == "":
             kind = TACTIC_NAMES[0]
         if not is_valid_tactic(kind):
-            if not self._mend(
-                _join(path, "type"), f"unknown tactic {kind!r} (known: {', '.join(TACTIC_NAMES)})", "round_robin"
-            ):
-                raise _SkippedError
+            message = f"unknown tactic {kind!r} (known: {', '.join(TACTIC_NAMES)})"
+            self._mend(_join(path, "type"), message, "round_robin")
             kind = TACTIC_NAMES[0]
-        raw_params = table.get("params")
-        params = self._table(raw_params, _join(path, "params")) if raw_params is not None else {}
+        return tactic_from_map(kind, self._params(kind, table.get("params"), _join(path, "params")))
+
+    def _params(self, kind: str | int, raw: Any, path: str) -> dict[str, Any]:
+        """The parameters that the tactic can use."""
+        if raw is None:
+            return {}
         try:
-            tactic = tactic_from_map(kind, params)
-        except msgspec.ValidationError as exc:
-            self._fault(_join(path, "params"), str(exc))
-            raise _SkippedError from exc
-        known = set(tactic.__struct_fields__)
-        for name in params.keys() - known:
+            params = self._table(raw, path)
+        except _SkippedError:
+            return {}
+        tactic = TACTICS[kind if isinstance(kind, int) else TACTIC_NAMES.index(kind.lower())]
+        known = {field.name: field.type for field in msgspec.structs.fields(tactic)}
+        for name in [name for name in params if name not in known]:
             # tingly-box writes all thresholds for every tactic.
             is_other = name in ("request_threshold", "token_threshold")
             if not is_other or self._door == "strict":
-                text = f"{type(tactic).__name__} has no such parameter (known: {', '.join(sorted(known))})"
-                self._mend(_join(path, f"params.{name}"), text, "dropped")
-        return tactic
+                text = f"{tactic.__name__} has no such parameter (known: {', '.join(sorted(known))})"
+                self._mend(_join(path, name), text, "dropped")
+        good = {}
+        for name, value in params.items():
+            if name in known and value is not None:
+                try:
+                    msgspec.convert(
+                        int(value) if isinstance(value, float) and value.is_integer() else value, known[name]
+                    )
+                except msgspec.ValidationError as exc:
+                    self._fault(_join(path, name), str(exc))
+                else:
+                    good[name] = value
+        return good
 
-    def _services(self, raw: Any, path: str, providers: Mapping[str, str]) -> tuple[Service, ...]:
+    def _services(self, raw: Any, path: str, providers: Mapping[str, str]) -> tuple[tuple[Service, ...], list[int]]:
+        """The services, and for each of the document's its place among them: one that is there twice is dropped."""
         services: list[Service] = []
-        ids: dict[str, str] = {}
+        at: dict[str, tuple[int, str]] = {}
+        places = []
         for place, table in self._items(raw, path):
-            try:
-                service = self._service(table, place, providers)
-            except _SkippedError:
-                continue
-            if ids.setdefault(service.id, place) != place:
-                if not self._mend(place, f"{service.id} is already {ids[service.id]}", "dropped"):
-                    continue
-                continue
-            services.append(service)
+            service = self._service(table, place, providers)
+            if service.id in at:
+                self._mend(place, f"{service.id} is already {at[service.id][1]}", "dropped")
+            else:
+                at[service.id] = (len(services), place)
+                services.append(service)
+            places.append(at[service.id][0])
         if len(services) > _MOST_SERVICES:
             self._fault(path, f"more than {_MOST_SERVICES} services")
-        return tuple(services)
+        return tuple(services), places
 
     def _service(self, table: dict[str, Any], path: str, providers: Mapping[str, str]) -> Service:
         table = dict(table)
@@ -530,19 +522,25 @@ class _Reader:
     def _routes(self, raw: Any, path: str, providers: Mapping[str, str]) -> tuple[SmartRoute, ...]:
         routes = []
         for place, table in self._items(raw, path):
-            try:
-                ops = tuple(
-                    self._struct(SmartOp, op, op_path)
-                    for op_path, op in self._items(table.get("ops"), _join(place, "ops"))
-                )
-                services = self._services(table.get("services"), _join(place, "services"), providers)
-                route = self._struct(SmartRoute, table, place, ops=ops, services=services)
-            except _SkippedError:
-                continue
+            ops = tuple(
+                self._struct(SmartOp, op, op_path) for op_path, op in self._items(table.get("ops"), _join(place, "ops"))
+            )
+            services, _ = self._services(table.get("services"), _join(place, "services"), providers)
+            route = self._struct(SmartRoute, table, place, ops=ops, services=services)
             if route.uuid:
                 self._name(route.uuid, _join(place, "uuid"), "{}|")
             routes.append(route)
         return tuple(routes)
+
+
+def _split(url: str) -> SplitResult | None:
+    """The URL's parts, None for one that cannot be taken apart."""
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - looked at for its error
+    except ValueError:
+        return None
+    return parts
 
 
 def _join(path: str, name: str) -> str:
@@ -552,100 +550,3 @@ def _join(path: str, name: str) -> str:
 def _kind(value: Any) -> str:
     names = {dict: "a mapping", list: "a list", str: "text", bool: "true or false", type(None): "nothing"}
     return names.get(type(value), "a number")
-
-
-# -- writing -----------------------------------------------------------------------------------------------------------
-
-
-def write(configuration: Configuration) -> dict[str, Any]:
-    """The document of a configuration, defaults left out."""
-    table: dict[str, Any] = msgspec.to_builtins(configuration)
-    for rule, written in zip(configuration.rules, table.get("rules", []), strict=True):
-        written["lb_tactic"] = tactic_to_map(rule.lb_tactic)
-    return table
-
-
-def masked(configuration: Configuration) -> Configuration:
-    """The configuration with literal and sealed credentials masked; references show where they come from."""
-
-    def mask(value: str) -> str:
-        return value if not value or value.startswith("${") else "***"
-
-    def masked_table(values: dict[str, str]) -> dict[str, str]:
-        return {name: mask(value) if value.startswith("sealed:") else value for name, value in values.items()}
-
-    providers = []
-    for provider in configuration.providers:
-        detail = provider.oauth_detail
-        if detail is not None:
-            detail = msgspec.structs.replace(
-                detail, access_token=mask(detail.access_token), refresh_token=mask(detail.refresh_token)
-            )
-        providers.append(
-            msgspec.structs.replace(
-                provider,
-                token=mask(provider.token),
-                oauth_detail=detail,
-                headers=masked_table(provider.headers),
-                query=masked_table(provider.query),
-                proxy_url=mask(provider.proxy_url)
-                if "@" in provider.proxy_url or provider.proxy_url.startswith("sealed:")
-                else provider.proxy_url,
-            )
-        )
-    return msgspec.structs.replace(configuration, providers=tuple(providers))
-
-
-def digest(configuration: Configuration) -> str:
-    """What names a configuration: SHA-256 of its document, keys in order."""
-    return hashlib.sha256(msgspec.json.encode(write(configuration), order="deterministic")).hexdigest()
-
-
-def select_view(configuration: Configuration, rule: Rule) -> bytes:
-    """All that a rule's select reads, in one form: when it differs, the rule has a new revision."""
-    enabled = {provider.uuid for provider in configuration.providers if provider.enabled}
-    services = [
-        (s.id, s.weight, s.time_window, s.active and s.provider in enabled, s.tier, s.limits) for s in rule.services
-    ]
-    view = (rule.uuid, rule.pool, rule.active, tactic_to_map(rule.lb_tactic), rule.current_service_index, services)
-    return msgspec.json.encode(view, order="deterministic")
-
-
-# -- differences -------------------------------------------------------------------------------------------------------
-
-_SECRET_PATHS = ("token", "oauth_detail.access_token", "oauth_detail.refresh_token", "proxy_url")
-
-
-def diff(old: Configuration, new: Configuration) -> list[str]:
-    """What differs, a line each: `+ rule x`, `- provider y`, `~ rule z: field old -> new`, without credentials."""
-    before, after = write(old), write(new)
-    lines = []
-    for kind, key in (("provider", "uuid"), ("rule", "uuid"), ("scenario", "scenario"), ("pool", "name")):
-        olds = {item[key]: item for item in before.get(f"{kind}s", [])}
-        news = {item[key]: item for item in after.get(f"{kind}s", [])}
-        lines += [f"- {kind} {name}" for name in olds if name not in news]
-        lines += [f"+ {kind} {name}" for name in news if name not in olds]
-        for name in news.keys() & olds.keys():
-            changes = _changes(olds[name], news[name])
-            lines += [f"~ {kind} {name}: {change}" for change in sorted(changes)]
-        if list(olds) != list(news) and sorted(olds) == sorted(news):
-            lines.append(f"~ {kind}s: another order")
-    return lines
-
-
-def _changes(old: Any, new: Any, path: str = "") -> list[str]:
-    if old == new:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = [*old, *(name for name in new if name not in old)]
-        return [line for name in names for line in _changes(old.get(name), new.get(name), _join(path, name))]
-    if path in _SECRET_PATHS or path.startswith(("headers.", "query.")):
-        return [f"{path} changed"]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = enumerate(zip(old, new, strict=True))
-        return [line for i, (a, b) in pairs for line in _changes(a, b, f"{path}[{i}]")]
-    return [f"{path} {_shown(old)} -> {_shown(new)}"]
-
-
-def _shown(value: Any) -> str:
-    return "(default)" if value is None else msgspec.json.encode(value).decode()
