@@ -141,6 +141,18 @@ def test_beyond_the_bound_the_later_half_of_what_is_on_disk_leaves_memory_and_is
     assert (len(outbox), outbox.acknowledged, outbox.starved_of) == (0, 6, 0)
 
 
+def test_what_is_under_way_stays_in_memory_for_the_failover_that_loses_it() -> None:
+    outbox = Outbox(Clock(), max_entries=1024)
+    for number in range(1536):
+        outbox.add(an_entry(number))
+    assert numbers(list(outbox.take())) == [1, 2, 3, 4]
+    outbox.number()
+    outbox.spilled(outbox.unspilled())
+    outbox.acknowledge(4)
+    batches, missing = outbox.resend(0)
+    assert ([batch.count for batch in batches if batch.entries], missing) == ([256] * 4, 0)
+
+
 def test_a_batch_that_a_failover_brings_back_must_go_to_disk_again() -> None:
     outbox = filled(3)
     outbox.number()
