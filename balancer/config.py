@@ -55,6 +55,16 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="log_level", default="info", meaning="debug, info, warning or error"),
     Setting(name="redis_deadline_ms", default=250, meaning="milliseconds that a selection waits for Redis at most"),
     Setting(name="lease_s", default=30.0, meaning="seconds after which a silent worker's open attempts count as lost"),
+    Setting(
+        name="outbox_dir",
+        default="",
+        meaning="folder where settles that Redis has not acknowledged outlive their process; empty: memory only",
+    ),
+    Setting(
+        name="outbox_max_entries",
+        default=200_000,
+        meaning="unacknowledged settles that a worker holds in memory per pool; beyond it on disk alone, if it may",
+    ),
     Setting(name="drain_timeout_s", default=30.0, meaning="seconds that open requests get to finish at shutdown"),
     Setting(name="drain_delay_s", default=0.0, meaning="seconds to go on accepting after SIGTERM, while not ready"),
     Setting(name="max_body_bytes", default=64 * 1024 * 1024, meaning="longest request body in bytes; beyond it: 413"),
@@ -83,6 +93,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str
     redis_deadline_ms: int
     lease_s: float
+    outbox_dir: str
+    outbox_max_entries: int
     drain_timeout_s: float
     drain_delay_s: float
     max_body_bytes: int
@@ -174,6 +186,7 @@ def _check(settings: Settings) -> None:
     require("log_level", settings.log_level in ("debug", "info", "warning", "error"), "debug, info, warning or error")
     require("redis_deadline_ms", settings.redis_deadline_ms > 0, "more than 0 milliseconds")
     require("lease_s", 1 <= settings.lease_s <= 3600, "1 to 3600 seconds")
+    require("outbox_max_entries", settings.outbox_max_entries >= 1000, "1000 or more")
     require("drain_timeout_s", settings.drain_timeout_s >= 0, "0 seconds or more")
     require("drain_delay_s", settings.drain_delay_s >= 0, "0 seconds or more")
     require("max_body_bytes", settings.max_body_bytes > 0, "more than 0 bytes")

@@ -7,6 +7,7 @@ import itertools
 import secrets
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
@@ -14,7 +15,7 @@ from balancer import log
 from balancer.config import Settings
 from balancer.domain import Entry, Outcome, Pick, Rule, Selection, Usage
 from balancer.errors import NoServiceError, StoreUnavailableError
-from balancer.store import connection, keys
+from balancer.store import connection, keys, spill
 from balancer.store.pool import PoolClient, PoolEvents
 from balancer.store.registry import Directory, Follower, Registry
 from balancer.store.views import PoolView
@@ -45,11 +46,17 @@ class Balance:
         self._numbers = itertools.count(1)
         self._cursors: dict[str, str] = {}
         self._opener: asyncio.Task[None] | None = None
+        self._outbox_dir = Path(settings.outbox_dir).expanduser() if settings.outbox_dir else None
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Reads the configuration and connects to its pools; goes on trying in the background where Redis is away."""
+        """Reads the configuration and connects to its pools; goes on trying in the background where Redis is away.
+
+        Raises ConfigurationError when the folder for the outbox cannot be used.
+        """
+        if self._outbox_dir:
+            spill.prepare(self._outbox_dir)
         await self._follower.start()
         self._open_pools()
         for pool in self._pools.values():
@@ -68,8 +75,17 @@ class Balance:
         await self._client.aclose()
 
     async def _keep_pools_open(self) -> None:
-        """Connects to pools that a new configuration brings, so that their lost attempts are reaped here too."""
+        """Connects to pools that a new configuration brings, so that their lost attempts are reaped here too.
+
+        Likewise to pools for which a process that is gone left something on disk, whether they are configured or not.
+        """
         while True:
+            if self._outbox_dir:
+                try:
+                    for name, _ in await asyncio.to_thread(spill.folders, self._outbox_dir):
+                        self._pool(name)
+                except OSError as exc:
+                    log.warning("cannot look for spilled outboxes", reason=exc.strerror)
             await asyncio.sleep(1)
             self._open_pools()
 
@@ -89,6 +105,8 @@ class Balance:
                 scripts_dir=self._settings.scripts_dir,
                 events=self._events.pool,
                 audit_interval_s=self._settings.audit_interval_s,
+                outbox_dir=self._outbox_dir,
+                outbox_max_entries=self._settings.outbox_max_entries,
             )
             pool.start()
         return pool

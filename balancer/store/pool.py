@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,11 +19,13 @@ from balancer.store.auditor import Auditor
 from balancer.store.calls import entry_arguments, fence_arguments, selection_arguments
 from balancer.store.connection import Link, is_noscript
 from balancer.store.scripts import load
-from balancer.store.settlement import Batch, Outbox
+from balancer.store.settlement import DEFAULT_MAX_ENTRIES, Batch, Outbox
+from balancer.store.spiller import Replayer, Spiller
 
 SELECTIONS_PER_CALL = 64
 _REAP_LIMIT = 500
 _RETRY_S = 0.5
+_WARN_S = 60.0
 
 Answer = list[Any]
 
@@ -53,10 +57,12 @@ class PoolClient:
         scripts_dir: str,
         events: PoolEvents,
         audit_interval_s: float = 0,
+        outbox_dir: Path | None = None,
+        outbox_max_entries: int = DEFAULT_MAX_ENTRIES,
     ) -> None:
         self.pool = pool
         self.worker = worker
-        self.outbox = Outbox()
+        self.outbox = Outbox(max_entries=outbox_max_entries)
         self.seen = (0, 0)
         self._deadline_s = deadline_ms / 1000
         self._lease_ms = lease_ms
@@ -71,6 +77,10 @@ class PoolClient:
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._up = asyncio.Event()
+        self._full_warned_at = float("-inf")
+        self._outbox_dir = outbox_dir
+        self._spiller: Spiller | None = None
+        self._spilling: asyncio.Task[None] | None = None
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -80,22 +90,40 @@ class PoolClient:
         if self._audit_interval_s:
             auditor = Auditor(self.command, self.pool, self.worker, self._audit_interval_s, self._events.violated)
             self._tasks.append(asyncio.create_task(auditor.run()))
+        if self._outbox_dir:
+            self._spiller = Spiller(
+                self.outbox,
+                self._outbox_dir,
+                self.pool,
+                self.worker,
+                on_loaded=self._schedule_flush,
+                on_lost=self._batches_lost,
+            )
+            self._spilling = asyncio.create_task(self._spiller.run())
+            replayer = Replayer(self._outbox_dir, self.pool, self._settle_for, self._batches_lost)
+            self._tasks.append(asyncio.create_task(replayer.run(self._up)))
 
     async def close(self, timeout_s: float = 5.0) -> bool:
-        """Ends the background work once everything settled is acknowledged, or the time is over; True if all was."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while len(self.outbox):
-                    self._quiet.clear()
-                    await self._quiet.wait()
-        except TimeoutError:
-            log.warning("settled attempts were not acknowledged in time", pool=self.pool, entries=len(self.outbox))
+        """Ends the background work once everything settled is acknowledged, or the time is over; True if all was.
+
+        What was not is left on disk for the next process, if there is a folder for it.
+        """
+        await self.acknowledged(timeout_s)
         if self._retry:
             self._retry.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        return not len(self.outbox)
+        is_spilled = False
+        if self._spiller and self._spilling:
+            is_spilled = await self._spiller.close(self._spilling)
+        entries = len(self.outbox)
+        if entries and is_spilled:
+            log.warning("settled attempts wait on disk for the next process", pool=self.pool, entries=entries)
+        elif entries:
+            advice = "" if self._spiller else "BALANCER_OUTBOX_DIR would have kept them"
+            log.warning("settled attempts were not acknowledged in time", pool=self.pool, entries=entries, note=advice)
+        return not entries
 
     @property
     def is_up(self) -> bool:
@@ -136,6 +164,13 @@ class PoolClient:
         """Queues an entry; it is written with the other commands of this tick."""
         self.outbox.add(entry)
         self._schedule_flush()
+        if self._spiller is None and self.outbox.is_full and time.monotonic() - self._full_warned_at > _WARN_S:
+            self._full_warned_at = time.monotonic()
+            log.warning(
+                "the outbox is beyond BALANCER_OUTBOX_MAX_ENTRIES; with BALANCER_OUTBOX_DIR the rest would be on disk",
+                pool=self.pool,
+                entries=len(self.outbox),
+            )
 
     async def flushed(self) -> None:
         """Returns once all that was queued before is written to the socket: the next turn of the loop."""
@@ -163,7 +198,7 @@ class PoolClient:
 
     def _flush(self) -> None:
         self._flush_scheduled = False
-        if self._link.is_connected:
+        if self._link.is_connected and self._retry is None:
             for batch in self.outbox.take():
                 self._send_batch(batch)
         asked, self._asked = self._asked, []
@@ -229,13 +264,34 @@ class PoolClient:
                 self._events.epoch_bumped(self.pool, lost)
             self.seen = (epoch, position)
 
-    def _send_batch(self, batch: Batch, skip: bool = False) -> None:
+    def _send_batch(self, batch: Batch) -> None:
         script = self._scripts["settle"]
-        rest = [a for entry, made_at in batch.entries for a in entry_arguments(entry, self.outbox.age_ms(made_at))]
-        arguments = self._arguments(batch=batch.number, skip=int(skip))
-        reply = self._link.call(script, script.command(self._keys(self.worker), arguments, rest))
+        arguments = self._arguments(batch=batch.number, skip=int(batch.skips))
+        reply = self._link.call(script, script.command(self._keys(self.worker), arguments, self._entries(batch)))
         generation = batch.generation
         reply.add_done_callback(lambda done: self._on_settled(generation, done))
+
+    def _entries(self, batch: Batch) -> list[str | int]:
+        return [
+            argument
+            for entry, made_at in batch.entries or ()
+            for argument in entry_arguments(entry, self.outbox.age_ms(made_at))
+        ]
+
+    async def _settle_for(self, worker: str, batch: Batch, *, is_last: bool) -> int:
+        """Applies a batch of a worker that is gone; the number of its last one that Redis has applied then.
+
+        The last of all ends the worker's lease, so that what it left open is reaped at once.
+        """
+        arguments = self._arguments(batch=batch.number, skip=int(batch.skips))
+        arguments |= {"worker": worker, "lease_ms": 1 if is_last else self._lease_ms}
+        word, last, *place = await self._ask("settle", self._keys(worker), arguments, self._entries(batch))
+        if word == b"applied":
+            self._saw(*place)
+        return int(last)
+
+    def _batches_lost(self, batches: int) -> None:
+        self._events.batches_lost(self.pool, batches)
 
     def _on_settled(self, generation: int, done: asyncio.Future[Any]) -> None:
         if done.cancelled() or isinstance(done.exception(), StoreUnavailableError):
@@ -248,6 +304,8 @@ class PoolClient:
                 self.outbox.acknowledge(last)
                 if not len(self.outbox):
                     self._quiet.set()
+                elif self.outbox.is_behind:
+                    self._schedule_flush()
                 return
         if generation != self.outbox.generation:
             return  # Sent before the last resend, which answers for it.
@@ -259,19 +317,21 @@ class PoolClient:
         else:
             log.warning("the store refused a batch; trying again", pool=self.pool, reason=str(_store_error(exc)))
             self.outbox.generation += 1
-            self._retry = asyncio.get_running_loop().call_later(_RETRY_S, self._resend, None)
+            if self._retry is None:
+                self._retry = asyncio.get_running_loop().call_later(_RETRY_S, self._resend, None)
 
     def _resend(self, last: int | None) -> None:
+        if self._retry:
+            self._retry.cancel()
+            self._retry = None
         if not self._link.is_connected:
             return
         batches, missing = self.outbox.resend(last)
         if missing:
             log.warning("settled batches are no longer held", pool=self.pool, batches=missing)
-            self._events.batches_lost(self.pool, missing)
-            if not batches:
-                batches = [Batch(number=self.outbox.last_number, entries=(), generation=self.outbox.generation)]
-        for i, batch in enumerate(batches):
-            self._send_batch(batch, skip=bool(missing) and i == 0)
+            self._batches_lost(missing)
+        for batch in batches:
+            self._send_batch(batch)
         self._link.flush()
 
     def _on_up(self) -> None:

@@ -41,6 +41,8 @@ def test_with_nothing_given_every_setting_has_its_default() -> None:
         upstream_connections=1024,
         decision_headers=True,
         audit_interval_s=60.0,
+        outbox_dir="",
+        outbox_max_entries=200_000,
         scripts_dir="",
     )
 
@@ -255,6 +257,8 @@ def test_a_host_name_is_no_loopback_address_however_it_begins() -> None:
             "upstream_connections": 1,
             "decision_headers": False,
             "audit_interval_s": 7.5,
+            "outbox_dir": "/var/spool/balancer",
+            "outbox_max_entries": 1000,
             "scripts_dir": "lua",
         },
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from balancer.domain import Entry, Outcome
-from balancer.store.settlement import ENTRIES_PER_BATCH, KEPT_BATCHES, KEPT_S, Outbox
+from balancer.store.settlement import ENTRIES_PER_BATCH, ENTRIES_UNDER_WAY, KEPT_BATCHES, KEPT_S, Batch, Outbox
 
 
 def an_entry(number: int) -> Entry:
@@ -35,7 +35,7 @@ def test_entries_go_out_in_order_under_rising_numbers_and_a_bounded_size() -> No
         outbox.add(an_entry(number))
     batches = outbox.take()
     assert numbers(list(batches)) == [1, 2]
-    sent = [entry.number for batch in batches for entry, _ in batch.entries]
+    sent = [entry.number for batch in batches for entry, _ in batch.entries or ()]
     assert sent == list(range(ENTRIES_PER_BATCH + 1))
     assert outbox.take() == []
 
@@ -76,21 +76,93 @@ def test_what_is_no_longer_kept_is_reported_as_missing() -> None:
     assert missing == 2
 
 
-def test_a_server_that_lost_everything_after_nothing_is_kept_is_told_the_whole_gap() -> None:
+def test_a_server_that_lost_everything_after_nothing_is_kept_is_told_so_by_an_empty_batch() -> None:
     clock = Clock()
     outbox = filled(3, clock)
     outbox.acknowledge(3)
     clock.now += KEPT_S + 1
     outbox.acknowledge(3)
-    assert outbox.resend(0) == ([], 3)
+    assert outbox.resend(0) == ([Batch(number=3, entries=(), count=0, generation=1, skips=True)], 3)
+    assert len(outbox) == 0
 
 
 def test_kept_batches_are_bounded_in_number() -> None:
-    outbox = filled(KEPT_BATCHES + 10)
-    outbox.acknowledge(KEPT_BATCHES + 10)
-    batches, missing = outbox.resend(0)
-    assert len(batches) == KEPT_BATCHES
+    outbox = Outbox(Clock())
+    for number in range(1, KEPT_BATCHES + 11):
+        outbox.add(an_entry(number))
+        outbox.take()
+        outbox.acknowledge(number)
+    _, missing = outbox.resend(0)
+    assert len(outbox) == KEPT_BATCHES
     assert missing == 10
+
+
+def test_only_the_first_batch_after_a_gap_says_that_others_are_missing() -> None:
+    clock = Clock()
+    outbox = filled(4, clock)
+    outbox.acknowledge(2)
+    clock.now += KEPT_S + 1
+    outbox.acknowledge(2)
+    assert [batch.skips for batch in outbox.resend(0)[0]] == [True, False]
+    assert [batch.skips for batch in outbox.resend()[0]] == [False, False]
+
+
+def test_a_long_outbox_is_sent_in_pieces_as_answers_come() -> None:
+    outbox = Outbox(Clock())
+    for number in range(3 * ENTRIES_UNDER_WAY):
+        outbox.add(an_entry(number))
+    full = ENTRIES_UNDER_WAY // ENTRIES_PER_BATCH
+    assert numbers(list(outbox.take())) == list(range(1, full + 1))
+    assert outbox.take() == []
+    outbox.acknowledge(1)
+    assert numbers(list(outbox.take())) == [full + 1]
+    outbox.acknowledge(1)
+    assert numbers(list(outbox.resend()[0])) == list(range(2, full + 2))
+    assert outbox.is_behind
+
+
+def test_beyond_the_bound_the_later_half_of_what_is_on_disk_leaves_memory_and_is_waited_for() -> None:
+    outbox = Outbox(Clock(), max_entries=1024)
+    for number in range(1536):
+        outbox.add(an_entry(number))
+    outbox.number()
+    batches = outbox.unspilled()
+    contents = {batch.number: batch.entries or () for batch in batches}
+    outbox.spilled(batches)
+    assert not outbox.is_full
+    assert len(outbox) == 1536
+    assert numbers(list(outbox.take())) == [1, 2]
+    assert outbox.starved_of == 3
+    outbox.acknowledge(2)
+    assert outbox.load(3, 6, {number: contents[number] for number in range(3, 6)}) == 1
+    sent = outbox.take()
+    assert [batch.entries for batch in sent] == [*(contents[number] for number in range(3, 6)), ()]
+    outbox.acknowledge(6)
+    assert (len(outbox), outbox.acknowledged, outbox.starved_of) == (0, 6, 0)
+
+
+def test_what_is_under_way_stays_in_memory_for_the_failover_that_loses_it() -> None:
+    outbox = Outbox(Clock(), max_entries=1024)
+    for number in range(1536):
+        outbox.add(an_entry(number))
+    assert numbers(list(outbox.take())) == [1, 2, 3, 4]
+    outbox.number()
+    outbox.spilled(outbox.unspilled())
+    outbox.acknowledge(4)
+    batches, missing = outbox.resend(0)
+    assert ([batch.count for batch in batches if batch.entries], missing) == ([256] * 4, 0)
+
+
+def test_a_batch_that_a_failover_brings_back_must_go_to_disk_again() -> None:
+    outbox = filled(3)
+    outbox.number()
+    outbox.spilled(outbox.unspilled())
+    assert outbox.unspilled() == []
+    outbox.acknowledge(2)
+    outbox.resend(0)
+    outbox.add(an_entry(9))
+    outbox.number()
+    assert numbers(list(outbox.unspilled())) == [1, 2, 4]
 
 
 def test_an_entry_that_has_just_been_made_counts_as_now_and_an_older_one_carries_its_age() -> None:
