@@ -233,6 +233,10 @@ class SentinelSet(Group):
 
         wait_until(ready, "the sentinels see a master and two replicas in sync")
 
+    def wait_in_sync(self) -> None:
+        """Returns once both replicas have all that the master has."""
+        wait_until(lambda: _is_in_sync(self.master_of(""), replicas=2, lag=0), "the replicas catch up")
+
 
 class Cluster(Group):
     """Three masters with a third of the slots each, a replica each; a node is given up after 1.5 s."""
@@ -287,6 +291,25 @@ class Cluster(Group):
         wait_until(known, "the slot has a master")
         return found[0]
 
+    def replica_of(self, master: Server) -> Server:
+        """A replica of that master."""
+        ports = {port for _, _, (_, own, *_), *rest in _slots(master) for _, port, *_ in rest if own == master.port}
+        return next(server for server in self.data if server.port in ports)
+
+    def wait_in_sync(self) -> None:
+        """Returns once every replica has all that its master has."""
+        wait_until(lambda: all(_is_in_sync(m, replicas=1, lag=0) for m in self.masters()), "the replicas catch up")
+
+    def move(self, key: str, source: Server, target: Server) -> None:
+        """Moves the slot of a key, with its keys, as redis-cli would; the other nodes learn it by gossip."""
+        slot = self.slot_of(key)
+        target.control.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", self.id_of(source))
+        source.control.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", self.id_of(target))
+        while found := source.control.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
+            source.control.execute_command("MIGRATE", HOST, target.port, "", 0, 5000, "KEYS", *found)
+        for server in (target, source):
+            server.control.execute_command("CLUSTER", "SETSLOT", slot, "NODE", self.id_of(target))
+
     def masters(self) -> list[Server]:
         """All servers that have slots."""
         ports = {entry[2][1] for entry in _slots(next(server for server in self.data if server.is_running))}
@@ -332,11 +355,11 @@ def _pairs(flat: Any) -> dict[str, str]:
     return {name.decode(): value.decode() for name, value in pairs}
 
 
-def _is_in_sync(master: Server, replicas: int) -> bool:
+def _is_in_sync(master: Server, replicas: int, lag: int = 100) -> bool:
     info: dict[str, Any] = master.control.info("replication")
     states = [info.get(f"slave{i}", {}) for i in range(info["connected_slaves"])]
     behind = [info["master_repl_offset"] - s.get("offset", 0) for s in states if s.get("state") == "online"]
-    return bool(info["role"] == "master" and sum(lag <= 100 for lag in behind) >= replicas)
+    return bool(info["role"] == "master" and sum(bytes_ <= lag for bytes_ in behind) >= replicas)
 
 
 # -- TLS and a limited user --------------------------------------------------------------------------------------------

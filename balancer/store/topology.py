@@ -223,6 +223,11 @@ class Topology:
     # -- where ---------------------------------------------------------------------------------------------------------
 
     @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The sentinels, or the nodes of the Cluster, that are asked; none for a single server."""
+        return tuple(self._nodes)
+
+    @property
     def patience_s(self) -> float:
         """How long a connection may be silent with commands waiting before it is given up."""
         # Only where there may be another master by now.
