@@ -38,7 +38,11 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
 
 SETTINGS: tuple[Setting, ...] = (
     Setting(name="config", default="", meaning="configuration file, YAML or JSON; published at start if it is new"),
-    Setting(name="redis", default="", meaning="redis://, rediss:// or unix:// URL; empty starts the embedded server"),
+    Setting(
+        name="redis",
+        default="",
+        meaning="redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// URL; empty: the embedded server",
+    ),
     Setting(name="host", default="", meaning="address to listen on; empty: all with client tokens, else 127.0.0.1"),
     Setting(name="port", default=8080, meaning="port of the data plane"),
     Setting(name="metrics_port", default=0, meaning="port of its own for /metrics; 0 serves it on the data plane"),

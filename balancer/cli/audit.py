@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,9 @@ from balancer import checkpoint, config
 from balancer.audit import Checker, Event, Verdict
 from balancer.cli.store import opened
 from balancer.errors import ConfigurationError
-from balancer.store import connection, history
+from balancer.store import connection, history, keys
 from balancer.store.registry import Registry
+from balancer.store.topology import Topology
 
 _PAGE = 1000
 
@@ -72,22 +74,23 @@ def _read(path: Path) -> Iterator[tuple[int, Event]]:
 
 async def _check_live(url: str, pool: str, save: TextIO | None) -> dict[str, Verdict]:
     await connection.check_server(url)
-    client = connection.client(url)
+    commands = connection.Commands(Topology(url))
     try:
-        snapshot = await Registry(client).current()
+        snapshot = await Registry(commands).current()
         pools = snapshot.configuration.pool_names() if snapshot else ()
         if pool and pool not in pools:
             raise ConfigurationError(f"there is no pool {pool!r}; there is: {', '.join(pools) or 'none'}")
         if save and not pool and len(pools) > 1:
             raise ConfigurationError(f"--save takes one pool: say --pool; there is: {', '.join(pools)}")
         chosen = [name for name in pools if pool in ("", name)]
-        return {f"pool {name}": await _check_pool(client.execute_command, name, save) for name in chosen}
+        return {f"pool {name}": await _check_pool(commands, name, save) for name in chosen}
     finally:
-        await client.aclose()
+        await commands.aclose()
 
 
-async def _check_pool(send: history.Send, pool: str, save: TextIO | None) -> Verdict:
+async def _check_pool(commands: connection.Commands, pool: str, save: TextIO | None) -> Verdict:
     """The pool's history up to now. The checkpoint at its end compares every counter with what the events make."""
+    send = functools.partial(commands.run, keys.partitions(pool))
     with connection.translated("reading the history"):
         state = checkpoint.read(await history.checkpoint(send, pool))
         checker = Checker()

@@ -19,6 +19,7 @@ from balancer.errors import ConfigurationError
 from balancer.store import connection, keys
 from balancer.store.publishing import Publication, plan, publish_file, roll_back
 from balancer.store.registry import Registry
+from balancer.store.topology import Topology
 from balancer.store.views import PoolView, read_pool
 
 _Result = TypeVar("_Result")
@@ -134,30 +135,31 @@ def _with_registry(options: argparse.Namespace, work: Callable[[Registry, Store]
 
     async def run(store: Store) -> _Result:
         await connection.check_server(store.url)
-        client = connection.client(store.url)
+        commands = connection.Commands(Topology(store.url))
         try:
-            return await work(Registry(client, settings.scripts_dir), store)
+            return await work(Registry(commands, settings.scripts_dir), store)
         finally:
-            await client.aclose()
+            await commands.aclose()
 
     with opened(settings) as store:
         return asyncio.run(run(store))
 
 
 async def _views(url: str, pools: list[str]) -> list[PoolView]:
-    client = connection.client(url)
+    commands = connection.Commands(Topology(url))
     try:
         with connection.translated("reading the counters"):
-            seconds, micros = await client.time()
-            now_ms = int(seconds) * 1000 + int(micros) // 1000
             views = []
             for pool in pools:
-                partitions: Any = await client.hgetall(keys.partitions(pool))
-                services: Any = await client.hgetall(keys.services(pool))
+                partitions_key, services_key = keys.partitions(pool), keys.services(pool)
+                seconds, micros = await commands.run(partitions_key, "TIME")
+                now_ms = int(seconds) * 1000 + int(micros) // 1000
+                partitions = await commands.run(partitions_key, "HGETALL", partitions_key)
+                services = await commands.run(services_key, "HGETALL", services_key)
                 views.append(read_pool(pool, partitions, services, now_ms))
             return views
     finally:
-        await client.aclose()
+        await commands.aclose()
 
 
 def _stats(view: PoolView, configuration: Configuration) -> dict[str, object]:

@@ -27,6 +27,7 @@ from balancer.errors import BalancerError, ConfigurationError
 from balancer.store import connection
 from balancer.store.publishing import Publication, publish_file
 from balancer.store.registry import Registry
+from balancer.store.topology import Topology
 
 _BACKLOG = 1024
 _QUICK_S = 5.0
@@ -61,12 +62,12 @@ async def _prepare(store: Store, settings: Settings, configuration: Configuratio
     await connection.check_server(store.url)
     if configuration is None:
         return None
-    client = connection.client(store.url)
+    commands = connection.Commands(Topology(store.url))
     try:
-        registry = Registry(client, settings.scripts_dir)
+        registry = Registry(commands, settings.scripts_dir)
         return await publish_file(registry, configuration, store.sealer)
     finally:
-        await client.aclose()
+        await commands.aclose()
 
 
 @contextlib.contextmanager

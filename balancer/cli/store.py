@@ -9,8 +9,8 @@ import msgspec
 
 from balancer.config import Settings
 from balancer.store import embedded
-from balancer.store.connection import check_url
 from balancer.store.credentials import Sealer
+from balancer.store.topology import Topology
 
 
 class Store(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,7 +26,7 @@ def opened(settings: Settings) -> Iterator[Store]:
     """The store, held while the block runs. The embedded server starts if nobody else runs it."""
     sealer = Sealer(settings.secret_key) if settings.secret_key else None
     if settings.redis:
-        check_url(settings.redis)
+        Topology(settings.redis)  # Refuses a malformed URL before anything starts.
         yield Store(url=settings.redis, sealer=sealer, held=None)
         return
     with embedded.acquire(settings.data_dir) as held:

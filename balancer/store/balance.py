@@ -15,9 +15,11 @@ from balancer import log
 from balancer.config import Settings
 from balancer.domain import Entry, Outcome, Pick, Rule, Selection, Usage
 from balancer.errors import NoServiceError, StoreUnavailableError
-from balancer.store import connection, keys, spill
+from balancer.store import keys, spill
+from balancer.store.connection import Commands
 from balancer.store.pool import PoolClient, PoolEvents
 from balancer.store.registry import Directory, Follower, Registry
+from balancer.store.topology import Topology
 from balancer.store.views import PoolView
 
 _TRIES = 5
@@ -36,12 +38,12 @@ class Balance:
 
     def __init__(self, url: str, settings: Settings, events: BalanceEvents | None = None) -> None:
         self.worker = secrets.token_hex(8)
-        self._url = url
+        self._topology = Topology(url)
         self._settings = settings
         self._events = events or BalanceEvents()
-        self._client = connection.client(url)
-        self.registry = Registry(self._client, settings.scripts_dir)
-        self._follower = Follower(self._client, self.registry)
+        self._commands = Commands(self._topology)
+        self.registry = Registry(self._commands, settings.scripts_dir)
+        self._follower = Follower(self._commands, self.registry)
         self._pools: dict[str, PoolClient] = {}
         self._numbers = itertools.count(1)
         self._cursors: dict[str, str] = {}
@@ -72,7 +74,7 @@ class Balance:
             self._opener.cancel()
         await asyncio.gather(*(pool.close(timeout_s) for pool in self._pools.values()))
         await self._follower.close()
-        await self._client.aclose()
+        await self._commands.aclose()
 
     async def _keep_pools_open(self) -> None:
         """Connects to pools that a new configuration brings, so that their lost attempts are reaped here too.
@@ -97,7 +99,7 @@ class Balance:
         pool = self._pools.get(name)
         if pool is None:
             pool = self._pools[name] = PoolClient(
-                self._url,
+                self._topology,
                 name,
                 self.worker,
                 deadline_ms=self._settings.redis_deadline_ms,
@@ -186,8 +188,6 @@ class Balance:
                 excluded=excluded,
             )
             pool = self._pool(current.pool)
-            if not pool.is_up:
-                await pool.wait_until_up(0)
             started = time.perf_counter()
             answer = await pool.select(selection)
             self._events.selected(current.pool, time.perf_counter() - started)

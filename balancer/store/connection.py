@@ -1,8 +1,9 @@
-"""Redis itself: clients for rare commands, and one pipelined connection for the hot ones.
+"""Redis itself: commands for rare use, and one pipelined connection for the hot ones.
 
 redis-py connects (URL forms, TLS, ACL users, handshake) and parses; a `Link` joins the commands of a loop tick in one
 write and resolves the replies in order. Awaiting a redis-py client for each command costs three times as much CPU, and
-its default retries would run a script twice when one reply is lost.
+its default retries would run a script twice when one reply is lost. Where the master is, `topology` knows; what a
+refusal means, `refusals`.
 """
 
 from __future__ import annotations
@@ -13,53 +14,33 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 from urllib.parse import urlsplit
 
 import redis.asyncio
-from redis.asyncio.connection import AbstractConnection, ConnectionPool
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import MaxConnectionsError, NoScriptError, RedisError, ResponseError
 
 from balancer import log
 from balancer.errors import ConfigurationError, StoreUnavailableError
+from balancer.store.refusals import RefusedError, Then, describe, refusal
 from balancer.store.scripts import Script
+from balancer.store.topology import Topology, hang_up, new_client, new_connection
 
 Reply = list[Any]
 
-_STALL_LIMIT_S = 2.0
+AGAIN_S = 0.02
+"""After this long a command that was not executed is asked again."""
+_TRYING_S = 1.0
+_MOST_CLIENTS = 64
 _LONGEST_PAUSE_S = 1.0
 _OLDEST = {"redis": (6, 2), "valkey": (7, 2)}
 
 
-def check_url(url: str) -> None:
-    """Refuses what is no URL of a Redis server that we can use, naming what is expected."""
-    scheme = urlsplit(url).scheme
-    if scheme in ("redis+sentinel", "redis+cluster"):
-        raise ConfigurationError(
-            f"BALANCER_REDIS: {scheme}:// is not supported yet; use redis://, rediss:// or unix://"
-        )
-    if scheme not in ("redis", "rediss", "unix"):
-        raise ConfigurationError("BALANCER_REDIS: expected a redis://, rediss:// or unix:// URL")
-    try:
-        ConnectionPool.from_url(url)
-    except ValueError as exc:
-        raise ConfigurationError(f"BALANCER_REDIS: {exc}") from exc
-
-
 def client(url: str, timeout_s: float = 5.0) -> redis.asyncio.Redis:
-    """A client for rare commands: never retries, a bounded pool."""
-    check_url(url)
-    return redis.asyncio.Redis.from_url(
-        url,
-        retry=Retry(NoBackoff(), 0),
-        socket_timeout=timeout_s,
-        socket_connect_timeout=timeout_s,
-        max_connections=16,
-        client_name="balancer",
-    )
+    """A client of one server, for tests and the demo: never retries, a bounded pool."""
+    return new_client(url, timeout_s, timeout_s)
 
 
 @contextlib.contextmanager
@@ -68,30 +49,52 @@ def translated(doing: str) -> Any:
     try:
         yield
     except RedisError as exc:
-        raise StoreUnavailableError(f"{doing}: {describe(exc)}") from exc
+        message = f"{doing}: {describe(exc)}"
+        refused = refusal(exc)
+        raise (
+            RefusedError(message, refused.then, refused.moved_to) if refused else StoreUnavailableError(message)
+        ) from exc
     except OSError as exc:
-        raise StoreUnavailableError(f"{doing}: {type(exc).__name__}") from exc
-
-
-def describe(exc: BaseException) -> str:
-    """What a server refused, or the kind of failure; never an address."""
-    return str(exc) if isinstance(exc, ResponseError) else f"Redis does not answer ({type(exc).__name__})"
+        raise StoreUnavailableError(f"{doing}: {describe(exc)}") from exc
 
 
 async def check_server(url: str) -> None:
-    """Raises ConfigurationError when the server is too old or may evict keys, StoreUnavailableError when it is away."""
-    connection = client(url)
-    try:
-        with translated("checking Redis"):
-            info: dict[str, Any] = await connection.info()
-    finally:
-        await connection.aclose()
+    """Looks at every master that may be written to.
+
+    Raises ConfigurationError when one is too old, may evict keys, is no master, or hides what must be known from the
+    user; StoreUnavailableError when one is away.
+    """
+    topology = Topology(url)
+    with translated("checking Redis"):
+        masters = await topology.masters()
+    for master in masters:
+        connection = new_client(master, 5.0, topology.connect_timeout_s)
+        try:
+            with translated("checking Redis"):
+                info: dict[str, Any] = await connection.info()
+        except RefusedError as exc:
+            if exc.then is Then.UNKNOWN:
+                raise ConfigurationError(f"{exc.message}; docs/redis.md has all that it needs") from exc
+            raise
+        finally:
+            await connection.aclose()
+        _check_info(info, topology)
+
+
+def _check_info(info: dict[str, Any], topology: Topology) -> None:
     kind = "valkey" if "valkey_version" in info else "redis"
     version = str(info.get("valkey_version") or info.get("redis_version") or "0")
     parts = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if parts < _OLDEST[kind]:
         oldest = ".".join(map(str, _OLDEST[kind]))
         raise ConfigurationError(f"{kind} {version} is too old: {kind} {oldest} or newer is needed")
+    mode = info.get("redis_mode", "standalone")
+    if topology.kind == "standalone" and mode in ("cluster", "sentinel"):
+        raise ConfigurationError(f"BALANCER_REDIS: this is a {mode} node; name it as redis+{mode}://")
+    if info.get("role", "master") != "master":
+        if topology.kind != "standalone":
+            raise StoreUnavailableError("checking Redis: a failover is under way, try again")
+        raise ConfigurationError("BALANCER_REDIS: this Redis is a read-only replica; name its master")
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
         raise ConfigurationError(
@@ -100,20 +103,115 @@ async def check_server(url: str) -> None:
         )
 
 
+class Commands:
+    """Rare commands, each on the master of its key, over a bounded client per address.
+
+    A command is repeated only when Redis says that it was not executed, and for a second at most.
+    """
+
+    def __init__(self, topology: Topology, timeout_s: float = 5.0) -> None:
+        self._topology = topology
+        self._timeout_s = timeout_s
+        self._clients: dict[str, redis.asyncio.Redis] = {}
+
+    async def run(self, key: str, *command: str | int | bytes) -> Any:
+        """The reply of the master of `key`, as redis-py reads it. Raises RedisError, OSError, StoreUnavailableError."""
+        trying_until = time.monotonic() + _TRYING_S
+        while True:
+            url, node = await self._client(key)
+            try:
+                # redis-py has no types for this one.
+                return await node.execute_command(*command)  # type: ignore[no-untyped-call]
+            except (RedisError, OSError) as exc:
+                refused = refusal(exc)
+                if refused is None and not isinstance(exc, ResponseError | MaxConnectionsError):
+                    await self._drop(url)
+                if refused is None or refused.then not in (Then.MOVE, Then.AGAIN) or time.monotonic() > trying_until:
+                    raise
+                self._learn(refused, url)
+            await asyncio.sleep(AGAIN_S)
+
+    @contextlib.asynccontextmanager
+    async def listening(self, key: str, channel: str) -> AsyncIterator[AsyncIterator[Any]]:
+        """The messages of a channel, heard at the master of `key` until that is lost."""
+        url, node = await self._client(key)
+        try:
+            async with node.pubsub() as feed:
+                await feed.subscribe(channel)
+                yield feed.listen()
+        except (RedisError, OSError):
+            await self._drop(url)
+            raise
+
+    async def aclose(self) -> None:
+        """Disconnects."""
+        clients, self._clients = self._clients, {}
+        for node in clients.values():
+            await node.aclose()
+
+    async def _client(self, key: str) -> tuple[str, redis.asyncio.Redis]:
+        url = await self._topology.locate(key)
+        node = self._clients.get(url)
+        if node is None:
+            node = self._clients[url] = new_client(url, self._timeout_s, self._topology.connect_timeout_s)
+            if len(self._clients) > _MOST_CLIENTS:
+                await self._clients.pop(next(iter(self._clients))).aclose()
+        return url, node
+
+    def _learn(self, refused: RefusedError, url: str) -> None:
+        if refused.moved_to:
+            slot, host, port = refused.moved_to
+            self._topology.moved(slot, host or urlsplit(url).hostname or "", port)
+        elif refused.then is Then.MOVE:
+            self._topology.forget()
+
+    async def _drop(self, url: str) -> None:
+        """Forgets an address that does not answer: it may be gone for good."""
+        self._topology.forget()
+        if node := self._clients.pop(url, None):
+            await node.aclose()
+
+
+class WrappedClient(Commands):
+    """Commands over one client that somebody else made, and closes."""
+
+    def __init__(self, only: redis.asyncio.Redis) -> None:
+        self._only = only
+
+    async def run(self, key: str, *command: str | int | bytes) -> Any:
+        """The client's reply."""
+        return await self._only.execute_command(*command)  # type: ignore[no-untyped-call]
+
+    async def aclose(self) -> None:
+        """Leaves the client as it is."""
+
+    async def _client(self, key: str) -> tuple[str, redis.asyncio.Redis]:
+        return "", self._only
+
+    async def _drop(self, url: str) -> None:
+        pass
+
+
 class Link:
-    """One connection that is kept up by `run`; commands are pipelined, replies come back in order.
+    """One connection to the master of a key, kept up by `run`; commands are pipelined, replies come back in order.
 
     `on_up` is called when the connection stands, before anything else is sent on it; `on_down` when it is lost, after
-    every command without a reply has failed with StoreUnavailableError.
+    every command without a reply has failed with StoreUnavailableError. What Redis refuses fails with RefusedError;
+    when the refusal says that the master is elsewhere, the link goes there: while it does, it `is_moving`, and
+    `on_down` follows only if it does not arrive.
     """
 
     def __init__(
-        self, url: str, deadline_ms: int, on_up: Callable[[], None], on_down: Callable[[], None], name: str
+        self,
+        topology: Topology,
+        key: str,
+        deadline_ms: int,
+        on_up: Callable[[], None],
+        on_down: Callable[[], None],
+        name: str,
     ) -> None:
-        check_url(url)
-        self._pool = ConnectionPool.from_url(
-            url, retry=Retry(NoBackoff(), 0), socket_timeout=None, socket_connect_timeout=5, client_name="balancer"
-        )
+        self._topology = topology
+        self._key = key
         self._deadline_s = deadline_ms / 1000
         self._on_up = on_up
         self._on_down = on_down
@@ -124,27 +222,41 @@ class Link:
         self._waiting: deque[tuple[asyncio.Future[Any], float]] = deque()
         self._loaded: set[str] = set()
         self._failure = "not connected yet"
+        self._refusal = ""
+        self._leaving: RefusedError | None = None
+        self._is_moving = False
+        self._is_proven = False
 
     @property
     def is_connected(self) -> bool:
-        """True while a connection stands, answering or not."""
-        return self._writer is not None
+        """True while a connection stands that may be written to, answering or not."""
+        return self._writer is not None and self._leaving is None
+
+    @property
+    def is_moving(self) -> bool:
+        """True from a refusal that sends us elsewhere until we are there, or cannot be."""
+        return self._is_moving
 
     @property
     def is_up(self) -> bool:
         """True when connected, and no command has waited for its reply beyond the deadline."""
-        if self._writer is None:
+        if not self.is_connected:
             return False
         return not self._waiting or time.monotonic() - self._waiting[0][1] < self._deadline_s
 
     @property
     def failure(self) -> str:
-        """Why the link is down, for people."""
-        return self._failure if self._writer is None else "Redis does not answer in time"
+        """Why the link is down, or what Redis refuses, for people."""
+        if not self.is_connected:
+            return self._failure
+        return self._refusal or "Redis does not answer in time"
 
     def send(self, *command: str | int | bytes) -> asyncio.Future[Any]:
         """Queues a command for the next `flush`; its reply, or ResponseError, or StoreUnavailableError."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if self._leaving is not None or self._is_moving:
+            future.set_exception(RefusedError(self.failure, Then.MOVE))
+            return future
         if self._connection is None or self._writer is None:
             future.set_exception(StoreUnavailableError(f"Redis is away: {self.failure}"))
             return future
@@ -174,12 +286,22 @@ class Link:
         pause_s = 0.0
         try:
             while True:
+                self._is_proven = False
                 try:
                     await self._connect()
-                    pause_s = 0.0
                     await self._read_replies()
-                except (RedisError, OSError, EOFError) as exc:
+                except RefusedError as exc:
+                    self._learn(exc)
+                    await self._disconnect(exc.message, is_moving=self._leaving is exc and self._is_moving)
+                except (RedisError, StoreUnavailableError, OSError, EOFError) as exc:
+                    self._topology.forget()
                     await self._disconnect(describe(exc))
+                except Exception as exc:  # noqa: BLE001 - a task's root: without it the pool would be away for ever.
+                    log.error("the link to the store broke", exc=exc, link=self._name)
+                    await self._disconnect(f"a fault of ours ({type(exc).__name__})")
+                # A node that connects and then refuses everything is no reason to hurry.
+                if self._is_proven:
+                    pause_s = 0.0
                 if pause_s:
                     await asyncio.sleep(pause_s * random.uniform(0.5, 1))
                 pause_s = min(_LONGEST_PAUSE_S, pause_s * 2 or 0.02)
@@ -187,48 +309,101 @@ class Link:
             await self._disconnect("")
 
     async def _connect(self) -> None:
-        # Made here and not taken from the pool: the pool would keep it, and check it on every use.
-        connection = cast("AbstractConnection", self._pool.make_connection())  # type: ignore[no-untyped-call]
-        self._connection = connection
-        await connection.connect()  # type: ignore[no-untyped-call]
+        url = await self._topology.locate(self._key)
+        connect_s = self._topology.connect_timeout_s
+        self._connection = connection = new_connection(url, None, connect_s)
+        # Also for the handshake: a stopped server's kernel still accepts connections.
+        async with asyncio.timeout(connect_s):
+            await connection.connect()  # type: ignore[no-untyped-call]
+            await self._greet(connection)
         # The writer is redis-py's own: its public way to write awaits, and would not write within this loop tick.
         self._writer = connection._writer
         self._loaded.clear()
+        self._leaving, self._is_moving, self._refusal = None, False, ""
         log.info("connected to the store", link=self._name)
         self._on_up()
         self.flush()
+
+    async def _greet(self, connection: AbstractConnection) -> None:
+        """Raises when the server loads its data, wants a password, or is not the master that we were told of."""
+        try:
+            await connection.send_command("PING")
+            await connection.read_response()
+            if self._topology.kind != "standalone":
+                await connection.send_command("ROLE")
+                role, *_ = await connection.read_response()
+                if role != b"master":
+                    raise RefusedError("the master is a replica now: a failover is under way", Then.MOVE)
+        except RedisError as exc:
+            if refused := refusal(exc):
+                raise refused from exc
+            raise
 
     async def _read_replies(self) -> None:
         assert self._connection is not None
         guard = asyncio.create_task(self._guard())
         try:
-            while True:
+            # Once we leave, nothing new is sent, and what was sent is still answered.
+            while self._leaving is None or self._waiting:
                 reply: Any
                 try:
-                    reply = await self._connection.read_response(disable_decoding=True, timeout=math.inf)
-                except ResponseError as exc:
-                    reply = exc
+                    reply = await self._connection.read_response(
+                        disable_decoding=True, timeout=math.inf, disconnect_on_error=False
+                    )
+                except RedisError as exc:
+                    # Not a loss of the connection if the server said it, whatever class redis-py gives it.
+                    reply = refusal(exc) or exc
+                    if not isinstance(reply, ResponseError | RefusedError):
+                        raise
                 future, _ = self._waiting.popleft()
+                reply = self._noted(reply)
                 if future.done():
                     continue
-                if isinstance(reply, ResponseError):
+                if isinstance(reply, ResponseError | RefusedError):
                     future.set_exception(reply)
                 else:
                     future.set_result(reply)
         finally:
             guard.cancel()
+        raise self._leaving
+
+    def _noted(self, reply: Any) -> Any:
+        """The reply, once what it says about the server is kept: it works, it refuses, the master is elsewhere."""
+        if not isinstance(reply, RefusedError):
+            if not isinstance(reply, ResponseError):
+                self._is_proven, self._refusal = True, ""
+            return reply
+        if reply.moved_to and self._topology.kind == "standalone":
+            reply = RefusedError("this is a node of a Cluster: name it as redis+cluster://", Then.MOVE)
+        if reply.message != self._refusal:
+            log.warning("the store refuses", link=self._name, reason=reply.message)
+        self._refusal = reply.message
+        if reply.then is Then.MOVE and self._leaving is None:
+            self._leaving, self._failure = reply, reply.message
+            # Whoever is refused again after a move waits no longer: the way there is not known yet.
+            self._is_moving = self._is_proven
+        return reply
+
+    def _learn(self, refused: RefusedError) -> None:
+        if refused.moved_to:
+            slot, host, port = refused.moved_to
+            self._topology.moved(slot, host or getattr(self._connection, "host", ""), port)
+        else:
+            self._topology.forget()
 
     async def _guard(self) -> None:
         """Breaks a connection that has been silent for too long with commands waiting: it may be half-open."""
+        patience_s = self._topology.patience_s
         while True:
-            await asyncio.sleep(0.5)
-            if self._waiting and time.monotonic() - self._waiting[0][1] > _STALL_LIMIT_S and self._writer:
+            await asyncio.sleep(patience_s / 5)
+            if self._waiting and time.monotonic() - self._waiting[0][1] > patience_s and self._writer:
                 self._writer.transport.abort()
 
-    async def _disconnect(self, failure: str) -> None:
-        was_up = self._writer is not None
+    async def _disconnect(self, failure: str, *, is_moving: bool = False) -> None:
+        was_up = self._writer is not None or self._is_moving
         self._failure = failure
         self._writer = None
+        self._leaving, self._is_moving = None, is_moving
         connection, self._connection = self._connection, None
         waiting, self._waiting = self._waiting, deque()
         self._buffer.clear()
@@ -236,9 +411,8 @@ class Link:
             if not future.done():
                 future.set_exception(StoreUnavailableError(f"Redis is away: {failure}"))
         if connection is not None:
-            with contextlib.suppress(RedisError, OSError):
-                await connection.disconnect(nowait=True)
-        if was_up and failure:
+            await hang_up(connection)
+        if was_up and failure and not is_moving:
             log.warning("lost the store", link=self._name, reason=failure)
             self._on_down()
 

@@ -17,15 +17,19 @@ from balancer.errors import StoreUnavailableError
 from balancer.store import keys, views
 from balancer.store.auditor import Auditor
 from balancer.store.calls import entry_arguments, fence_arguments, selection_arguments
-from balancer.store.connection import Link, is_noscript
+from balancer.store.connection import AGAIN_S, Link, is_noscript
+from balancer.store.refusals import RefusedError, Then
 from balancer.store.scripts import load
 from balancer.store.settlement import DEFAULT_MAX_ENTRIES, Batch, Outbox
 from balancer.store.spiller import Replayer, Spiller
+from balancer.store.topology import Topology
 
 SELECTIONS_PER_CALL = 64
 _REAP_LIMIT = 500
 _RETRY_S = 0.5
 _WARN_S = 60.0
+_ASKING_S = 1.0
+"""So long a fence or a reap that Redis does not execute is asked again."""
 
 Answer = list[Any]
 
@@ -39,16 +43,26 @@ class PoolEvents(msgspec.Struct, kw_only=True):
     violated: Callable[[str, int], None] = lambda pool, count: None
 
 
+class _Asked(msgspec.Struct, eq=False):
+    """A selection and whoever waits for its answer; `refusal` while Redis has not executed it, empty else."""
+
+    selection: Selection
+    future: asyncio.Future[Answer]
+    refusal: RefusedError | None = None
+
+
 class PoolClient:
     """The scripts of one pool behind one link.
 
     Everything that is asked within a loop tick goes out in one write, settles before selections. Raises
-    StoreUnavailableError when Redis does not answer within the deadline, at once while it is known to be away.
+    StoreUnavailableError when Redis does not answer within the deadline, at once while it is known to be away. What
+    Redis says it has not executed (the pool's slot moves, its master is a replica now, a script blocks it) is asked
+    again under the same name while its caller waits; what it has left unanswered never is.
     """
 
     def __init__(
         self,
-        url: str,
+        topology: Topology,
         pool: str,
         worker: str,
         *,
@@ -69,8 +83,9 @@ class PoolClient:
         self._events = events
         self._audit_interval_s = audit_interval_s
         self._scripts = {name: load(name, scripts_dir) for name in ("select", "settle", "reap", "fence")}
-        self._link = Link(url, deadline_ms, self._on_up, self._on_down, name=pool)
-        self._asked: list[tuple[Selection, asyncio.Future[Answer]]] = []
+        self._link = Link(topology, keys.partitions(pool), deadline_ms, self._on_up, self._on_down, name=pool)
+        self._asked: list[_Asked] = []
+        self._refused: list[_Asked] = []
         self._flush_scheduled = False
         self._retry: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -145,17 +160,23 @@ class PoolClient:
         A selection that is given up (deadline, lost connection, cancelled caller) is settled as abandoned: should Redis
         have made the pick all the same, what it holds is given back.
         """
-        if not self._link.is_up:
+        if not self._link.is_up and not self._link.is_moving:
             raise StoreUnavailableError(f"Redis is away: {self._link.failure}")
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._asked.append((selection, future))
+        asked = _Asked(selection=selection, future=asyncio.get_running_loop().create_future())
+        self._asked.append(asked)
         self._schedule_flush()
         try:
             async with asyncio.timeout(self._deadline_s):
-                return await future
+                return await asked.future
         except TimeoutError:
+            if asked.refusal:
+                raise asked.refusal from None
             self._abandon(selection)
             raise StoreUnavailableError("Redis did not answer in time") from None
+        except RefusedError as exc:
+            if exc.may_have_run:
+                self._abandon(selection)
+            raise
         except (StoreUnavailableError, asyncio.CancelledError):
             self._abandon(selection)
             raise
@@ -201,6 +222,8 @@ class PoolClient:
         if self._link.is_connected and self._retry is None:
             for batch in self.outbox.take():
                 self._send_batch(batch)
+        if self._link.is_moving:
+            return  # They wait for `_on_up` or `_on_down`.
         asked, self._asked = self._asked, []
         for start in range(0, len(asked), SELECTIONS_PER_CALL):
             self._send_selections(asked[start : start + SELECTIONS_PER_CALL])
@@ -225,18 +248,18 @@ class PoolClient:
             **more,
         }
 
-    def _send_selections(self, asked: Sequence[tuple[Selection, asyncio.Future[Answer]]]) -> None:
-        asked = [(selection, future) for selection, future in asked if not future.done()]
+    def _send_selections(self, asked: Sequence[_Asked]) -> None:
+        asked = [one for one in asked if not one.future.done()]
         if not asked:
             return
         script = self._scripts["select"]
-        rest = [argument for selection, _ in asked for argument in selection_arguments(selection)]
+        rest = [argument for one in asked for argument in selection_arguments(one.selection)]
+        for one in asked:
+            one.refusal = None
         reply = self._link.call(script, script.command(self._keys(self.worker), self._arguments(), rest))
         reply.add_done_callback(lambda done: self._on_selected(asked, done))
 
-    def _on_selected(
-        self, asked: Sequence[tuple[Selection, asyncio.Future[Answer]]], done: asyncio.Future[Any]
-    ) -> None:
+    def _on_selected(self, asked: Sequence[_Asked], done: asyncio.Future[Any]) -> None:
         if done.cancelled():
             return
         exc = done.exception()
@@ -246,16 +269,42 @@ class PoolClient:
             self._send_selections(asked)
             self._link.flush()
             return
+        if isinstance(exc, RefusedError) and self._keep(asked, exc):
+            return
         if exc is not None:
-            for _, future in asked:
-                if not future.done():
-                    future.set_exception(_store_error(exc))
+            self._fail(asked, _store_error(exc))
             return
         *answers, (_, epoch, position, lost) = done.result()
         self._saw(epoch, position, lost)
-        for (_, future), answer in zip(asked, answers, strict=True):
-            if not future.done():
-                future.set_result([item.decode() if isinstance(item, bytes) else item for item in answer])
+        for one, answer in zip(asked, answers, strict=True):
+            if not one.future.done():
+                one.future.set_result([item.decode() if isinstance(item, bytes) else item for item in answer])
+
+    def _keep(self, asked: Sequence[_Asked], refusal: RefusedError) -> bool:
+        """Holds selections that were not executed until they can be asked again; False when that is no use."""
+        if refusal.then is Then.AGAIN:
+            if not self._refused:
+                asyncio.get_running_loop().call_later(AGAIN_S, self._ask_again)
+            self._refused.extend(asked)
+        elif refusal.then is Then.MOVE and (self._link.is_moving or self._link.is_connected):
+            self._asked[:0] = asked
+            self._schedule_flush()
+        else:
+            return False
+        for one in asked:
+            one.refusal = refusal
+        return True
+
+    def _ask_again(self) -> None:
+        self._asked[:0] = self._refused
+        self._refused.clear()
+        self._schedule_flush()
+
+    @staticmethod
+    def _fail(asked: Sequence[_Asked], exc: StoreUnavailableError) -> None:
+        for one in asked:
+            if not one.future.done():
+                one.future.set_exception(exc)
 
     def _saw(self, epoch: int, position: int, lost: int) -> None:
         if (epoch, position) > self.seen:
@@ -294,9 +343,11 @@ class PoolClient:
         self._events.batches_lost(self.pool, batches)
 
     def _on_settled(self, generation: int, done: asyncio.Future[Any]) -> None:
-        if done.cancelled() or isinstance(done.exception(), StoreUnavailableError):
-            return  # The batch stays in the outbox; it is sent again when the link is up.
+        if done.cancelled():
+            return
         exc = done.exception()
+        if isinstance(exc, StoreUnavailableError) and not (isinstance(exc, RefusedError) and self._link.is_connected):
+            return  # The batch stays in the outbox; it is sent again when the link is up.
         if exc is None:
             word, last, *place = done.result()
             if word == b"applied":
@@ -315,10 +366,12 @@ class PoolClient:
             self._link.forget(self._scripts["settle"])
             self._resend(None)
         else:
-            log.warning("the store refused a batch; trying again", pool=self.pool, reason=str(_store_error(exc)))
+            pause_s = AGAIN_S if isinstance(exc, RefusedError) and exc.then is Then.AGAIN else _RETRY_S
+            if not isinstance(exc, RefusedError):  # What Redis refuses, the link has logged, once.
+                log.warning("the store refused a batch; trying again", pool=self.pool, reason=str(_store_error(exc)))
             self.outbox.generation += 1
             if self._retry is None:
-                self._retry = asyncio.get_running_loop().call_later(_RETRY_S, self._resend, None)
+                self._retry = asyncio.get_running_loop().call_later(pause_s, self._resend, None)
 
     def _resend(self, last: int | None) -> None:
         if self._retry:
@@ -341,6 +394,9 @@ class PoolClient:
 
     def _on_down(self) -> None:
         self._up.clear()
+        # Those that wait were refused or never sent.
+        asked, self._asked = self._asked, []
+        self._fail(asked, RefusedError(f"Redis is away: {self._link.failure}", Then.GIVE_UP))
 
     # -- fences, leases, views -----------------------------------------------------------------------------------------
 
@@ -354,19 +410,28 @@ class PoolClient:
             raise _store_error(exc) from exc
 
     async def _ask(self, script_name: str, names: dict[str, str], arguments: dict[str, str | int], rest: Any) -> Answer:
-        """A rare script's reply; NOSCRIPT is answered with the source."""
+        """A rare script's reply; NOSCRIPT is answered with the source, and what was not executed is asked again."""
         script = self._scripts[script_name]
         command = script.command(names, arguments, rest)
-        for _ in range(2):
+        loop = asyncio.get_running_loop()
+        asking_until = loop.time() + _ASKING_S
+        has_sent_source = False
+        while True:
             try:
                 reply = self._link.call(script, command)
                 self._link.flush()
                 return list(await reply)
+            except RefusedError as exc:
+                if exc.then not in (Then.MOVE, Then.AGAIN) or loop.time() > asking_until:
+                    raise
+                await asyncio.sleep(AGAIN_S)
             except ResponseError as exc:
                 if not is_noscript(exc):
                     raise _store_error(exc) from exc
+                if has_sent_source:
+                    raise StoreUnavailableError("Redis does not keep scripts") from exc
                 self._link.forget(script)
-        raise StoreUnavailableError("Redis does not keep scripts")
+                has_sent_source = True
 
     async def raise_fence(
         self, definitions: Sequence[RuleDefinition], settings: PoolSettings | None = None, revision: int = 0

@@ -20,7 +20,7 @@ from balancer.domain import Configuration, PoolSettings, Provider, Rule, RuleDef
 from balancer.errors import BalancerError, ConfigurationError, ConflictError, StoreUnavailableError
 from balancer.store import keys
 from balancer.store.calls import fence_arguments, rule_definition
-from balancer.store.connection import translated
+from balancer.store.connection import Commands, WrappedClient, translated
 from balancer.store.scripts import load
 
 KEPT_SNAPSHOTS = 200
@@ -128,14 +128,14 @@ class _Stored(msgspec.Struct, frozen=True, kw_only=True):
 class Registry:
     """Reads and publishes snapshots. Raises StoreUnavailableError when Redis does not answer."""
 
-    def __init__(self, client: redis.asyncio.Redis, scripts_dir: str = "") -> None:
-        self._client = client
+    def __init__(self, client: Commands | redis.asyncio.Redis, scripts_dir: str = "") -> None:
+        self._commands = client if isinstance(client, Commands) else WrappedClient(client)
         self._scripts_dir = scripts_dir
 
     async def head(self) -> Head:
         """The head as it is now."""
         with translated("reading the registry"):
-            values: Any = await self._client.hgetall(keys.HEAD)
+            values: Any = await self._commands.run(keys.HEAD, "HGETALL", keys.HEAD)
         return Head(
             revision=int(values.get(b"revision", 0)),
             digest=values.get(b"digest", b"").decode(),
@@ -145,7 +145,7 @@ class Registry:
     async def load(self, revision: int) -> Snapshot | None:
         """The snapshot of a revision; None when it is not, or no longer, kept."""
         with translated("reading the registry"):
-            text: Any = await self._client.get(keys.snapshot(revision))
+            text: Any = await self._commands.run(keys.HEAD, "GET", keys.snapshot(revision))
         if text is None:
             return None
         stored = msgspec.json.decode(text, type=_Stored)
@@ -172,7 +172,7 @@ class Registry:
     async def revision_of(self, digest: str) -> int:
         """The revision that was made of a file, 0 when the registry has not had it."""
         with translated("reading the registry"):
-            value: Any = await self._client.hget(keys.DIGESTS, digest)
+            value: Any = await self._commands.run(keys.DIGESTS, "HGET", keys.DIGESTS, digest)
         return int(value or 0)
 
     async def publish(self, configuration: Configuration, base: Snapshot | None, digest: str = "") -> Snapshot:
@@ -249,7 +249,8 @@ class Registry:
         highest = 0
         with translated("reading the fences"):
             for rule in configuration.rules:
-                fence: Any = await self._client.hget(keys.partitions(rule.pool), f"revision:{rule.uuid}")
+                key = keys.partitions(rule.pool)
+                fence: Any = await self._commands.run(key, "HGET", key, f"revision:{rule.uuid}")
                 highest = max(highest, int(fence or 0))
         return highest + 1
 
@@ -258,10 +259,8 @@ class Registry:
     ) -> list[Any]:
         script = load(name, self._scripts_dir)
         with translated(f"running {name}"):
-            # redis-py has no types for this one.
-            reply: Any = await self._client.execute_command(  # type: ignore[no-untyped-call]
-                "EVAL", script.source, *script.command(names, arguments, rest)
-            )
+            key = next(iter(names.values()))
+            reply: Any = await self._commands.run(key, "EVAL", script.source, *script.command(names, arguments, rest))
         return list(reply)
 
 
@@ -302,8 +301,8 @@ def _tombstones(new: Configuration, base: Snapshot | None) -> tuple[Tombstone, .
 class Follower:
     """A worker's copy of the head: polled every second, sooner when the feed announces one."""
 
-    def __init__(self, client: redis.asyncio.Redis, registry: Registry) -> None:
-        self._client = client
+    def __init__(self, client: Commands | redis.asyncio.Redis, registry: Registry) -> None:
+        self._commands = client if isinstance(client, Commands) else WrappedClient(client)
         self._registry = registry
         self._directory: Directory | None = None
         self._loading = asyncio.Lock()
@@ -393,9 +392,8 @@ class Follower:
         while True:
             try:
                 with translated("listening to the feed"):
-                    async with self._client.pubsub() as feed:
-                        await feed.subscribe(keys.FEED)
-                        async for message in feed.listen():
+                    async with self._commands.listening(keys.HEAD, keys.FEED) as messages:
+                        async for message in messages:
                             if message["type"] == "message":
                                 self._wake.set()
             except StoreUnavailableError as exc:

@@ -12,6 +12,7 @@ from balancer.domain import PoolSettings, Record
 from balancer.store import history, keys
 from balancer.store.auditor import Auditor
 from balancer.store.pool import PoolClient, PoolEvents
+from balancer.store.topology import Topology
 from tests.store.conftest import eventually
 from tests.store.test_pool import a_definition, a_selection, an_entry
 
@@ -25,7 +26,7 @@ async def join(url: str) -> AsyncIterator[Join]:
 
     async def make(worker: str) -> PoolClient:
         pool = PoolClient(
-            url, "default", worker, deadline_ms=2000, lease_ms=30_000, scripts_dir="", events=PoolEvents()
+            Topology(url), "default", worker, deadline_ms=2000, lease_ms=30_000, scripts_dir="", events=PoolEvents()
         )
         pool.start()
         clients.append(pool)

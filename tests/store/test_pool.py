@@ -21,6 +21,7 @@ from balancer.domain import (
 from balancer.errors import StoreUnavailableError
 from balancer.store import keys
 from balancer.store.pool import PoolClient, PoolEvents
+from balancer.store.topology import Topology
 from tests.store.conftest import eventually
 
 SERVICES = ("a:m", "b:m")
@@ -66,7 +67,7 @@ async def join(url: str) -> AsyncIterator[Callable[..., Any]]:
 
     async def make(worker: str, *, deadline_ms: int = 2000, lease_ms: int = 30_000, **more: Any) -> PoolClient:
         options: dict[str, Any] = {"scripts_dir": "", "events": PoolEvents()} | more
-        pool = PoolClient(url, "default", worker, deadline_ms=deadline_ms, lease_ms=lease_ms, **options)
+        pool = PoolClient(Topology(url), "default", worker, deadline_ms=deadline_ms, lease_ms=lease_ms, **options)
         pool.start()
         clients.append(pool)
         await pool.wait_until_up(5)

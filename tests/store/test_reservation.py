@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -28,10 +29,19 @@ from balancer.domain import (
 )
 from balancer.store import keys
 from balancer.store.pool import PoolClient, PoolEvents
+from balancer.store.topology import Topology
+from tests.store.conftest import Target, emptied
 
 THRESHOLD = 20_000
 IN_FLIGHT = 500
 SERVICES = tuple(f"p{i}:m" for i in range(12))
+
+
+@pytest.fixture
+def topology_target(target: Callable[[str], Target]) -> Iterator[Target]:
+    """One server: how much is reserved does not depend on it."""
+    with emptied(target("valkey-9")) as found:
+        yield found
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -53,7 +63,9 @@ def requests() -> list[Request]:
 
 async def tokens_by_service(url: str, reserve: str) -> Counter[str]:
     """What each service used when all requests were in flight at once."""
-    pool = PoolClient(url, "default", "w", deadline_ms=5000, lease_ms=60_000, scripts_dir="", events=PoolEvents())
+    pool = PoolClient(
+        Topology(url), "default", "w", deadline_ms=5000, lease_ms=60_000, scripts_dir="", events=PoolEvents()
+    )
     pool.start()
     try:
         await pool.wait_until_up(5)

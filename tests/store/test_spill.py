@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from balancer.store.balance import Balance
 from balancer.store.pool import PoolClient, PoolEvents
 from balancer.store.settlement import Batch
 from balancer.store.spill import Spill
+from balancer.store.topology import Topology
 from balancer.store.views import ServiceView
-from tests.store.conftest import eventually
+from tests.store.conftest import Target, emptied, eventually
 from tests.store.test_pool import SERVICES, a_definition, a_selection, an_entry
 
 # A worker of its own process: makes picks 1…count, then settles as many numbers as each line on stdin says.
@@ -34,10 +35,11 @@ _WORKER = """
 import asyncio, sys
 from pathlib import Path
 from balancer.store.pool import PoolClient, PoolEvents
+from balancer.store.topology import Topology
 from tests.store.test_pool import a_selection, an_entry
 
 async def main(url, folder, worker, count):
-    pool = PoolClient(url, "default", worker, deadline_ms=2000, lease_ms=30_000, scripts_dir="",
+    pool = PoolClient(Topology(url), "default", worker, deadline_ms=2000, lease_ms=30_000, scripts_dir="",
                       events=PoolEvents(), outbox_dir=Path(folder))
     pool.start()
     await pool.wait_until_up(10)
@@ -96,7 +98,9 @@ async def join(url: str, folder: Path) -> AsyncIterator[Join]:
         events = PoolEvents(batches_lost=lambda _, count: lost.append(count) if lost is not None else None)
         options: dict[str, Any] = {"lease_ms": 30_000, "outbox_dir": folder} | more
         address = through.url if through else url
-        pool = PoolClient(address, "default", worker, deadline_ms=2000, scripts_dir="", events=events, **options)
+        pool = PoolClient(
+            Topology(address), "default", worker, deadline_ms=2000, scripts_dir="", events=events, **options
+        )
         pool.start()
         clients.append(pool)
         await pool.wait_until_up(5)
@@ -276,6 +280,13 @@ from balancer.store.spill import Spill
 print(Spill(Path(sys.argv[1]), "default", "w").lock(), flush=True)
 sys.stdin.read()
 """
+
+
+@pytest.fixture
+def topology_target(target: Callable[[str], Target]) -> Iterator[Target]:
+    """One server: the disk is the same for all, and what is sent to them test_pool.py holds everywhere."""
+    with emptied(target("valkey-9")) as found:
+        yield found
 
 
 def test_a_lock_is_held_against_other_processes_until_its_owner_is_killed(folder: Path) -> None:

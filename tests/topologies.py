@@ -1,0 +1,455 @@
+"""Real Redis topologies for tests on loopback: TLS with a limited user, a set under sentinels, a Cluster.
+
+They are made by hand, since no wheel has redis-cli. Everything started here is ended here, also after a failed test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import ipaddress
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import redis
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from tests import servers
+
+SERVICE = "balancer"
+HOST = "127.0.0.1"
+ADMIN_PASSWORD = "admin-of-the-test"
+PASSWORD = "a-long/password@example"
+ROOT = Path(__file__).resolve().parent.parent
+_PATIENCE_S = 30.0
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on at this moment, all different."""
+    with contextlib.ExitStack() as stack:
+        return [stack.enter_context(socket.create_server((HOST, 0))).getsockname()[1] for _ in range(count)]
+
+
+def wait_until(holds: Callable[[], bool], what: str, timeout_s: float = _PATIENCE_S) -> None:
+    """Returns as soon as the condition holds; an error of Redis counts as no. Fails after the time."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with contextlib.suppress(redis.RedisError):
+            if holds():
+                return
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        time.sleep(0.02)
+
+
+class Server:
+    """One server process on a port of loopback; it may be killed, stopped, and started again."""
+
+    def __init__(self, kind: str, folder: Path, *arguments: str, with_bus: bool = False) -> None:
+        self.program = servers.binary(kind) or ""
+        assert self.program, f"{kind} is not installed"
+        self.folder = folder
+        self.arguments = arguments
+        self.port = 0
+        self._with_bus = with_bus
+        self._process: subprocess.Popen[bytes] | None = None
+        folder.mkdir()
+        for _ in range(5):
+            ports = free_ports(2)
+            self.port = ports[0]
+            self._bus = ports[1]
+            if self.start():
+                return
+        raise AssertionError(f"{kind} does not start: {self.log()[-500:]}")
+
+    @property
+    def address(self) -> str:
+        return f"{HOST}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def log(self) -> str:
+        """What it has logged."""
+        return (self.folder / "log").read_text(errors="replace")
+
+    def start(self, *more: str) -> bool:
+        """Starts it on its port; False when that is taken."""
+        command = [self.program, *self.arguments, *more, "--port", str(self.port), "--bind", HOST]
+        if self._with_bus:
+            command += ["--cluster-port", str(self._bus)]
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        deadline = time.monotonic() + _PATIENCE_S
+        while self._process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(redis.RedisError), self.client() as client:
+                client.ping()
+                return True
+            time.sleep(0.01)
+        self.kill()
+        return False
+
+    @functools.cached_property
+    def control(self) -> Any:
+        """A client that stays, for questions."""
+        return self.client()
+
+    def client(self) -> Any:
+        """A client of its own, to be closed."""
+        return redis.Redis(host=HOST, port=self.port, socket_timeout=5, socket_connect_timeout=5)
+
+    def kill(self) -> None:
+        """Ends it with SIGKILL."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def stop(self) -> None:
+        """SIGSTOP: it holds its connections and answers nothing."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    @property
+    def is_running(self) -> bool:
+        """False once it was killed."""
+        return self._process is not None
+
+    def end(self) -> None:
+        """The end, however it stands."""
+        self.kill()  # A stopped process is killed too.
+        if "control" in self.__dict__:
+            self.control.close()
+
+
+class Group:
+    """Servers that belong together, in a folder that goes with them."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="b-"))
+        self.servers: list[Server] = []
+
+    def add(self, kind: str, *arguments: str, with_bus: bool = False) -> Server:
+        """A new server of the group."""
+        folder = self.folder / f"n{len(self.servers)}"
+        server = Server(kind, folder, *arguments, with_bus=with_bus)
+        self.servers.append(server)
+        return server
+
+    def end(self) -> None:
+        """Ends all of it."""
+        for server in self.servers:
+            server.end()
+        shutil.rmtree(self.folder)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+_DATA = ("--save", "", "--appendonly", "no", "--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
+
+
+class SentinelSet(Group):
+    """A master, two replicas and three sentinels that act after a second."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        try:
+            first = self.add(kind, *_DATA)
+            self.data = [first, *(self.add(kind, *_DATA, "--replicaof", HOST, str(first.port)) for _ in range(2))]
+            self.sentinels = [self._sentinel(kind, first) for _ in range(3)]
+            self.url = f"redis+sentinel://{','.join(s.address for s in self.sentinels)}/{SERVICE}"
+            self.restore()
+        except BaseException:
+            self.end()
+            raise
+
+    def _sentinel(self, kind: str, master: Server) -> Server:
+        file = self.folder / f"sentinel{len(self.servers)}.conf"
+        file.write_text(
+            f"sentinel monitor {SERVICE} {HOST} {master.port} 2\n"
+            f"sentinel down-after-milliseconds {SERVICE} 1000\n"
+            f"sentinel failover-timeout {SERVICE} 4000\n"
+        )
+        return self.add(kind, str(file), "--sentinel")
+
+    def master_of(self, _key: str) -> Server:
+        """The server that all sentinels call the master; whoever asks waits until they agree."""
+        found: list[Server] = []
+
+        def agreed() -> bool:
+            ports = {int(_raw(s, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)[1]) for s in self.sentinels}
+            found[:] = [server for server in self.data if server.port in ports]
+            return len(found) == 1
+
+        wait_until(agreed, "the sentinels agree")
+        return found[0]
+
+    def masters(self) -> list[Server]:
+        """The one master."""
+        return [self.master_of("")]
+
+    def restore(self) -> None:
+        """Starts what was killed, and returns once a failover could happen."""
+        for server in self.data:
+            if not server.is_running:
+                # Without this it would come up as an empty master, until a sentinel notices some ten seconds later.
+                assert server.start("--replicaof", HOST, str(self.master_of("").port))
+            server.resume()
+
+        def ready() -> bool:
+            master = self.master_of("")
+            if not _is_in_sync(master, replicas=2):
+                return False
+            for sentinel in self.sentinels:
+                flat = _raw(sentinel, "SENTINEL", "MASTER", SERVICE)
+                state = _pairs(flat)
+                if (state["num-slaves"], state["num-other-sentinels"], state["flags"]) != ("2", "2", "master"):
+                    return False
+                for replica in _raw(sentinel, "SENTINEL", "REPLICAS", SERVICE):
+                    seen = _pairs(replica)
+                    if seen["flags"] != "slave" or seen["master-link-status"] != "ok":
+                        return False
+            return True
+
+        wait_until(ready, "the sentinels see a master and two replicas in sync")
+
+    def wait_in_sync(self) -> None:
+        """Returns once both replicas have all that the master has."""
+        wait_until(lambda: _is_in_sync(self.master_of(""), replicas=2, lag=0), "the replicas catch up")
+
+
+class Cluster(Group):
+    """Three masters with a third of the slots each, a replica each; a node is given up after 1.5 s."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        own = ("--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", "--cluster-node-timeout", "1500")
+        try:
+            self.data = [self.add(kind, *_DATA, *own, with_bus=True) for _ in range(6)]
+            self._join()
+            self.url = f"redis+cluster://{','.join(s.address for s in self.data[:3])}"
+            self.restore()
+        except BaseException:
+            self.end()
+            raise
+
+    def _join(self) -> None:
+        first = self.data[0]
+        bounds = (0, 5461, 10923, 16384)
+        for number, server in enumerate(self.data):
+            server.control.execute_command("CLUSTER", "SET-CONFIG-EPOCH", str(number + 1))
+            if number < 3:
+                last = bounds[number + 1] - 1
+                server.control.execute_command("CLUSTER", "ADDSLOTSRANGE", str(bounds[number]), str(last))
+            if number:
+                server.control.execute_command("CLUSTER", "MEET", HOST, str(first.port), str(first._bus))
+        for server in self.data:
+            wait_until(lambda server=server: _info(server)["cluster_known_nodes"] == "6", "all nodes know each other")  # type: ignore[misc]
+        for master, replica in zip(self.data[:3], self.data[3:], strict=True):
+            replica.control.execute_command("CLUSTER", "REPLICATE", self.id_of(master))
+
+    def id_of(self, server: Server) -> str:
+        """The node's name in the Cluster."""
+        return str(server.control.execute_command("CLUSTER", "MYID").decode())
+
+    def slot_of(self, key: str) -> int:
+        """The slot of a key."""
+        return int(self.data[0].control.execute_command("CLUSTER", "KEYSLOT", key))
+
+    def master_of(self, key: str) -> Server:
+        """The server whose slot the key is in."""
+        slot = self.slot_of(key)
+        found: list[Server] = []
+
+        def known() -> bool:
+            asked = next(server for server in self.data if server.is_running)
+            for first, last, (_, port, *_), *_ in _slots(asked):
+                if first <= slot <= last:
+                    found[:] = [server for server in self.data if server.port == port]
+            return bool(found)
+
+        wait_until(known, "the slot has a master")
+        return found[0]
+
+    def replica_of(self, master: Server) -> Server:
+        """A replica of that master."""
+        ports = {port for _, _, (_, own, *_), *rest in _slots(master) for _, port, *_ in rest if own == master.port}
+        return next(server for server in self.data if server.port in ports)
+
+    def wait_in_sync(self) -> None:
+        """Returns once every replica has all that its master has."""
+        wait_until(lambda: all(_is_in_sync(m, replicas=1, lag=0) for m in self.masters()), "the replicas catch up")
+
+    def move(self, key: str, source: Server, target: Server) -> None:
+        """Moves the slot of a key, with its keys, as redis-cli would; the other nodes learn it by gossip."""
+        slot = self.slot_of(key)
+        target.control.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", self.id_of(source))
+        source.control.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", self.id_of(target))
+        while found := source.control.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 100):
+            source.control.execute_command("MIGRATE", HOST, target.port, "", 0, 5000, "KEYS", *found)
+        for server in (target, source):
+            server.control.execute_command("CLUSTER", "SETSLOT", slot, "NODE", self.id_of(target))
+
+    def masters(self) -> list[Server]:
+        """All servers that have slots."""
+        ports = {entry[2][1] for entry in _slots(next(server for server in self.data if server.is_running))}
+        return [server for server in self.data if server.port in ports]
+
+    def restore(self) -> None:
+        """Starts what was killed, and returns once a failover could happen."""
+        for server in self.data:
+            if not server.is_running:
+                assert server.start()
+            server.resume()
+
+        def ready() -> bool:
+            if any(_info(server)["cluster_state"] != "ok" for server in self.data):
+                return False
+            maps = [{(first, last, master[1]) for first, last, master, *_ in _slots(server)} for server in self.data]
+            return all(m == maps[0] for m in maps) and all(_is_in_sync(m, replicas=1) for m in self.masters())
+
+        wait_until(ready, "three masters, each with a replica in sync")
+
+
+def _slots(server: Server) -> Any:
+    return _raw(server, "CLUSTER", "SLOTS")
+
+
+def _raw(server: Server, *command: str) -> Any:
+    """A reply without redis-py's reading of it."""
+    connection = server.control.connection_pool.get_connection()
+    try:
+        connection.send_command(*command)
+        return connection.read_response()
+    finally:
+        server.control.connection_pool.release(connection)
+
+
+def _info(server: Server) -> dict[str, str]:
+    text = _raw(server, "CLUSTER", "INFO").decode()
+    return dict(line.split(":", 1) for line in text.split("\r\n") if ":" in line)
+
+
+def _pairs(flat: Any) -> dict[str, str]:
+    pairs = flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
+    return {name.decode(): value.decode() for name, value in pairs}
+
+
+def _is_in_sync(master: Server, replicas: int, lag: int = 100) -> bool:
+    info: dict[str, Any] = master.control.info("replication")
+    states = [info.get(f"slave{i}", {}) for i in range(info["connected_slaves"])]
+    behind = [info["master_repl_offset"] - s.get("offset", 0) for s in states if s.get("state") == "online"]
+    return bool(info["role"] == "master" and sum(bytes_ <= lag for bytes_ in behind) >= replicas)
+
+
+# -- TLS and a limited user --------------------------------------------------------------------------------------------
+
+
+def documented_acl(name: str = "balancer") -> list[str]:
+    """The words of an ACL line as docs/redis.md has it, with our password."""
+    (line,) = (
+        line
+        for line in (ROOT / "docs" / "redis.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith(f"ACL SETUSER {name} ")
+    )
+    return line.replace(">PASSWORD", f">{PASSWORD}").split()
+
+
+class LimitedTls(Group):
+    """A server that speaks TLS only, to a user who may do what docs/redis.md says and no more."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        try:
+            make_certificates(self.folder)
+            self.socket = self.folder / "s.sock"
+            files = [
+                f"--tls-{what}-file {self.folder / name}".split()
+                for what, name in (("cert", "server.pem"), ("key", "server.key"), ("ca-cert", "ca.pem"))
+            ]
+            (self.port,) = free_ports(1)
+            self.server = self.add(
+                kind,
+                *_DATA,
+                *(word for pair in files for word in pair),
+                "--tls-port",
+                str(self.port),
+                "--tls-auth-clients",
+                "no",
+                "--unixsocket",
+                str(self.socket),
+            )
+            self.admin_url = f"unix://{self.socket}?password={ADMIN_PASSWORD}"
+            self.server.control.config_set("requirepass", ADMIN_PASSWORD)
+            self.server.control.execute_command("AUTH", ADMIN_PASSWORD)
+            with redis.Redis.from_url(self.admin_url) as admin:
+                admin.execute_command(*documented_acl())
+            secret = PASSWORD.replace("/", "%2F").replace("@", "%40")
+            self.url = f"rediss://balancer:{secret}@{HOST}:{self.port}?ssl_ca_certs={self.folder / 'ca.pem'}"
+        except BaseException:
+            self.end()
+            raise
+
+
+def make_certificates(folder: Path) -> None:
+    """ca.pem, and server.pem with server.key for loopback, signed by it."""
+    now = datetime.datetime.now(datetime.UTC)
+    lifetime = (now - datetime.timedelta(hours=1), now + datetime.timedelta(days=1))
+
+    def builder(subject: str, issuer: str, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
+        names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)]) for text in (subject, issuer)]
+        return (
+            x509.CertificateBuilder()
+            .subject_name(names[0])
+            .issuer_name(names[1])
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(lifetime[0])
+            .not_valid_after(lifetime[1])
+        )
+
+    ca_key, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    ca = builder("tests", "tests", ca_key).add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(HOST))])
+    server = builder("server", "tests", key).add_extension(names, critical=False)
+    pem = serialization.Encoding.PEM
+    (folder / "ca.pem").write_bytes(ca.sign(ca_key, hashes.SHA256()).public_bytes(pem))
+    (folder / "server.pem").write_bytes(server.sign(ca_key, hashes.SHA256()).public_bytes(pem))
+    private = (pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "server.key").write_bytes(key.private_bytes(*private))
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[Any]:
+    """A running topology by its name in the matrix: `url`, and what it offers beyond."""
+    match name:
+        case "sentinel":
+            group: Group = SentinelSet("valkey-9")
+        case "cluster":
+            group = Cluster("redis-8")
+        case "tls-acl":
+            group = LimitedTls("redis-7")
+        case _:
+            raise AssertionError(name)
+    with group:
+        yield group
