@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -78,14 +79,18 @@ class Gateway:
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
-    async def start(self, sockets: list[socket.socket]) -> None:
-        """Serves on the first socket; on the second, if there is one, the metrics alone."""
+    async def start(
+        self, sockets: list[socket.socket], planes: Sequence[tuple[web.Application, socket.socket]] = ()
+    ) -> None:
+        """Serves on the first socket; on the second, if there is one, the metrics alone; other planes on their own."""
         await self.balance.start()
         self._ticker = asyncio.create_task(self._tick())
         data, *metrics = sockets
         await self._serve(self._data_plane(with_metrics=not metrics), data)
         for listener in metrics:
             await self._serve(self._metrics_plane(), listener)
+        for app, listener in planes:
+            await self._serve(app, listener)
 
     async def _serve(self, app: web.Application, listener: socket.socket) -> None:
         # A client that goes away cancels its handler at once, even one that waits for an upstream's headers.
