@@ -94,7 +94,10 @@ class Gateway:
 
     async def _serve(self, app: web.Application, listener: socket.socket) -> None:
         # A client that goes away cancels its handler at once, even one that waits for an upstream's headers.
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+        # A body with a Content-Encoding is refused: aiohttp would decode it first, and log what it cannot decode.
+        runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0, auto_decompress=False
+        )
         await runner.setup()
         self._runners.append(runner)
         await web.SockSite(runner, listener, backlog=1024).start()
