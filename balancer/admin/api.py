@@ -80,8 +80,8 @@ class Api:
         presented = header[7:].strip() if header[:7].lower() == "bearer " else ""
         if not presented:
             raise UnauthorizedError("no credential: send `Authorization: Bearer …` with the admin token")
-        # Digests are of one length, so that comparing them tells nothing of the token. Without one nobody may ask.
-        if not self._token or not hmac.compare_digest(_digest(presented), self._token):
+        # Digests are of one length, so that comparing them tells nothing of the token. Without one, none is equal.
+        if not hmac.compare_digest(_digest(presented), self._token):
             raise UnauthorizedError("the credential is not the admin token")
 
 

@@ -195,10 +195,12 @@ async def test_a_hold_that_nobody_settles_is_lost_and_found_again_by_a_late_sett
     await is_right(control)
 
 
-async def test_a_hold_outlives_a_workers_lease(admin: Admin) -> None:
+async def test_a_hold_outlives_a_workers_lease(admin: Admin, control: Any) -> None:
     """Its time is its own: workers here have leases of a second."""
     short, long = (await admin.pick(hold_s=1))["hold"], (await admin.pick(hold_s=60))["hold"]
     await lost(admin)
+    left_s = await control.zscore(keys.leases("default"), holds.read(long).worker) / 1000 - time.time()
+    assert 50 < left_s <= 60
     await admin.settle(long, input=5)
     stats = await admin.stats()
     assert (stats["request_count"], stats["lost"], stats["input_tokens"]) == (2, 1, 5)
