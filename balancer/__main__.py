@@ -14,6 +14,8 @@ _FLAGS = {
     "host": "ADDRESS",
     "port": "PORT",
     "metrics_port": "PORT",
+    "admin_host": "ADDRESS",
+    "admin_port": "PORT",
     "workers": "N",
     "redis": "URL",
     "log_level": "LEVEL",

@@ -20,6 +20,7 @@ from balancer.errors import ConfigurationError
 PREFIX = "BALANCER_"
 _WHOLE = re.compile(r"[+-]?\d+")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
+DEFAULT_ADMIN_PORT = 8081
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +47,18 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="host", default="", meaning="address to listen on; empty: all with client tokens, else 127.0.0.1"),
     Setting(name="port", default=8080, meaning="port of the data plane"),
     Setting(name="metrics_port", default=0, meaning="port of its own for /metrics; 0 serves it on the data plane"),
+    Setting(name="admin_host", default="127.0.0.1", meaning="address of the admin server"),
+    Setting(
+        name="admin_port",
+        default=DEFAULT_ADMIN_PORT,
+        meaning="port of the admin server; 0: no such server; left at 8081 with port 0: any free one",
+    ),
+    Setting(
+        name="admin_token",
+        default="",
+        meaning="token for the admin server; empty: on loopback only, with a random one printed at the start",
+        is_secret=True,
+    ),
     Setting(name="workers", default=1, meaning="worker processes"),
     Setting(name="insecure", default=False, meaning="listen beyond loopback without client tokens"),
     Setting(name="client_tokens", default="", meaning="comma-separated tokens that clients present", is_secret=True),
@@ -89,6 +102,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     port: int
     metrics_port: int
+    admin_host: str
+    admin_port: int
+    admin_token: str
     workers: int
     insecure: bool
     client_tokens: tuple[str, ...]
@@ -113,6 +129,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if self.host:
             return self.host
         return "0.0.0.0" if self.client_tokens or self.insecure else "127.0.0.1"
+
+    @property
+    def admin_listen_port(self) -> int | None:
+        """The admin server's port, 0 for any free one, None for no admin server."""
+        if not self.admin_port:
+            return None
+        return 0 if self.port == 0 and self.admin_port == DEFAULT_ADMIN_PORT else self.admin_port
 
     def environment(self) -> dict[str, str]:
         """The variables that make another process read these same settings."""
@@ -184,8 +207,9 @@ def _check(settings: Settings) -> None:
         if not holds:
             faults.append(f"{PREFIX}{name.upper()}: expected {expected}, not {getattr(settings, name)!r}")
 
-    for name in ("port", "metrics_port"):
+    for name in ("port", "metrics_port", "admin_port"):
         require(name, 0 <= getattr(settings, name) <= 65535, "a port, 0 to 65535")
+    require("admin_host", bool(settings.admin_host), "an address")
     require("workers", 1 <= settings.workers <= 1024, "1 to 1024")
     require("log_level", settings.log_level in ("debug", "info", "warning", "error"), "debug, info, warning or error")
     require("redis_deadline_ms", settings.redis_deadline_ms > 0, "more than 0 milliseconds")
@@ -202,6 +226,11 @@ def _check(settings: Settings) -> None:
         raise ConfigurationError(
             f"refusing to listen on {settings.host} without client tokens: set {PREFIX}CLIENT_TOKENS, "
             "or say --insecure if whoever can reach this address may use your accounts"
+        )
+    if settings.admin_port and not is_loopback(settings.admin_host) and not settings.admin_token:
+        raise ConfigurationError(
+            f"refusing to serve the admin API on {settings.admin_host} without a token: set {PREFIX}ADMIN_TOKEN "
+            f"or {PREFIX}ADMIN_TOKEN_FILE, or leave --admin-host at 127.0.0.1"
         )
 
 

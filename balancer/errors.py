@@ -61,6 +61,13 @@ class UnknownPathError(RequestError):
     code = "not_found"
 
 
+class NotFoundError(RequestError):
+    """The admin API is asked for a rule, service, pool, hold or decision that is not there."""
+
+    status = 404
+    code = "not_found"
+
+
 class MethodNotAllowedError(RequestError):
     """The path exists, for other methods."""
 

@@ -96,7 +96,7 @@ class Metrics:
         if pick.is_switch:
             self.switches.labels(pick.pool, pick.rule, pick.reason).inc()
 
-    def settled(self, pick: Pick, outcome: Outcome, usage: Usage | None) -> None:
+    def settled(self, pick: _Settled, outcome: Outcome, usage: Usage | None) -> None:
         """Counts the end of an attempt and its tokens."""
         self.attempts.labels(pick.pool, pick.rule, pick.service, outcome.value).inc()
         if usage is not None:
@@ -147,6 +147,15 @@ class _Fleet(Collector):
         for name, is_up in self._stores_up.items():
             store_up.add_metric([name], int(is_up))
         yield from (in_flight, reserved, requests, tokens, cursor, store_up)
+
+
+class _Settled(Protocol):
+    @property
+    def pool(self) -> str: ...
+    @property
+    def rule(self) -> str: ...
+    @property
+    def service(self) -> str: ...
 
 
 class _Service(Protocol):

@@ -48,6 +48,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "redis": ("store/*",),
     "hiredis": ("store/*",),
     "aiohttp": (
+        "admin/app.py",  # the HTTP front of the admin server
         "gateway/app.py",  # composes the front and the upstream client
         "gateway/front*.py",  # the HTTP front: requests in, bytes out
         "gateway/upstream*.py",  # the client that talks to providers

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -41,13 +42,23 @@ class Slot(msgspec.Struct):
 
     number: int
     sockets: tuple[socket.socket, ...]
+    """For the data plane, and for the metrics if they have a port of their own."""
+    admin: socket.socket | None = None
     process: asyncio.subprocess.Process | None = None
+
+    @property
+    def listeners(self) -> tuple[socket.socket, ...]:
+        """All of them."""
+        return (*self.sockets, self.admin) if self.admin else self.sockets
 
 
 def run(options: argparse.Namespace) -> int:
     """Serves until SIGTERM or SIGINT."""
     settings = config.load(vars(options))
     log.configure(settings.log_level)
+    is_token_ours = settings.admin_listen_port is not None and not settings.admin_token
+    if is_token_ours:
+        settings = msgspec.structs.replace(settings, admin_token=secrets.token_urlsafe(24))
     configuration = read_file(settings.config, lenient=options.lenient) if settings.config else None
     with opened(settings) as store, _metrics_folder() as metrics_folder:
         publication = asyncio.run(_prepare(store, settings, configuration))
@@ -55,6 +66,9 @@ def run(options: argparse.Namespace) -> int:
             say = log.warning if publication.result == "ignored" else log.info
             say("configuration file", outcome=describe(publication))
         with _listening(settings) as slots:
+            if is_token_ours:
+                # To whoever started us, and not into the log, which may be shipped elsewhere.
+                print(f"balancer: the admin server's token for this run: {settings.admin_token}", file=sys.stderr)
             return asyncio.run(_supervise(settings, store, slots, metrics_folder))
 
 
@@ -81,29 +95,51 @@ def _metrics_folder() -> Iterator[Path]:
 def _listening(settings: Settings) -> Iterator[tuple[Slot, ...]]:
     """Listening sockets for every worker, closed afterwards."""
     with contextlib.ExitStack() as stack:
-        ports = [settings.port] + ([settings.metrics_port] if settings.metrics_port else [])
-        slots = []
-        for number in range(settings.workers):
-            sockets = []
-            for i, port in enumerate(ports):
-                # With port 0 the first socket finds a free port, and the others join it.
-                sockets.append(stack.enter_context(_listen(settings.listen_host, port)))
-                ports[i] = sockets[-1].getsockname()[1]
-            slots.append(Slot(number=number, sockets=tuple(sockets)))
-        yield tuple(slots)
+        places = [(settings.listen_host, settings.port, "")]
+        if settings.metrics_port:
+            places.append((settings.listen_host, settings.metrics_port, ""))
+        if settings.admin_listen_port is not None:
+            hint = "; --admin-port names another one for the admin server, 0 starts none"
+            places.append((settings.admin_host, settings.admin_listen_port, hint))
+        columns = [
+            [stack.enter_context(listener) for listener in _listen_for_all(*place, settings.workers)]
+            for place in places
+        ]
+        admin = columns.pop() if settings.admin_listen_port is not None else [None] * settings.workers
+        rows = zip(*columns, strict=True)
+        yield tuple(Slot(number=i, sockets=row, admin=admin[i]) for i, row in enumerate(rows))
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen_for_all(host: str, port: int, hint: str, workers: int) -> list[socket.socket]:
+    """One socket a worker on the same port; with port 0 the first finds a free one, and the others join it."""
+    listeners: list[socket.socket] = []
+    try:
+        if port:
+            # Our sockets may share the port with each other, and so with those of any other balancer: is there one?
+            _listen(host, port, is_shared=False).close()
+        for _ in range(workers):
+            listeners.append(_listen(host, port, is_shared=True))
+            port = listeners[-1].getsockname()[1]
+    except OSError as exc:
+        for listener in listeners:
+            listener.close()
+        raise ConfigurationError(f"cannot listen on {host}:{port}: {exc.strerror}{hint}") from exc
+    return listeners
+
+
+def _listen(host: str, port: int, *, is_shared: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if is_shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((host, port))
-        listener.listen(_BACKLOG)
-    except OSError as exc:
+        if is_shared:
+            listener.listen(_BACKLOG)
+    except OSError:
         listener.close()
-        raise ConfigurationError(f"cannot listen on {host}:{port}: {exc.strerror}") from exc
+        raise
     return listener
 
 
@@ -124,15 +160,17 @@ async def _supervise(settings: Settings, store: Store, slots: tuple[Slot, ...], 
         if failures:
             await _stop(settings, slots)
             raise failures[0]
-        host, port = slots[0].sockets[0].getsockname()[:2]
-        log.info("serving", url=f"http://{host}:{port}", workers=len(slots), pid=os.getpid())
+        urls = {"url": _url(slots[0].sockets[0])}
+        if slots[0].admin:
+            urls["admin_url"] = _url(slots[0].admin)
+        log.info("serving", **urls, workers=len(slots), pid=os.getpid())
         keepers = [asyncio.create_task(_keep_alive(slot, environment, life_read, stopping)) for slot in slots]
         await stopping.wait()
         log.info("draining", timeout_s=settings.drain_timeout_s)
         for task in keepers:
             task.cancel()
         await asyncio.gather(*keepers, return_exceptions=True)
-        for listener in (listener for slot in slots for listener in slot.sockets):
+        for listener in (listener for slot in slots for listener in slot.listeners):
             # Nobody succeeds a worker from now on. While we held them too, connections would go on queueing in sockets
             # that a drained worker has left, only to be reset.
             listener.close()
@@ -147,20 +185,25 @@ async def _supervise(settings: Settings, store: Store, slots: tuple[Slot, ...], 
         os.close(life_read)
 
 
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 async def _start(slot: Slot, environment: dict[str, str], life_fd: int) -> None:
     """Starts a worker in the slot and returns when it serves. Raises BalancerError when it ends before that."""
     ready_read, ready_write = os.pipe()
-    descriptors = [s.fileno() for s in slot.sockets]
     command = [sys.executable, "-m", "balancer.cli.worker", "--slot", str(slot.number)]
     command += ["--ready-fd", str(ready_write), "--life-fd", str(life_fd)]
-    command += [part for fd in descriptors for part in ("--listen-fd", str(fd))]
+    command += [part for listener in slot.sockets for part in ("--listen-fd", str(listener.fileno()))]
+    command += ["--admin-fd", str(slot.admin.fileno())] if slot.admin else []
     try:
         # A session of its own: Ctrl-C reaches the supervisor alone, which then drains its workers.
         slot.process = await asyncio.create_subprocess_exec(
             *command,
             env=environment,
             stdin=asyncio.subprocess.DEVNULL,
-            pass_fds=(*descriptors, ready_write, life_fd),
+            pass_fds=(*(listener.fileno() for listener in slot.listeners), ready_write, life_fd),
             start_new_session=True,
         )
     finally:

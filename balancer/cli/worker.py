@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--ready-fd", type=int, required=True)
     parser.add_argument("--life-fd", type=int, required=True)
     parser.add_argument("--listen-fd", type=int, action="append", required=True)
+    parser.add_argument("--admin-fd", type=int)
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings = config.load()
@@ -37,6 +38,7 @@ def main() -> int:
 
 
 async def _serve(settings: Settings, store: Store, options: argparse.Namespace) -> None:
+    from balancer.admin.app import create_app
     from balancer.gateway.app import Gateway
 
     draining = asyncio.Event()
@@ -46,7 +48,11 @@ async def _serve(settings: Settings, store: Store, options: argparse.Namespace) 
     keeper = asyncio.create_task(store.held.keep()) if store.held else None
     gateway = Gateway(settings, store.url, store.sealer, slot=options.slot)
     try:
-        await gateway.start([socket.socket(fileno=fd) for fd in options.listen_fd])
+        planes = []
+        if options.admin_fd is not None:
+            admin = create_app(settings, gateway.balance, gateway.metrics)
+            planes.append((admin, socket.socket(fileno=options.admin_fd)))
+        await gateway.start([socket.socket(fileno=fd) for fd in options.listen_fd], planes)
         os.write(options.ready_fd, b"1")
         os.close(options.ready_fd)
         await draining.wait()

@@ -4,7 +4,19 @@
 """
 
 from balancer.document.parsing import parse
-from balancer.document.reading import Door, Reading, is_tingly_box, read
+from balancer.document.reading import Door, Reading, is_tingly_box, read, read_tactic
 from balancer.document.writing import diff, digest, masked, select_view, write
 
-__all__ = ["Door", "Reading", "diff", "digest", "is_tingly_box", "masked", "parse", "read", "select_view", "write"]
+__all__ = [
+    "Door",
+    "Reading",
+    "diff",
+    "digest",
+    "is_tingly_box",
+    "masked",
+    "parse",
+    "read",
+    "read_tactic",
+    "select_view",
+    "write",
+]

@@ -92,6 +92,18 @@ def read(raw: Any, *, door: Door) -> Reading:
     return Reading(configuration=configuration, warnings=tuple(reader.warnings))
 
 
+def read_tactic(raw: Any) -> Tactic:
+    """The tactic of `{type, params}`, by the strict door. Raises ConfigurationError with every fault."""
+    reader = _Reader("strict")
+    try:
+        tactic = reader.tactic(raw)
+    except _SkippedError:
+        tactic = None
+    if reader.faults or tactic is None:
+        raise ConfigurationError("the tactic is refused", tuple(reader.faults))
+    return tactic
+
+
 class _SkippedError(Exception):
     """The value at hand is not even of the right kind; its fault is noted."""
 
@@ -380,7 +392,7 @@ class _Reader:
         for name in ("session_affinity", "session_header", "queue_timeout_ms", "fallback", "smart_enabled"):
             if self._not_yet(bool(table.get(name)), _join(path, name)):
                 del table[name]
-        tactic = self._tactic(table.get("lb_tactic"), _join(path, "lb_tactic"))
+        tactic = self.tactic(table.get("lb_tactic"), _join(path, "lb_tactic"))
         services, places = self._services(table.get("services"), _join(path, "services"), providers)
         routes = self._routes(table.get("smart_routing"), _join(path, "smart_routing"), providers)
         retry = self._part(Retry, table, "retry", path)
@@ -425,7 +437,8 @@ class _Reader:
             return places[raw % len(places)]
         return None
 
-    def _tactic(self, raw: Any, path: str) -> Tactic:
+    def tactic(self, raw: Any, path: str = "") -> Tactic:
+        """The tactic of a rule."""
         if raw is None:
             return tactic_from_map(TACTIC_NAMES[0])
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -78,18 +79,25 @@ class Gateway:
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
-    async def start(self, sockets: list[socket.socket]) -> None:
-        """Serves on the first socket; on the second, if there is one, the metrics alone."""
+    async def start(
+        self, sockets: list[socket.socket], planes: Sequence[tuple[web.Application, socket.socket]] = ()
+    ) -> None:
+        """Serves on the first socket; on the second, if there is one, the metrics alone; other planes on their own."""
         await self.balance.start()
         self._ticker = asyncio.create_task(self._tick())
         data, *metrics = sockets
         await self._serve(self._data_plane(with_metrics=not metrics), data)
         for listener in metrics:
             await self._serve(self._metrics_plane(), listener)
+        for app, listener in planes:
+            await self._serve(app, listener)
 
     async def _serve(self, app: web.Application, listener: socket.socket) -> None:
         # A client that goes away cancels its handler at once, even one that waits for an upstream's headers.
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+        # A body with a Content-Encoding is refused: aiohttp would decode it first, and log what it cannot decode.
+        runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0, auto_decompress=False
+        )
         await runner.setup()
         self._runners.append(runner)
         await web.SockSite(runner, listener, backlog=1024).start()

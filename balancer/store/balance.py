@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -14,9 +14,10 @@ import msgspec
 from balancer import log
 from balancer.config import Settings
 from balancer.domain import Entry, Outcome, Pick, Rule, Selection, Usage
-from balancer.errors import NoServiceError, StoreUnavailableError
-from balancer.store import keys, spill
+from balancer.errors import NoServiceError, NotFoundError, StoreUnavailableError
+from balancer.store import holds, keys, spill
 from balancer.store.connection import Commands
+from balancer.store.history import Send
 from balancer.store.pool import PoolClient, PoolEvents
 from balancer.store.registry import Directory, Follower, Registry
 from balancer.store.topology import Topology
@@ -130,7 +131,10 @@ class Balance:
     @property
     def is_ready(self) -> bool:
         """True when a configuration is known and every pool answers."""
-        return self._follower.directory is not None and all(pool.is_up for pool in self._pools.values())
+        directory = self._follower.directory
+        if directory is None or not directory.pools <= self._pools.keys():
+            return False
+        return all(pool.is_up for pool in self._pools.values())
 
     def readiness(self) -> dict[str, object]:
         """What stands behind `is_ready`, for people."""
@@ -162,12 +166,36 @@ class Balance:
                 raise picture
         return views
 
+    async def view(self, name: str) -> PoolView:
+        """A picture of one pool. Raises StoreUnavailableError."""
+        return await (await self._up(name)).view()
+
+    async def sender(self, name: str) -> Send:
+        """What sends single commands to the server of a pool. Raises StoreUnavailableError."""
+        return (await self._up(name)).command
+
+    async def clear(self, name: str, services: Sequence[str]) -> None:
+        """Sets the counters of a pool's services to zero. Raises StoreUnavailableError."""
+        await (await self._up(name)).clear(services)
+
+    async def refresh(self) -> None:
+        """Takes over the configuration that stands now. Raises StoreUnavailableError."""
+        await self._follower.refresh()
+
+    async def _up(self, name: str) -> PoolClient:
+        pool = self._pool(name)
+        if not pool.is_up:
+            await pool.wait_until_up(self._settings.redis_deadline_ms / 1000)
+        return pool
+
     # -- selections and settles ----------------------------------------------------------------------------------------
 
     async def select(
-        self, rule: Rule, *, reserved: int, deadline_ms: int, excluded: tuple[str, ...] = ()
+        self, rule: Rule, *, reserved: int, deadline_ms: int, excluded: tuple[str, ...] = (), holder: str = ""
     ) -> tuple[Pick, Rule]:
         """The pick for a rule, and the rule as it stood at the pick: an edit in between is followed.
+
+        A `holder` is a worker id of its own for this one pick (see `holds`).
 
         Raises NoServiceError when no service may serve, or the rule is gone; StoreUnavailableError when Redis does not
         answer in time.
@@ -178,7 +206,7 @@ class Balance:
                 raise NoServiceError(f"rule {rule.uuid} is no longer there")
             directory = self.directory
             selection = Selection(
-                number=next(self._numbers),
+                number=1 if holder else next(self._numbers),
                 rule=current.uuid,
                 partition=keys.partition(current.uuid),
                 revision=directory.snapshot.rule_revision(current.uuid),
@@ -188,8 +216,10 @@ class Balance:
                 excluded=excluded,
             )
             pool = self._pool(current.pool)
+            if not pool.was_up:  # The first request to a pool comes before its connection.
+                await pool.wait_until_up(self._settings.redis_deadline_ms / 1000)
             started = time.perf_counter()
-            answer = await pool.select(selection)
+            answer = await (pool.select_held(holder, selection) if holder else pool.select(selection))
             self._events.selected(current.pool, time.perf_counter() - started)
             match answer[0]:
                 case "pick":
@@ -244,6 +274,23 @@ class Balance:
         """Queues the end of an attempt; it is written to Redis with the other commands of this tick."""
         entry = Entry(number=pick.number, service=pick.service, outcome=outcome, usage=usage or Usage())
         self._pool(pick.pool).settle(entry)
+
+    async def pick_held(
+        self, rule: Rule, *, reserved: int, hold_ms: int, excluded: tuple[str, ...] = ()
+    ) -> tuple[Pick, holds.Hold]:
+        """A pick that any worker can settle. Raises as `select`."""
+        holder = holds.new_worker()
+        pick, _ = await self.select(rule, reserved=reserved, deadline_ms=hold_ms, excluded=excluded, holder=holder)
+        until_ms = round(time.time() * 1000) + hold_ms
+        return pick, holds.Hold(pool=pick.pool, worker=holder, rule=pick.rule, service=pick.service, until_ms=until_ms)
+
+    async def settle_held(self, hold: holds.Hold, outcome: Outcome, usage: Usage) -> bool:
+        """Settles such a pick; False if it was settled before. Raises NotFoundError, StoreUnavailableError."""
+        kept_ms = hold.kept_ms()
+        if hold.pool not in self._pools and hold.pool not in self.directory.configuration.pool_names():
+            raise NotFoundError("the hold's pool is not known here", param="hold")
+        entry = Entry(number=1, service=hold.service, outcome=outcome, usage=usage)
+        return await (await self._up(hold.pool)).settle_held(hold.worker, entry, kept_ms)
 
     async def flushed(self, pool: str) -> None:
         """Returns once everything settled before has been written to Redis' socket."""

@@ -45,6 +45,22 @@ async def pages(send: Send, pool: str, after: str, size: int) -> AsyncIterator[P
             return
 
 
+async def newest(send: Send, pool: str, size: int, most: int) -> AsyncIterator[list[dict[str, str]]]:
+    """The events backwards, the newest first, in lists of `size`, to the stream's beginning or after `most`."""
+    key, before = keys.decisions(pool), "+"
+    for _ in range(0, most, size):
+        entries = await send("XREVRANGE", key, before, FIRST, "COUNT", size)
+        if not entries:
+            return
+        yield [_event(fields) for _, fields in entries]
+        before = f"({_text(entries[-1][0])}"
+
+
+async def recording(send: Send, pool: str) -> str:
+    """How the pool's events are recorded: off, sampled or full."""
+    return _text(await send("HGET", keys.partitions(pool), "record") or "off")
+
+
 async def last_id(send: Send, pool: str) -> str:
     """The id of the newest event, FIRST when there is none."""
     entries = await send("XREVRANGE", keys.decisions(pool), "+", FIRST, "COUNT", 1)

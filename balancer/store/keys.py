@@ -5,6 +5,7 @@
 | `balancer:{<pool>}:services` | hash: windows and totals of the pool's services | 30 days after the last use |
 | `balancer:{<pool>}:partitions` | hash: epoch, position, rules, cursors | 30 days after the last use |
 | `balancer:{<pool>}:holdings:<worker>` | hash: what its attempts hold, its last batch | 7 days after the last use |
+| `balancer:{<pool>}:holdings:api-<random>` | hash: the same for one pick over the API | as long as it may be settled |
 | `balancer:{<pool>}:leases` | sorted set: worker by the end of its lease in ms | 30 days after the last use |
 | `balancer:{<pool>}:auditor` | string: the worker that audits the pool | three intervals |
 | `balancer:{<pool>}:decisions` | stream: events, when recorded | 30 days after the last use, bounded by length |
@@ -60,6 +61,9 @@ def snapshot(revision: int) -> str:
     """The string that holds the configuration of a revision."""
     return f"{_PREFIX}{{registry}}:snapshot:{revision}"
 
+
+HOLD_PREFIX = "api-"
+"""Begins the worker ids under which picks over the API are made, one each (`holds`). They reap nothing."""
 
 PERMANENT = (HEAD, DIGESTS, f"{_PREFIX}{{registry}}:snapshot:")
 """Prefixes of the keys without an expiry."""

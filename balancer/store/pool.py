@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ _RETRY_S = 0.5
 _WARN_S = 60.0
 _ASKING_S = 1.0
 """So long a fence or a reap that Redis does not execute is asked again."""
+_CLEARED_PER_CALL = 200
+_ABANDONED_MS = 3_600_000
 
 Answer = list[Any]
 
@@ -82,16 +85,19 @@ class PoolClient:
         self._lease_ms = lease_ms
         self._events = events
         self._audit_interval_s = audit_interval_s
-        self._scripts = {name: load(name, scripts_dir) for name in ("select", "settle", "reap", "fence")}
+        self._scripts = {name: load(name, scripts_dir) for name in ("select", "settle", "reap", "fence", "clear")}
         self._link = Link(topology, keys.partitions(pool), deadline_ms, self._on_up, self._on_down, name=pool)
         self._asked: list[_Asked] = []
         self._refused: list[_Asked] = []
         self._flush_scheduled = False
         self._retry: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._given_up: set[asyncio.Task[None]] = set()
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._up = asyncio.Event()
+        self.was_up = False
+        """True once it has been connected."""
         self._full_warned_at = float("-inf")
         self._outbox_dir = outbox_dir
         self._spiller: Spiller | None = None
@@ -126,9 +132,9 @@ class PoolClient:
         await self.acknowledged(timeout_s)
         if self._retry:
             self._retry.cancel()
-        for task in self._tasks:
+        for task in (*self._tasks, *self._given_up):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, *self._given_up, return_exceptions=True)
         is_spilled = False
         if self._spiller and self._spilling:
             is_spilled = await self._spiller.close(self._spilling)
@@ -389,6 +395,7 @@ class PoolClient:
 
     def _on_up(self) -> None:
         self._up.set()
+        self.was_up = True
         self._resend(None)
         self._schedule_flush()
 
@@ -398,7 +405,7 @@ class PoolClient:
         asked, self._asked = self._asked, []
         self._fail(asked, RefusedError(f"Redis is away: {self._link.failure}", Then.GIVE_UP))
 
-    # -- fences, leases, views -----------------------------------------------------------------------------------------
+    # -- fences, clearing ----------------------------------------------------------------------------------------------
 
     async def command(self, *command: str | int) -> Any:
         """The reply to one rare command. Raises StoreUnavailableError."""
@@ -446,6 +453,82 @@ class PoolClient:
         self._saw(epoch, position, lost)
         return int(raised)
 
+    async def clear(self, services: Sequence[str]) -> None:
+        """Sets the counters of services to zero: totals and windows, not what is in flight or reserved."""
+        script = self._scripts["clear"]
+        names = {name: key for name, key in self._keys("").items() if name in script.keys}
+        for start in range(0, len(services), _CLEARED_PER_CALL):
+            arguments = {k: v for k, v in self._arguments().items() if k in script.arguments}
+            rest = services[start : start + _CLEARED_PER_CALL]
+            _, _, epoch, position, lost = await self._ask("clear", names, arguments, rest)
+            self._saw(epoch, position, lost)
+
+    # -- picks of others (holds.py) ------------------------------------------------------------------------------------
+
+    async def select_held(self, worker: str, selection: Selection) -> Answer:
+        """As `select`, for a worker id of its own, whose lease ends with the attempt's deadline."""
+        if not self._link.is_up:
+            raise StoreUnavailableError(f"Redis is away: {self._link.failure}")
+        arguments = self._arguments(worker=worker, lease_ms=selection.deadline_ms)
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                answer, (_, epoch, position, lost) = await self._ask(
+                    "select", self._keys(worker), arguments, selection_arguments(selection)
+                )
+        except TimeoutError:
+            self._give_up(worker, selection)
+            raise StoreUnavailableError("Redis did not answer in time") from None
+        except (StoreUnavailableError, asyncio.CancelledError):
+            self._give_up(worker, selection)
+            raise
+        self._saw(epoch, position, lost)
+        if answer[0] != b"pick":
+            await self.command("ZREM", keys.leases(self.pool), worker)  # It holds nothing.
+        return [item.decode() if isinstance(item, bytes) else item for item in answer]
+
+    async def settle_held(self, worker: str, entry: Entry, kept_ms: int) -> bool:
+        """Applies the only entry of such a worker, and takes it off the list; False if it was applied before.
+
+        Two that come at the same moment may both be told True; one of them is applied. What it leaves behind is kept
+        for `kept_ms`: as long as somebody may repeat it. Raises StoreUnavailableError; then it may be repeated.
+        """
+        key = keys.holdings(self.pool, worker)
+        arguments = self._arguments(worker=worker, batch=1, skip=0)
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                last, (_, _, epoch, position, lost) = await asyncio.gather(
+                    self.command("HGET", key, "last"),
+                    self._ask("settle", self._keys(worker), arguments, entry_arguments(entry)),
+                )
+                self._saw(epoch, position, lost)
+                await asyncio.gather(
+                    self.command("ZREM", keys.leases(self.pool), worker), self.command("PEXPIRE", key, kept_ms)
+                )
+        except TimeoutError:
+            raise StoreUnavailableError("Redis did not answer in time") from None
+        return last is None
+
+    def _give_up(self, worker: str, selection: Selection) -> None:
+        """Gives back in the background what a selection may have picked that nobody waits for any more."""
+        task = asyncio.create_task(self._abandon_held(worker, selection))
+        self._given_up.add(task)
+        task.add_done_callback(self._given_up.discard)
+
+    async def _abandon_held(self, worker: str, selection: Selection) -> None:
+        entry = Entry(number=selection.number, service="", outcome=Outcome.ABANDONED)
+        with contextlib.suppress(TimeoutError):  # By then it is reaped.
+            async with asyncio.timeout(selection.deadline_ms / 1000):
+                while True:
+                    await self._up.wait()
+                    try:
+                        await self.settle_held(worker, entry, _ABANDONED_MS)
+                    except StoreUnavailableError:
+                        await asyncio.sleep(_RETRY_S)
+                    else:
+                        return
+
+    # -- leases and views ----------------------------------------------------------------------------------------------
+
     async def _keep_lease(self) -> None:
         """Renews the lease, and reaps what other workers can no longer settle, a few times a lease."""
         pause_s = min(4.0, self._lease_ms / 4000)
@@ -462,14 +545,15 @@ class PoolClient:
     async def _others_to_reap(self) -> list[str]:
         """Workers whose lease has ended, and the next one in the ring, whose overdue attempts are ours to look at.
 
-        A lease below zero has been reaped.
+        A lease below zero has been reaped. Holds of picks over the API are no workers: they look at nobody, and their
+        deadlines are their leases' ends.
         """
-        leases = self.command("ZRANGE", keys.leases(self.pool), 0, -1, "WITHSCORES")
+        leases = self.command("ZRANGEBYSCORE", keys.leases(self.pool), 0, "+inf", "WITHSCORES")
         reply, (seconds, micros) = await asyncio.gather(leases, self.command("TIME"))
         ends = _scores(reply)
         now_ms = int(seconds) * 1000 + int(micros) // 1000
         ended = [worker for worker, end_ms in ends.items() if 0 <= end_ms <= now_ms and worker != self.worker]
-        alive = sorted(worker for worker, end_ms in ends.items() if end_ms > now_ms)
+        alive = sorted(w for w, end_ms in ends.items() if end_ms > now_ms and not w.startswith(keys.HOLD_PREFIX))
         following = [worker for worker in alive if worker > self.worker] or [w for w in alive if w < self.worker]
         return ended + following[:1]
 

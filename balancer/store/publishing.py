@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -61,6 +62,25 @@ async def publish_file(
         except ConflictError:
             continue  # Somebody else was quicker: look again at what stands now.
         return msgspec.structs.replace(publication, revision=snapshot.revision)
+    raise ConflictError("others keep publishing in between; try again")
+
+
+async def publish_edit(registry: Registry, edit: Callable[[Configuration], Configuration]) -> Snapshot:
+    """Publishes what `edit` makes of the configuration that stands; the snapshot that then stands.
+
+    `edit` is asked again when somebody else was quicker, may raise, and changes no credential.
+    """
+    for _ in range(_TRIES):
+        base = await registry.current()
+        if base is None:
+            raise ConfigurationError("nothing has been published yet: there is nothing to edit")
+        changed = edit(base.configuration)
+        if changed == base.configuration:
+            return base
+        try:
+            return await registry.publish(changed, base)
+        except ConflictError:
+            continue
     raise ConflictError("others keep publishing in between; try again")
 
 

@@ -79,7 +79,7 @@ def target(group: Callable[[str], Any]) -> Iterator[Callable[[str], Target]]:
 
 @contextlib.contextmanager
 def emptied(found: Target, protocol: int | None = None) -> Iterator[Target]:
-    """The topology without a key, spoken to in that protocol if one is given; afterwards every key but the registry's must expire."""
+    """The topology without a key, spoken to in that protocol if one is given; in the end its keys must expire."""
     for master in found.masters():
         with redis.Redis.from_url(master) as client:
             client.flushall()

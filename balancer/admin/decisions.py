@@ -1,0 +1,314 @@
+"""Why a service was picked: a pool's decision stream, read backwards, decoded, and told in words.
+
+A pick is an event only where the pool is recorded (`pools: [{name: …, record: full}]`). Looking one up reads at most
+10 000 events, from the newest on, in small pages between which the worker's other requests go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import msgspec
+
+from balancer import checkpoint
+from balancer.admin.routing import Call, Route
+from balancer.admin.stats import at
+from balancer.errors import NotFoundError, RequestError
+from balancer.reference import LEDGER_COUNTERS, PICK_COUNTERS
+from balancer.store import history
+from balancer.store.balance import Balance
+
+MOST_EVENTS = 10_000
+_PAGE = 100
+_PAUSE_S = 0.002
+_DEFAULT_LIMIT = 50
+_Limit = Annotated[int, msgspec.Meta(ge=1, le=500)]
+_ID = re.compile(r"(.+)\.(\d{1,16})\.(\d{1,16})")
+
+Event = Mapping[str, str]
+
+
+class Search:
+    """One walk through a pool's stream from its newest event; picks come out with what ended them."""
+
+    def __init__(self, balance: Balance, pool: str, most: int) -> None:
+        self._balance = balance
+        self._pool = pool
+        self._most = most
+        self._endings: dict[tuple[str, str], dict[str, Event]] = {}
+        self.looked_at = 0
+        self.newest: Event | None = None
+        self.oldest: Event | None = None
+
+    @property
+    def is_cut(self) -> bool:
+        """True when there may be more events than were looked at."""
+        return self.looked_at >= self._most
+
+    async def picks(self, rule: str, limit: int) -> list[dict[str, object]]:
+        """The newest picks, of one rule or (empty) of all."""
+        found: list[dict[str, object]] = []
+        send = await self._balance.sender(self._pool)
+        async for page in history.newest(send, self._pool, _PAGE, self._most):
+            for event in page:
+                self._look_at(event)
+                if event["event"] == "pick" and rule in ("", event["rule"]):
+                    found.append(self._told(event))
+                    if len(found) == limit:
+                        return found
+            await asyncio.sleep(_PAUSE_S)
+        return found
+
+    async def pick(self, place: tuple[int, int]) -> dict[str, object] | None:
+        """The pick at that place. Raises NotFoundError when something else is there."""
+        send = await self._balance.sender(self._pool)
+        async for page in history.newest(send, self._pool, _PAGE, self._most):
+            for event in page:
+                self._look_at(event)
+                where = _place(event)
+                if where < place:
+                    return None
+                if where == place and event["event"] not in ("record", "checkpoint"):
+                    if event["event"] != "pick":
+                        raise NotFoundError(f"Decision not found: at this position is a {event['event']}, no pick")
+                    return self._told(event)
+            await asyncio.sleep(_PAUSE_S)
+        return None
+
+    def _look_at(self, event: Event) -> None:
+        self.looked_at += 1
+        self.newest = self.newest or event
+        self.oldest = event
+        if event["event"] in ("settle", "reap"):
+            name = (event["worker"], event["number"])
+            self._endings.setdefault(name, {}).setdefault(event["event"], event)
+
+    def _told(self, event: Event) -> dict[str, object]:
+        endings = self._endings.get((event["worker"], event["number"]), {})
+        settle, reap = endings.get("settle"), endings.get("reap")
+        return _pick(self._pool, event) | {
+            "settle": _settle(settle) if settle else None,
+            "reap": _reap(reap) if reap else None,
+        }
+
+
+class Decisions:
+    """The routes /api/v1/decisions."""
+
+    def __init__(self, balance: Balance) -> None:
+        self._balance = balance
+
+    def routes(self) -> list[Route]:
+        """Both."""
+        return [
+            Route(method="GET", path="/api/v1/decisions", handler=self.list),
+            Route(method="GET", path="/api/v1/decisions/{decision}", handler=self.one),
+        ]
+
+    async def list(self, call: Call) -> object:
+        """The newest picks, the newest first: of a pool, of a rule, or of all pools."""
+        given = call.parameters("pool", "rule", "limit")
+        limit = _limit(given.get("limit"))
+        pools = self._pools(given.get("pool", ""), given.get("rule", ""))
+        searches = [Search(self._balance, pool, MOST_EVENTS // len(pools)) for pool in pools]
+        found = [pick for search in searches for pick in await search.picks(given.get("rule", ""), limit)]
+        found.sort(key=lambda pick: str(pick["at"]), reverse=True)
+        return {
+            "decisions": found[:limit],
+            "recording": {pool: await self._recording(pool) for pool in pools},
+            "events_looked_at": sum(search.looked_at for search in searches),
+            "is_cut": any(search.is_cut for search in searches),
+        }
+
+    async def one(self, call: Call) -> object:
+        """One pick by its decision id, `<pool>.<epoch>.<position>`."""
+        match = _ID.fullmatch(call.path["decision"])
+        if not match:
+            raise RequestError("expected a decision's id, <pool>.<epoch>.<position>", param="decision")
+        (pool,) = self._pools(match[1], "")
+        place = int(match[2]), int(match[3])
+        search = Search(self._balance, pool, MOST_EVENTS)
+        found = await search.pick(place)
+        if found is None:
+            raise NotFoundError(f"Decision not found: {await self._why_not(pool, place, search)}")
+        await self._add_thresholds(found)
+        return {"decision": found}
+
+    def _pools(self, pool: str, rule: str) -> Sequence[str]:
+        configuration = self._balance.directory.configuration
+        names = configuration.pool_names()
+        if pool and pool not in names:
+            raise NotFoundError("Pool not found")
+        if rule:
+            found = configuration.rule(rule)
+            if found is None:
+                raise NotFoundError("Rule not found")
+            return [pool or found.pool]
+        return [pool] if pool else names
+
+    async def _recording(self, pool: str) -> str:
+        return await history.recording(await self._balance.sender(pool), pool)
+
+    async def _why_not(self, pool: str, place: tuple[int, int], search: Search) -> str:
+        mode = await self._recording(pool)
+        oldest, newest = search.oldest, search.newest
+        if mode == "sampled" and oldest and _place(oldest) < place:
+            return f"pool {pool} records a sample, one position in 17, and this one is not in it"
+        if newest and place > _place(newest):
+            return f"nothing is recorded after position {newest['position']} of epoch {newest['epoch']} ({mode})"
+        if search.is_cut:
+            return f"it is not among the newest {search.looked_at} events, and no more are looked at"
+        if oldest and place < _place(oldest):
+            return f"the record begins at position {oldest['position']} of epoch {oldest['epoch']}: earlier is trimmed"
+        if mode == "off":
+            return f"pool {pool} records no events (pools: [{{name: {pool}, record: full}}] in the configuration does)"
+        return f"no event has this position (pool {pool} is recorded: {mode})"
+
+    async def _add_thresholds(self, decision: dict[str, object]) -> None:
+        """What the tactic was set to, from the configuration of the pick's revision where the event does not tell."""
+        if "request_threshold" in decision or "token_threshold" in decision:
+            return
+        snapshot = self._balance.directory.snapshot
+        uuid = str(decision["rule"])
+        if snapshot.rule_revision(uuid) != decision["revision"]:
+            earlier = await self._balance.registry.load(int(str(decision["revision"])))
+            if earlier is None:
+                return
+            snapshot = earlier
+        rule = snapshot.configuration.rule(uuid)
+        if rule is not None:
+            for name in ("request_threshold", "token_threshold"):
+                if hasattr(rule.lb_tactic, name):
+                    decision[name] = getattr(rule.lb_tactic, name)
+
+
+# -- events as JSON ----------------------------------------------------------------------------------------------------
+
+
+def _place(event: Event) -> tuple[int, int]:
+    return int(event["epoch"]), int(event["position"])
+
+
+def _limit(text: str | None) -> int:
+    try:
+        return msgspec.convert(text or _DEFAULT_LIMIT, _Limit, strict=False)
+    except msgspec.ValidationError as exc:
+        raise RequestError(f"limit: {exc}", param="limit") from exc
+
+
+def _pick(pool: str, event: Event) -> dict[str, object]:
+    """All that the event of a pick tells."""
+    told: dict[str, object] = {
+        "id": f"{pool}.{event['epoch']}.{event['position']}",
+        "pool": pool,
+        "epoch": int(event["epoch"]),
+        "position": int(event["position"]),
+        "at": at(int(event["now_ms"])),
+        "rule": event["rule"],
+        "partition": event["partition"],
+        "revision": int(event["revision"]),
+        "tactic": event["tactic"],
+        "service": event["service"],
+        "reason": event["reason"],
+        "why": _why(event),
+        "seq": int(event["seq"]),
+        "switched": event["reason"] != "retry" and event["cursor"] not in ("", event["service"]),
+        "cursor_before": event["cursor"],
+        "streak_before": int(event["streak_before"]),
+        "streak": int(event["streak"]),
+        "draw": int(event["draw"]),
+        "excluded": [service for service in event["excluded"].split("\n") if service],
+        "reserved": int(event["reserved"]),
+        "deadline": at(int(event["deadline_ms"])),
+        "worker": event["worker"],
+        "number": int(event["number"]),
+        "before": _counters(event["before"], PICK_COUNTERS),
+        "after": _counters(event["after"], PICK_COUNTERS),
+    }
+    if "services" in event:  # Sampled: it tells what the tactic saw.
+        counts = [line.split(" ") for line in event["counts"].split("\n") if line]
+        told |= {
+            "request_threshold": int(event["request_threshold"]),
+            "token_threshold": int(event["token_threshold"]),
+            "candidates": [
+                {
+                    "service": service.id,
+                    "active": bool(service.active),
+                    "weight": service.weight,
+                    "time_window": service.window,
+                    "window_requests": int(requests),
+                    "window_tokens": int(tokens),
+                }
+                for service, (requests, tokens) in zip(checkpoint.read_services(event["services"]), counts, strict=True)
+            ],
+        }
+    return told
+
+
+def _why(event: Event) -> str:
+    """The reason in words."""
+    service, cursor, tactic = event["service"], event["cursor"], event["tactic"]
+    current = cursor or "no service"
+    match event["reason"]:
+        case "streak":
+            return f"{service} stays: after {event['streak_before']} picks its streak was below the request threshold"
+        case "threshold":
+            return f"{service} stays: its window was below the threshold of {tactic}"
+        case "next":
+            return f"{current} had its streak of {event['streak_before']}, or could not serve: the next is {service}"
+        case "least":
+            measure = "requests x 10 + tokens" if tactic == "hybrid" else "tokens"
+            return f"{current} was at a threshold, or could not serve: {service} had the least {measure} in its window"
+        case "draw":
+            return f"{service} was drawn by weight"
+        case "retry":
+            return f"another attempt: {tactic} chose {service} without those tried before; the cursor stays"
+        case other:
+            return other
+
+
+def _settle(event: Event) -> dict[str, object]:
+    usage = ("input", "output", "cached", "cache_creation", "reasoning")
+    return {
+        **_ending(event),
+        "outcome": event["outcome"],
+        "age_ms": int(event["age_ms"]),
+        "batch": int(event["batch"]),
+        "usage": {name: int(event[name]) for name in usage},
+    }
+
+
+def _reap(event: Event) -> dict[str, object]:
+    return {**_ending(event), "by": event["by"], "reserved": int(event["reserved"])}
+
+
+def _ending(event: Event) -> dict[str, object]:
+    return {
+        "at": at(int(event["now_ms"])),
+        "epoch": int(event["epoch"]),
+        "position": int(event["position"]),
+        "before": _counters(event["before"], LEDGER_COUNTERS),
+        "after": _counters(event["after"], LEDGER_COUNTERS),
+    }
+
+
+def _counters(text: str, names: Sequence[str]) -> dict[str, object] | None:
+    """A service's counters, None where the event tells none."""
+    if not text:
+        return None
+    values, _, windows = text.partition("|")
+    return dict(zip(names, map(int, values.split(" ")), strict=True)) | {
+        "windows": [
+            {
+                "time_window": window.length,
+                "start": at(window.start),
+                "requests": window.requests,
+                "tokens": window.tokens,
+                "output": window.output,
+            }
+            for window in checkpoint.read_windows(windows)
+        ]
+    }

@@ -1,0 +1,255 @@
+"""Rules and counters as they stand, read from Redis for every request; clearing them, and changing a tactic.
+
+The routes and shapes are tingly-box's. Reading never advances anything: no cursor, no streak, no window.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from balancer import document
+from balancer.admin.routing import Call, Route
+from balancer.admin.stats import Stats, added_up, stats_of
+from balancer.domain import (
+    DEFAULT_TIME_WINDOW_S,
+    TACTIC_NAMES,
+    Configuration,
+    Rule,
+    Service,
+    is_valid_tactic,
+    tactic_name,
+)
+from balancer.errors import ConfigurationError, NotFoundError, RequestError
+from balancer.store import keys
+from balancer.store.balance import Balance
+from balancer.store.publishing import publish_edit
+from balancer.store.views import PartitionView, PoolView, RuleView
+
+_PREFIX = "/api/v1/load-balancer"
+
+
+class TacticChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What PUT …/tactic takes; `tactic` is a name or one of the legacy numbers."""
+
+    tactic: str | int
+    params: dict[str, Any] | None = None
+
+
+class Live:
+    """The routes under /api/v1/load-balancer."""
+
+    def __init__(self, balance: Balance) -> None:
+        self._balance = balance
+
+    def routes(self) -> list[Route]:
+        """All of them."""
+        rule = f"{_PREFIX}/rules/{{rule}}"
+        service = f"{rule}/services/{{service}}"
+        table = (
+            ("GET", rule, self.rule),
+            ("GET", f"{rule}/summary", self.summary),
+            ("PUT", f"{rule}/tactic", self.change_tactic),
+            ("GET", f"{rule}/stats", self.rule_stats),
+            ("POST", f"{rule}/stats/clear", self.clear_rule),
+            ("GET", f"{rule}/current-service", self.current_service),
+            ("GET", f"{service}/stats", self.service_stats),
+            ("POST", f"{service}/stats/clear", self.clear_service),
+            ("GET", f"{_PREFIX}/stats", self.stats),
+            ("POST", f"{_PREFIX}/stats/clear", self.clear_all),
+        )
+        return [Route(method=method, path=path, handler=handler) for method, path, handler in table]
+
+    # -- rules ---------------------------------------------------------------------------------------------------------
+
+    async def rule(self, call: Call) -> object:
+        """A rule as in the configuration, with its live cursor."""
+        rule = self._rule(call)
+        view = await self._balance.view(rule.pool)
+        written = document.write(Configuration(rules=(rule,)))["rules"][0]
+        return {"rule": written | {"current_service_index": rule.current_service_index_of(view.cursor(rule.uuid))}}
+
+    async def summary(self, call: Call) -> object:
+        """A rule in short, and what its services have used."""
+        rule = self._rule(call)
+        view = await self._balance.view(rule.pool)
+        partition = view.partitions.get(keys.partition(rule.uuid), PartitionView())
+        state = view.rules.get(rule.uuid, RuleView())
+        return {
+            "summary": {
+                "uuid": rule.uuid,
+                "pool": rule.pool,
+                "request_model": rule.request_model,
+                "response_model": rule.response_model,
+                "tactic": tactic_name(rule.lb_tactic),
+                "current_service_index": rule.current_service_index_of(partition.cursor),
+                "active": rule.active,
+                "is_legacy": False,
+                "streak": partition.streak,
+                "seq": state.seq,
+                "revision": state.revision,
+                "services": [_summary(view, service) for service in rule.services],
+            }
+        }
+
+    async def change_tactic(self, call: Call) -> object:
+        """Publishes a rule's other tactic as a new revision. The cursor stays, a new streak begins."""
+        uuid = self._rule(call).uuid
+        change = call.read(TacticChange)
+        if not is_valid_tactic(change.tactic):
+            known = ", ".join(TACTIC_NAMES)
+            raise RequestError(f"Unsupported tactic: {change.tactic!r} (supported: {known})", param="tactic")
+        try:
+            tactic = document.read_tactic({"type": change.tactic, "params": change.params})
+        except ConfigurationError as exc:
+            raise RequestError("; ".join(exc.faults), param="params") from exc
+
+        def edit(configuration: Configuration) -> Configuration:
+            rule = configuration.rule(uuid)
+            if rule is None:
+                raise NotFoundError("Rule not found")
+            if rule.lb_tactic == tactic:
+                return configuration
+            # An index in the configuration would move the cursor once more: it was meant for an earlier edit.
+            edited = msgspec.structs.replace(rule, lb_tactic=tactic, current_service_index=None)
+            rules = tuple(edited if other.uuid == uuid else other for other in configuration.rules)
+            return msgspec.structs.replace(configuration, rules=rules)
+
+        snapshot = await publish_edit(self._balance.registry, edit)
+        await self._balance.refresh()
+        return {
+            "message": "Tactic updated successfully",
+            "tactic": tactic_name(tactic),
+            "revision": snapshot.revision,
+        }
+
+    async def current_service(self, call: Call) -> object:
+        """The service that the cursor stands on, or that would be the first one."""
+        rule = self._rule(call)
+        view = await self._balance.view(rule.pool)
+        service = self._usable(rule).current_service(view.cursor(rule.uuid))
+        if service is None:
+            raise NotFoundError("No available service")
+        return {
+            "rule_id": rule.uuid,
+            "rule_name": rule.request_model,
+            "service": {
+                "provider": service.provider,
+                "model": service.model,
+                "weight": service.weight,
+                "active": service.active,
+                "time_window": service.time_window,
+            },
+            "service_id": service.id,
+            "tactic": tactic_name(rule.lb_tactic),
+            "stats": stats_of(view, service.id, service.time_window),
+        }
+
+    # -- counters ------------------------------------------------------------------------------------------------------
+
+    async def rule_stats(self, call: Call) -> object:
+        """The counters of a rule's services. They are shared by all rules of its pool."""
+        rule = self._rule(call)
+        view = await self._balance.view(rule.pool)
+        stats = {service.id: stats_of(view, service.id, service.time_window) for service in rule.services}
+        return {"rule_id": rule.uuid, "rule_name": rule.request_model, "stats": stats}
+
+    async def service_stats(self, call: Call) -> object:
+        """The counters of one service of a rule."""
+        rule, service = self._service(call)
+        view = await self._balance.view(rule.pool)
+        stats = stats_of(view, service.id, service.time_window)
+        return {"rule_id": rule.uuid, "service_id": service.id, "stats": stats}
+
+    async def stats(self, call: Call) -> object:
+        """The counters of every service: in each pool, for pools never mix, and added up over the pools.
+
+        The window is the one that the pool's first rule with the service gives it; where no rule has it any more, the
+        first that it has.
+        """
+        pools: dict[str, dict[str, Stats]] = {}
+        for view in await self._views():
+            lengths = self._lengths(view)
+            pools[view.pool] = {name: stats_of(view, name, lengths[name]) for name in sorted(lengths)}
+        names = sorted({name for stats in pools.values() for name in stats})
+        total = {name: added_up([stats[name] for stats in pools.values() if name in stats]) for name in names}
+        return {"stats": total, "pools": pools}
+
+    async def clear_rule(self, call: Call) -> object:
+        """Clears the counters of a rule's services, for all rules of its pool."""
+        rule = self._rule(call)
+        await self._balance.clear(rule.pool, [service.id for service in rule.services])
+        return {"message": "Statistics cleared for all services in rule"}
+
+    async def clear_service(self, call: Call) -> object:
+        """Clears the counters of one service, for all rules of its pool."""
+        rule, service = self._service(call)
+        await self._balance.clear(rule.pool, [service.id])
+        return {"message": "Statistics cleared for service"}
+
+    async def clear_all(self, call: Call) -> object:
+        """Clears the counters of all services in all pools."""
+        for view in await self._views():
+            await self._balance.clear(view.pool, sorted(self._lengths(view)))
+        return {"message": "All statistics cleared"}
+
+    # -- looking up ----------------------------------------------------------------------------------------------------
+
+    def _rule(self, call: Call) -> Rule:
+        rule = self._balance.directory.by_uuid.get(call.path["rule"])
+        if rule is None:
+            raise NotFoundError("Rule not found")
+        return rule
+
+    def _service(self, call: Call) -> tuple[Rule, Service]:
+        rule = self._rule(call)
+        service = next((service for service in rule.services if service.id == call.path["service"]), None)
+        if service is None:
+            raise NotFoundError("Service not found in rule")
+        return rule, service
+
+    def _usable(self, rule: Rule) -> Rule:
+        """The rule with those services switched off whose provider is."""
+        directory = self._balance.directory
+        services = []
+        for service in rule.services:
+            provider = directory.provider(service.provider)
+            is_usable = service.active and provider is not None and provider.enabled
+            services.append(msgspec.structs.replace(service, active=is_usable))
+        return msgspec.structs.replace(rule, services=tuple(services))
+
+    async def _views(self) -> list[PoolView]:
+        """All pools. One that is away fails them all: sums without it would be wrong."""
+        return [await self._balance.view(name) for name in self._balance.directory.configuration.pool_names()]
+
+    def _lengths(self, view: PoolView) -> dict[str, int]:
+        """The services that a pool has or had, each with the length of the window to tell of."""
+        lengths: dict[str, int] = {}
+        for rule in self._balance.directory.configuration.rules:
+            if rule.pool == view.pool:
+                for service in rule.services:
+                    lengths.setdefault(service.id, service.time_window)
+        for name, state in view.services.items():
+            lengths.setdefault(name, next((w.length_s for w in state.windows), DEFAULT_TIME_WINDOW_S))
+        return lengths
+
+
+def _summary(view: PoolView, service: Service) -> dict[str, object]:
+    stats = stats_of(view, service.id, service.time_window)
+    return {
+        "service_id": service.id,
+        "provider": service.provider,
+        "model": service.model,
+        "weight": service.weight,
+        "active": service.active,
+        "time_window": service.time_window,
+        "stats": {
+            "request_count": stats.request_count,
+            "window_request_count": stats.window_request_count,
+            "window_tokens": stats.window_tokens_consumed,
+            "window_input_tokens": stats.window_input_tokens,
+            "window_output_tokens": stats.window_output_tokens,
+            "last_used": stats.last_used,
+        },
+    }
