@@ -19,7 +19,6 @@ from balancer.reference import (
     CLEAR_COUNTERS,
     LEDGER_COUNTERS,
     PICK_COUNTERS,
-    Abandoned,
     Held,
     Pool,
     Reply,
@@ -245,10 +244,6 @@ class Checker:
 
     def _replay_pick(self, pool: Pool, event: Event) -> None:
         now_ms, number, worker = int(event["now_ms"]), int(event["number"]), event["worker"]
-        names = pool.workers[worker].names if worker in pool.workers else {}
-        name = names.get(number)
-        if isinstance(name, Abandoned) and name.until_ms <= now_ms:
-            del names[number]  # Names are forgotten without an event.
         selection = Selection(
             number=number,
             rule=event["rule"],

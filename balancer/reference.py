@@ -72,6 +72,7 @@ class ServiceState(msgspec.Struct):
     abandoned: int = 0
     last_used: int = 0
     cleared: int = 0
+    windows_revision: int = 0
 
     def text(self, names: Sequence[str]) -> str:
         """The named counters and the windows as an event tells them."""
@@ -279,7 +280,7 @@ class Pool:
             for partition in definition.partitions:
                 self._define(partition)
             for windows in definition.windows:
-                self._set_windows(windows)
+                self._set_windows(windows, definition.revision)
             rule.revision, rule.partitions = definition.revision, ids
             self.position += 1
             raised += 1
@@ -297,10 +298,14 @@ class Pool:
         definition = msgspec.structs.replace(new, cursor="")
         self.partitions[new.id] = PartitionState(definition=definition, cursor=cursor, streak=streak)
 
-    def _set_windows(self, windows: WindowsDefinition) -> None:
+    def _set_windows(self, windows: WindowsDefinition, revision: int) -> None:
         service = self._service(windows.id)
         known = {window.length: window for window in service.windows}
-        service.windows = [known.get(length) or Window(length=length) for length in windows.lengths]
+        lengths = windows.lengths
+        if revision < service.windows_revision:
+            lengths = tuple(sorted({*lengths, *known}))
+        service.windows = [known.get(length) or Window(length=length) for length in lengths]
+        service.windows_revision = max(revision, service.windows_revision)
 
     # -- select --------------------------------------------------------------------------------------------------------
 
@@ -320,7 +325,8 @@ class Pool:
         return [*answers, ["pool", self.epoch, self.position, lost]]
 
     def _select(self, now_ms: int, worker: WorkerState, selection: Selection) -> Reply:
-        if selection.number in worker.names:
+        name = worker.names.get(selection.number)
+        if name is not None and not (isinstance(name, Abandoned) and name.until_ms <= now_ms):
             return ["abandoned"]
         rule = self.rules.get(selection.rule, RuleState())
         partition = self.partitions.get(selection.partition)

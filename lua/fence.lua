@@ -27,8 +27,46 @@ local is_mode = {[''] = true, off = true, sampled = true, full = true}
 if not (now_arg and seen_epoch and seen_position and is_mode[record] and keep and revision) then
   return redis.error_reply('BALANCER fence: malformed argument')
 end
+-- True when the value is a table whose fields have these types.
+local function has(value, types)
+  if type(value) ~= 'table' then return false end
+  for name, kind in pairs(types) do
+    if type(value[name]) ~= kind then return false end
+  end
+  return true
+end
+
+-- True when all items of the list pass.
+local function all(list, passes)
+  for _, item in ipairs(list) do
+    if not passes(item) then return false end
+  end
+  return true
+end
+
+local function is_service(value)
+  return has(value, {id = 'string', active = 'number', window = 'number', weight = 'number'})
+end
+
+local function is_partition(value)
+  return has(value, {id = 'string', tactic = 'string', request_threshold = 'number', token_threshold = 'number',
+    cursor = 'string', services = 'table'}) and all(value.services, is_service)
+end
+
+local function is_windows(value)
+  return has(value, {id = 'string', lengths = 'table'})
+    and all(value.lengths, function(length) return type(length) == 'number' end)
+end
+
 local rules = {}
-for at = 7, #ARGV do rules[#rules + 1] = cjson.decode(ARGV[at]) end
+for at = 7, #ARGV do
+  local is_json, rule = pcall(cjson.decode, ARGV[at])
+  if not (is_json and has(rule, {rule = 'string', revision = 'number', partitions = 'table', windows = 'table'})
+      and all(rule.partitions, is_partition) and all(rule.windows, is_windows)) then
+    return redis.error_reply('BALANCER fence: malformed rule ' .. (at - 6))
+  end
+  rules[#rules + 1] = rule
+end
 
 local now = clock(now_arg)
 local pool = open_pool(partitions_key, decisions_key, seen_epoch, seen_position, now)
@@ -87,10 +125,20 @@ local function define_partition(part)
   redis.call('HSET', partitions_key, unpack(set))
 end
 
--- Gives a service exactly these windows; those that it has already keep what they count.
-local function set_windows(id, lengths)
+-- Gives a service exactly these windows; those that it has already keep what they count. A definition that is older
+-- than the last (a worker brings back what the pool has lost) does not know of all: it takes none away.
+local function set_windows(id, lengths, as_of)
   local field = 'windows:' .. id
   local old, windows = parse_windows(redis.call('HGET', services_key, field)), {}
+  local latest = tonumber(redis.call('HGET', services_key, 'windows_revision:' .. id) or 0)
+  if as_of < latest then
+    local is_wanted = {}
+    for _, length in ipairs(lengths) do is_wanted[length] = true end
+    for _, w in ipairs(old) do
+      if not is_wanted[w.length] then lengths[#lengths + 1] = w.length end
+    end
+    table.sort(lengths)
+  end
   for _, length in ipairs(lengths) do
     local kept = {length = length, start = 0, requests = 0, tokens = 0, output = 0}
     for _, w in ipairs(old) do
@@ -98,7 +146,7 @@ local function set_windows(id, lengths)
     end
     windows[#windows + 1] = kept
   end
-  redis.call('HSET', services_key, field, windows_text(windows))
+  redis.call('HSET', services_key, field, windows_text(windows), 'windows_revision:' .. id, math.max(latest, as_of))
 end
 
 for at, rule in ipairs(rules) do
@@ -113,7 +161,7 @@ for at, rule in ipairs(rules) do
       if not kept[id] then forget_partition(id) end
     end
     for _, part in ipairs(rule.partitions) do define_partition(part) end
-    for _, windows in ipairs(rule.windows) do set_windows(windows.id, windows.lengths) end
+    for _, windows in ipairs(rule.windows) do set_windows(windows.id, windows.lengths, rule.revision) end
     redis.call('HSET', partitions_key, 'revision:' .. rule.rule, rule.revision, 'partitions:' .. rule.rule,
       table.concat(ids, '\n'))
     raised = raised + 1

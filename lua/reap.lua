@@ -72,5 +72,5 @@ end
 if is_ended and lost < limit and lease_end >= 0 then redis.call('ZADD', leases_key, '-' .. whole(now), target) end
 redis.call('ZREMRANGEBYSCORE', leases_key, '-' .. whole(math.max(0, now - 604800000)), 0)
 save_services(services, services_key, ledger_fields)
-close_pool(pool, partitions_key, {services_key, leases_key, decisions_key}, nil)
+close_pool(pool, partitions_key, {services_key, leases_key, decisions_key}, worker == target and holdings_key or nil)
 return {'reaped', is_ended and 1 or 0, lost, pool.epoch, pool.position, pool.lost}

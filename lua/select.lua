@@ -58,7 +58,7 @@ end
 local now = clock(now_arg)
 local pool = open_pool(partitions_key, decisions_key, seen_epoch, seen_position, now)
 local known = redis.call('HMGET', holdings_key, unpack(names))
-local services, rules, parts, held, answers = {}, {}, {}, {}, {}
+local services, rules, parts, held, taken, answers = {}, {}, {}, {}, {}, {}
 
 local function load_rule(rule)
   if not rules[rule] then
@@ -155,6 +155,7 @@ local function pick(selection, rule, part)
   service.is_changed = true
   rule.seq = rule.seq + 1
   rule.is_changed = true
+  taken[selection.number] = true
   held[#held + 1] = selection.number
   held[#held + 1] = 'h ' .. whole(selection.reserved) .. ' ' .. whole(now + selection.deadline_ms) .. ' ' .. id
   if before then
@@ -166,8 +167,14 @@ local function pick(selection, rule, part)
   return {'pick', id, reason, rule.seq, pool.epoch, pool.position, streak, is_switch}
 end
 
+-- True for a name that is in use, or was given up less than a minute ago; one call may have it twice.
+local function is_taken(i, number)
+  local until_ms = string.match(known[i] or '', '^x (%d+)$')
+  return taken[number] or (until_ms and tonumber(until_ms) > now) or (known[i] and not until_ms)
+end
+
 for i, selection in ipairs(selections) do
-  if known[i] then
+  if is_taken(i, selection.number) then
     answers[i] = {'abandoned'}
   else
     local rule = load_rule(selection.rule)

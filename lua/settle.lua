@@ -21,10 +21,12 @@
 local services_key, partitions_key, holdings_key = KEYS[1], KEYS[2], KEYS[3]
 local leases_key, decisions_key = KEYS[4], KEYS[5]
 local is_failure = {rate_limited = 1, unauthorized = 1, overloaded = 1, failed = 1}
+local is_outcome = {success = 1, rejected = 1, cancelled = 1, abandoned = 1}
 
 local now_arg, seen_epoch, seen_position = to_whole(ARGV[1], 0), to_whole(ARGV[3], 0), to_whole(ARGV[4], 0)
-local lease_ms, batch = to_whole(ARGV[5], 1), to_whole(ARGV[6], 1)
-if not (now_arg and seen_epoch and seen_position and lease_ms and batch) or (#ARGV - 7) % 9 ~= 0 then
+local lease_ms, batch, skip = to_whole(ARGV[5], 1), to_whole(ARGV[6], 1), to_whole(ARGV[7], 0)
+if not (now_arg and seen_epoch and seen_position and lease_ms and batch and skip and skip <= 1)
+    or (#ARGV - 7) % 9 ~= 0 then
   return redis.error_reply('BALANCER settle: malformed argument')
 end
 local entries = {}
@@ -34,14 +36,16 @@ for at = 8, #ARGV, 9 do
     entry[name] = to_whole(ARGV[at + 3 + i], 0)
     if not entry[name] then return redis.error_reply('BALANCER settle: malformed ' .. name) end
   end
-  if not (to_whole(entry.number, 0) and entry.age_ms and (entry.service ~= '' or entry.outcome == 'abandoned')) then
+  local is_known = is_outcome[entry.outcome] or is_failure[entry.outcome]
+  if not (is_known and to_whole(entry.number, 0) and entry.age_ms
+      and (entry.service ~= '' or entry.outcome == 'abandoned')) then
     return redis.error_reply('BALANCER settle: malformed entry')
   end
   entries[#entries + 1] = entry
 end
 
 local last = tonumber(redis.call('HGET', holdings_key, 'last') or 0)
-if batch > last + 1 and ARGV[7] ~= '1' then return {'gap', last} end
+if batch > last + 1 and skip == 0 then return {'gap', last} end
 local now = clock(now_arg)
 local pool = open_pool(partitions_key, decisions_key, seen_epoch, seen_position, now)
 redis.call('ZADD', leases_key, whole(now + lease_ms), ARGV[2])

@@ -22,7 +22,6 @@ from tests.lua.pool import LuaPool
 
 NewPool = Callable[..., LuaPool]
 SERVERS_CLOCK = 0
-KEEP_ALL = 1_000_000
 DAY_MS = 86_400_000
 OUTCOMES = (Outcome.SUCCESS, Outcome.SUCCESS, Outcome.FAILED, Outcome.CANCELLED, Outcome.RATE_LIMITED)
 STREAK = 3
@@ -44,7 +43,7 @@ class Client:
 
     def __init__(self, url: str, pool: str, number: int) -> None:
         self.redis: Any = redis.Redis.from_url(url)
-        self.pool = LuaPool(self.redis, pool, record=KEEP_ALL)
+        self.pool = LuaPool(self.redis, pool, record="full")
         self.worker = f"w{number}"
         self.random = random.Random(number)
         self.picked: list[Picked] = []
@@ -131,7 +130,7 @@ def crowd(server: str, new_pool: NewPool) -> Iterator[Callable[[int, Any], tuple
     clients: list[Client] = []
 
     def gather(count: int, *rules: RuleDefinition) -> tuple[Fleet, list[Client]]:
-        pool = new_pool(record=KEEP_ALL)
+        pool = new_pool(record="full")
         fleet = Fleet(pool, now_ms=SERVERS_CLOCK)
         fleet.fence(*rules)
         clients.extend(Client(server, pool.name, number) for number in range(count))

@@ -16,21 +16,21 @@ from balancer.errors import ConfigurationError
 from balancer.store import scripts
 from balancer.store.scripts import Script, load
 
-NAMES = ("commit", "fence", "publish", "reap", "select", "settle")
+NAMES = ("checkpoint", "clear", "commit", "fence", "publish", "reap", "select", "settle")
 
 # Commands and their words that Redis 6.2 has, and that the scripts may use. PEXPIRE only without NX, XX, GT, LT (7.0).
 WORDS_OF_REDIS_6_2 = frozenset(
     {
-        *("DEL", "SET", "PEXPIRE", "PUBLISH", "TIME"),
-        *("HDEL", "HGET", "HGETALL", "HMGET", "HSET"),
-        *("ZADD", "ZREM", "ZSCORE"),
+        *("DEL", "EXISTS", "SET", "PEXPIRE", "PUBLISH", "TIME"),
+        *("HDEL", "HGET", "HGETALL", "HKEYS", "HMGET", "HSET"),
+        *("ZADD", "ZRANGE", "WITHSCORES", "ZREMRANGEBYSCORE", "ZSCORE"),
         *("XADD", "MAXLEN"),
     }
 )
 GLOBALS_OF_A_SCRIPT = frozenset(
     {
         *("KEYS", "ARGV", "redis", "cjson"),
-        *("ipairs", "math", "pairs", "string", "table", "tonumber", "unpack"),
+        *("ipairs", "math", "pairs", "pcall", "string", "table", "tonumber", "type", "unpack"),
     }
 )
 
@@ -182,7 +182,7 @@ def test_names_that_are_not_exactly_the_headers_are_refused(
 
 def test_a_rest_is_refused_where_the_header_has_none(folder: Path) -> None:
     script = written(folder, *HEADER[:-2], "return 1")
-    with pytest.raises(TypeError, match="rest None"):
+    with pytest.raises(TypeError, match="none more"):
         script.command({"services": "S", "leases": "L"}, {"now_ms": 7, "worker": "w"}, [1])
 
 

@@ -534,11 +534,11 @@ def test_an_edit_keeps_a_rules_seq(fleet: Fleet) -> None:
         ((0, 0), (1, 5), 0),
         ((1, 4), (1, 5), 0),
         ((0, 99), (1, 5), 0),
-        ((1, 5), (2, 6), 1),
-        ((1, 104), (2, 105), 100),
-        ((2, 5), (3, 6), 1),
-        ((2, 1), (3, 5), 0),
-        ((7, 4), (8, 5), 0),
+        ((1, 5), (2, 7), 1),
+        ((1, 104), (2, 106), 100),
+        ((2, 5), (3, 7), 1),
+        ((2, 1), (3, 6), 0),
+        ((7, 4), (8, 6), 0),
     ],
 )
 def test_a_caller_that_has_seen_more_starts_an_epoch(
@@ -640,7 +640,7 @@ def test_a_pick_is_held_under_its_name_and_renews_the_lease(fleet: Fleet, client
 
 def test_state_lives_30_days_and_a_workers_holdings_7_after_the_last_use(fleet: Fleet, client: Any) -> None:
     assert isinstance(fleet.pool, LuaPool)
-    fleet.pool.record = 100
+    fleet.pool.record = "full"
     fleet.fence(a_rule())
     fleet.ask()
     for name, key in pool_keys(fleet.pool.name, "w1").items():
@@ -677,7 +677,6 @@ ARGUMENTS: dict[str, str | int] = {
     "epoch": 0,
     "position": 0,
     "lease_ms": LEASE_MS,
-    "record": 0,
 }
 SELECTION = [1, "chat", keys.partition("chat"), 1, 0, 5, 1000, 1, A]
 NO_WHOLE_NUMBERS = ("", "x", "-1", "1.5", "nan", "inf", "9007199254740992", "1e400")
@@ -685,7 +684,7 @@ NO_WHOLE_NUMBERS = ("", "x", "-1", "1.5", "nan", "inf", "9007199254740992", "1e4
 
 def used(new_pool: NewPool) -> Fleet:
     """A fleet with something in every key."""
-    fleet = Fleet(new_pool(record=100))
+    fleet = Fleet(new_pool(record="full"))
     fleet.fence(a_rule())
     fleet.ask(3, reserved=5)
     fleet.settle(an_entry(1, A, input=5), an_abandoned(90))
@@ -721,7 +720,7 @@ def test_no_or_too_many_selections_are_refused_and_nothing_is_written(new_pool: 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [(name, value) for name in ("now_ms", "epoch", "position", "record") for value in NO_WHOLE_NUMBERS]
+    [(name, value) for name in ("now_ms", "epoch", "position") for value in NO_WHOLE_NUMBERS]
     + [("lease_ms", value) for value in (*NO_WHOLE_NUMBERS, "0")],
 )
 def test_a_malformed_argument_is_refused_and_nothing_is_written(new_pool: NewPool, name: str, value: str) -> None:

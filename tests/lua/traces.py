@@ -232,9 +232,9 @@ def _state(pool: Pool) -> dict[str, Any]:
             name: {
                 k: [msgspec.structs.astuple(w) for w in v] if k == "windows" else v
                 for k, v in msgspec.structs.asdict(service).items()
-                if k != "cleared"
+                if k not in ("cleared", "windows_revision")
             }
             for name, service in pool.services.items()
-            if any(v for k, v in msgspec.structs.asdict(service).items() if k != "cleared")
+            if any(v for k, v in msgspec.structs.asdict(service).items() if k not in ("cleared", "windows_revision"))
         },
     }
