@@ -190,7 +190,10 @@ class SentinelSet(Group):
             f"sentinel down-after-milliseconds {SERVICE} 1000\n"
             f"sentinel failover-timeout {SERVICE} 4000\n"
         )
-        return self.add(kind, str(file), "--sentinel")
+        sentinel = self.add(kind, str(file), "--sentinel")
+        # They look every half second, not every ten, and make a master that comes back a replica in two, not eight.
+        _raw(sentinel, "SENTINEL", "DEBUG", "INFO-PERIOD", "500", "PUBLISH-PERIOD", "500")
+        return sentinel
 
     def master_of(self, _key: str) -> Server:
         """The server that all sentinels call the master; whoever asks waits until they agree."""
@@ -203,6 +206,10 @@ class SentinelSet(Group):
 
         wait_until(agreed, "the sentinels agree")
         return found[0]
+
+    def replicas_of(self, master: Server) -> list[Server]:
+        """The replicas of that master."""
+        return [server for server in self.data if server is not master]
 
     def masters(self) -> list[Server]:
         """The one master."""
@@ -218,7 +225,7 @@ class SentinelSet(Group):
 
         def ready() -> bool:
             master = self.master_of("")
-            if not _is_in_sync(master, replicas=2):
+            if not _is_in_sync(master, self.replicas_of(master)):
                 return False
             for sentinel in self.sentinels:
                 flat = _raw(sentinel, "SENTINEL", "MASTER", SERVICE)
@@ -227,7 +234,7 @@ class SentinelSet(Group):
                     return False
                 for replica in _raw(sentinel, "SENTINEL", "REPLICAS", SERVICE):
                     seen = _pairs(replica)
-                    if seen["flags"] != "slave" or seen["master-link-status"] != "ok":
+                    if seen["flags"] != "slave" or seen["master-port"] != str(master.port):
                         return False
             return True
 
@@ -235,7 +242,8 @@ class SentinelSet(Group):
 
     def wait_in_sync(self) -> None:
         """Returns once both replicas have all that the master has."""
-        wait_until(lambda: _is_in_sync(self.master_of(""), replicas=2, lag=0), "the replicas catch up")
+        master = self.master_of("")
+        wait_until(lambda: _is_in_sync(master, self.replicas_of(master)), "the replicas catch up")
 
 
 class Cluster(Group):
@@ -291,14 +299,18 @@ class Cluster(Group):
         wait_until(known, "the slot has a master")
         return found[0]
 
-    def replica_of(self, master: Server) -> Server:
-        """A replica of that master."""
+    def replicas_of(self, master: Server) -> list[Server]:
+        """The replicas of that master."""
         ports = {port for _, _, (_, own, *_), *rest in _slots(master) for _, port, *_ in rest if own == master.port}
-        return next(server for server in self.data if server.port in ports)
+        return [server for server in self.data if server.port in ports]
 
     def wait_in_sync(self) -> None:
         """Returns once every replica has all that its master has."""
-        wait_until(lambda: all(_is_in_sync(m, replicas=1, lag=0) for m in self.masters()), "the replicas catch up")
+        wait_until(self._are_in_sync, "the replicas catch up")
+
+    def _are_in_sync(self) -> bool:
+        replicas = [(master, self.replicas_of(master)) for master in self.masters()]
+        return all(found and _is_in_sync(master, found) for master, found in replicas)
 
     def move(self, key: str, source: Server, target: Server) -> None:
         """Moves the slot of a key, with its keys, as redis-cli would; the other nodes learn it by gossip."""
@@ -326,7 +338,7 @@ class Cluster(Group):
             if any(_info(server)["cluster_state"] != "ok" for server in self.data):
                 return False
             maps = [{(first, last, master[1]) for first, last, master, *_ in _slots(server)} for server in self.data]
-            return all(m == maps[0] for m in maps) and all(_is_in_sync(m, replicas=1) for m in self.masters())
+            return all(m == maps[0] for m in maps) and self._are_in_sync()
 
         wait_until(ready, "three masters, each with a replica in sync")
 
@@ -355,11 +367,18 @@ def _pairs(flat: Any) -> dict[str, str]:
     return {name.decode(): value.decode() for name, value in pairs}
 
 
-def _is_in_sync(master: Server, replicas: int, lag: int = 100) -> bool:
+def _is_in_sync(master: Server, replicas: list[Server]) -> bool:
+    """True when the replicas have all that the master had at the start of the question."""
     info: dict[str, Any] = master.control.info("replication")
-    states = [info.get(f"slave{i}", {}) for i in range(info["connected_slaves"])]
-    behind = [info["master_repl_offset"] - s.get("offset", 0) for s in states if s.get("state") == "online"]
-    return bool(info["role"] == "master" and sum(bytes_ <= lag for bytes_ in behind) >= replicas)
+    if info["role"] != "master" or info["connected_slaves"] < len(replicas):
+        return False
+    theirs = [replica.control.info("replication") for replica in replicas]
+    return all(
+        state["role"] == "slave"
+        and state["master_link_status"] == "up"
+        and state["slave_repl_offset"] >= info["master_repl_offset"]
+        for state in theirs
+    )
 
 
 # -- TLS and a limited user --------------------------------------------------------------------------------------------

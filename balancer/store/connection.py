@@ -34,6 +34,9 @@ AGAIN_S = 0.02
 """After this long a command that was not executed is asked again."""
 _TRYING_S = 1.0
 _MOST_CLIENTS = 64
+_STALE_S = 0.25
+"""What sentinels said longer ago than this is asked again once the connection to their master stands."""
+_RECHECK_S = 1.0
 _LONGEST_PAUSE_S = 1.0
 _OLDEST = {"redis": (6, 2), "valkey": (7, 2)}
 
@@ -88,7 +91,7 @@ def _check_info(info: dict[str, Any], topology: Topology) -> None:
     if parts < _OLDEST[kind]:
         oldest = ".".join(map(str, _OLDEST[kind]))
         raise ConfigurationError(f"{kind} {version} is too old: {kind} {oldest} or newer is needed")
-    mode = info.get("redis_mode", "standalone")
+    mode = info.get("redis_mode") or info.get("server_mode") or "standalone"
     if topology.kind == "standalone" and mode in ("cluster", "sentinel"):
         raise ConfigurationError(f"BALANCER_REDIS: this is a {mode} node; name it as redis+{mode}://")
     if info.get("role", "master") != "master":
@@ -221,6 +224,7 @@ class Link:
         self._buffer: list[bytes] = []
         self._waiting: deque[tuple[asyncio.Future[Any], float]] = deque()
         self._loaded: set[str] = set()
+        self._url = ""
         self._failure = "not connected yet"
         self._refusal = ""
         self._leaving: RefusedError | None = None
@@ -316,6 +320,10 @@ class Link:
         async with asyncio.timeout(connect_s):
             await connection.connect()  # type: ignore[no-untyped-call]
             await self._greet(connection)
+        await self._topology.recheck(_STALE_S)
+        if not await self._is_place(url):
+            raise RefusedError("the master has changed meanwhile: a failover is under way", Then.MOVE)
+        self._url = url
         # The writer is redis-py's own: its public way to write awaits, and would not write within this loop tick.
         self._writer = connection._writer
         self._loaded.clear()
@@ -341,7 +349,7 @@ class Link:
 
     async def _read_replies(self) -> None:
         assert self._connection is not None
-        guard = asyncio.create_task(self._guard())
+        guard = asyncio.create_task(self._guard(self._url))
         try:
             # Once we leave, nothing new is sent, and what was sent is still answered.
             while self._leaving is None or self._waiting:
@@ -391,13 +399,27 @@ class Link:
         else:
             self._topology.forget()
 
-    async def _guard(self) -> None:
-        """Breaks a connection that has been silent for too long with commands waiting: it may be half-open."""
+    async def _guard(self, url: str) -> None:
+        """Breaks a connection that is silent for too long with commands waiting, or that leads to no master any more.
+
+        The first may be half-open. Of the second the sentinels know, not the server itself.
+        """
         patience_s = self._topology.patience_s
         while True:
             await asyncio.sleep(patience_s / 5)
-            if self._waiting and time.monotonic() - self._waiting[0][1] > patience_s and self._writer:
+            is_silent = self._waiting and time.monotonic() - self._waiting[0][1] > patience_s
+            await self._topology.recheck(_RECHECK_S)
+            if (is_silent or not await self._is_place(url)) and self._writer:
                 self._writer.transport.abort()
+
+    async def _is_place(self, url: str) -> bool:
+        """True unless the sentinels name another master now."""
+        if self._topology.kind != "sentinel":
+            return True
+        try:
+            return await self._topology.locate(self._key) == url
+        except StoreUnavailableError:
+            return True  # Nobody knows better.
 
     async def _disconnect(self, failure: str, *, is_moving: bool = False) -> None:
         was_up = self._writer is not None or self._is_moving

@@ -325,7 +325,10 @@ class PoolClient:
 
     def _on_up(self) -> None:
         self._up.set()
-        self._resend(None)
+        # From the newest acknowledged batch on: whom we are connected to now may lack it, and unless we settle again,
+        # nobody would ever ask for it. Applied already, it changes nothing.
+        acknowledged = self.outbox.acknowledged
+        self._resend(None if acknowledged is None else acknowledged - 1)
         self._schedule_flush()
 
     def _on_down(self) -> None:

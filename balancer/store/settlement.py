@@ -53,6 +53,11 @@ class Outbox:
         """The number of the newest batch, 0 before the first."""
         return self._next - 1
 
+    @property
+    def acknowledged(self) -> int | None:
+        """The number of the newest batch that Redis has applied and we still hold."""
+        return self._kept[-1].number if self._kept else None
+
     def add(self, entry: Entry) -> None:
         """Queues an entry for the next batch."""
         self._entries.append((entry, self._clock()))

@@ -29,6 +29,7 @@ from redis.crc import key_slot
 from redis.exceptions import RedisError
 from redis.maint_notifications import MaintNotificationsConfig
 
+from balancer import log
 from balancer.errors import ConfigurationError, StoreUnavailableError
 from balancer.store.refusals import describe
 
@@ -105,7 +106,7 @@ class Topology:
         self._expected = _FORMS[form]
         self._transport = transport
         self._is_stale = True
-        self._asked_at = self._answered_at = float("-inf")
+        self._asked_at = self._answered_at = self._known_at = float("-inf")
         self._failure = ""
         self._lock = asyncio.Lock()
         self._service = ""
@@ -265,6 +266,25 @@ class Topology:
         nodes = [self._master] if self._master else [node for _, _, node in self._ranges]
         return [self._url_of(node) for node in dict.fromkeys(nodes)]
 
+    async def recheck(self, max_age_s: float) -> None:
+        """Asks the sentinels again if their last answer is older; leaves all as it is when none answers.
+
+        A master that hung and comes back believes for seconds that it still is one. In a Cluster it finds out by
+        itself, before it answers anybody.
+        """
+        if self.kind != "sentinel" or time.monotonic() - self._answered_at < max_age_s:
+            return
+        async with self._lock:
+            if time.monotonic() - self._answered_at < max_age_s:
+                return
+            self._asked_at = time.monotonic()
+            try:
+                await self._ask()
+            except StoreUnavailableError as exc:
+                log.debug("the sentinels are away", reason=exc.message)
+            finally:
+                self._answered_at = time.monotonic()
+
     def forget(self) -> None:
         """Makes the next `locate` ask again."""
         self._is_stale = True
@@ -278,7 +298,7 @@ class Topology:
             return
         came_at = time.monotonic()
         async with self._lock:
-            if self._answered_at >= came_at:
+            if self._known_at >= came_at:
                 # Somebody else asked while we waited, and the answer, good or bad, is ours too.
                 if self._failure:
                     raise StoreUnavailableError(self._failure)
@@ -299,7 +319,7 @@ class Topology:
                 self._is_stale = True
                 raise
             finally:
-                self._answered_at = time.monotonic()
+                self._known_at = self._answered_at = time.monotonic()
 
     async def _ask(self) -> None:
         """Asks the nodes in turn until one knows."""

@@ -219,9 +219,7 @@ async def test_an_address_that_a_node_does_not_tell_is_the_one_it_was_asked_unde
 ) -> None:
     member = Scripted(CLUSTER=b"*1\r\n" + a_range(0, 16383, host, 7000, more))
     async with nodes(member) as address:
-        topology = Topology(f"redis+cluster://u:p@{address}")
-        assert await topology.locate(KEY) == f"redis://u:p@{expected}"
-        assert await topology.masters() == [f"redis://u:p@{expected}"]
+        assert await Topology(f"redis+cluster://u:p@{address}").masters() == [f"redis://u:p@{expected}"]
 
 
 async def test_a_cluster_is_found_through_nodes_learned_later_when_those_of_the_url_are_gone() -> None:
@@ -273,11 +271,16 @@ async def test_a_replica_that_passes_for_the_master_is_never_written_to() -> Non
 # -- every topology ----------------------------------------------------------------------------------------------------
 
 
-def a_configuration(model: str) -> Configuration:
+def a_configuration(window_s: int) -> Configuration:
     raw = {
         "providers": [{"name": "p", "api_base": "http://127.0.0.1:1", "api_style": "openai", "no_key_required": True}],
         "rules": [
-            {"request_model": model, "pool": pool, "uuid": pool, "services": [{"provider": "p", "model": "m"}]}
+            {
+                "request_model": pool,
+                "pool": pool,
+                "uuid": pool,
+                "services": [{"provider": "p", "model": "m", "time_window": window_s}],
+            }
             for pool in ("default", "second", "third")
         ],
     }
@@ -294,15 +297,15 @@ async def test_a_publication_reaches_pools_on_every_master_and_is_announced_at_o
     register = Registry(commands)
     follower = Follower(commands, register)
     try:
-        first = await register.publish(a_configuration("one"), None)
+        first = await register.publish(a_configuration(300), None)
         await follower.start()
         with redis.Redis.from_url(topology_target.master_of(keys.HEAD)) as client:
 
             async def is_heard() -> bool:
-                return dict(client.pubsub_numsub(keys.FEED))[keys.FEED.encode()] == 1
+                return dict(client.pubsub_numsub(keys.FEED)) == {keys.FEED.encode(): 1}
 
             await eventually(is_heard)
-        await register.publish(a_configuration("two"), first)
+        await register.publish(a_configuration(60), first)
 
         async def has_followed() -> bool:
             return follower.directory is not None and follower.directory.revision == 2
@@ -406,15 +409,22 @@ class Load:
         assert self.view.epoch == 1 + len(self.bumps)
 
 
-@pytest.fixture(params=["sentinel", "cluster"])
-def replicated(request: pytest.FixtureRequest, group: Callable[[str], Any]) -> Iterator[Any]:
-    """An empty set under sentinels, and a Cluster, each able to fail over; restored afterwards."""
-    found = group(request.param)
+@contextlib.contextmanager
+def fresh(found: Any) -> Iterator[Any]:
+    """The same, emptied and able to fail over; restored afterwards."""
     found.restore()
     for master in found.masters():
         master.control.flushall()
+    found.wait_in_sync()
     yield found
     found.restore()
+
+
+@pytest.fixture(params=["sentinel", "cluster"])
+def replicated(request: pytest.FixtureRequest, group: Callable[[str], Any]) -> Iterator[Any]:
+    """A set under sentinels, and a Cluster, each able to fail over."""
+    with fresh(group(request.param)) as found:
+        yield found
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
@@ -443,7 +453,7 @@ async def test_writes_that_the_promoted_replica_lacks_raise_the_epoch_and_settle
         assert await pool.acknowledged(5)
         master = replicated.master_of(KEY)
         await asyncio.to_thread(replicated.wait_in_sync)
-        others = [server for server in replicated.data if server is not master and server not in replicated.masters()]
+        others = replicated.replicas_of(master)
         for server in others:
             server.stop()
         master.control.execute_command("CLIENT", "KILL", "TYPE", "replica")
@@ -477,12 +487,15 @@ async def pool_is_back(pool: PoolClient) -> None:
 @pytest.fixture
 def cluster(group: Callable[[str], Any]) -> Iterator[topologies.Cluster]:
     """An empty Cluster, restored afterwards."""
-    found: topologies.Cluster = group("cluster")
-    found.restore()
-    for master in found.masters():
-        master.control.flushall()
-    yield found
-    found.restore()
+    with fresh(group("cluster")) as found:
+        yield found
+
+
+@pytest.fixture
+def sentinels(group: Callable[[str], Any]) -> Iterator[topologies.SentinelSet]:
+    """An empty set under sentinels, restored afterwards."""
+    with fresh(group("sentinel")) as found:
+        yield found
 
 
 async def test_a_moved_slot_is_followed_and_no_selection_fails(cluster: topologies.Cluster) -> None:
@@ -505,7 +518,7 @@ async def test_a_planned_failover_fails_no_selection(cluster: topologies.Cluster
     async with load.running():
         await load.goes_on(100)
         master = cluster.master_of(KEY)
-        cluster.replica_of(master).control.execute_command("CLUSTER", "FAILOVER")
+        cluster.replicas_of(master)[0].control.execute_command("CLUSTER", "FAILOVER")
 
         async def has_moved() -> bool:
             return cluster.master_of(KEY) is not master
@@ -566,6 +579,37 @@ async def test_an_abandoned_selection_is_given_back_after_a_failover(replicated:
     load.check()
 
 
+async def test_what_a_replaced_master_acknowledged_after_it_hung_is_settled_again(
+    sentinels: topologies.SentinelSet,
+) -> None:
+    """It believes for seconds that it is the master; a worker that then settled no more had lost its last batch."""
+    load = Load(Topology(sentinels.url), workers=1)
+    pool = load.pools[0]
+    async with load.running():
+        await load.goes_on(20)
+        load._stopping.set()
+        assert await pool.acknowledged(5)
+        master = sentinels.master_of(KEY)
+        answer = await pool.select(a_selection(100_001))
+        master.stop()
+
+        async def is_replaced() -> bool:
+            return sentinels.master_of(KEY) is not master
+
+        await eventually(is_replaced)
+        master.resume()
+        pool.settle(an_entry(100_001, answer[1]))
+        load.settled += 1
+
+        async def is_counted() -> bool:
+            client = sentinels.master_of(KEY).control
+            counts = [client.hget(keys.services("default"), f"requests:{id_}") for id_ in ("a:m", "b:m")]
+            return sum(int(count or 0) for count in counts) == load.settled
+
+        await eventually(is_counted)
+    load.check()
+
+
 # -- what is looked at before a start ----------------------------------------------------------------------------------
 
 
@@ -581,10 +625,11 @@ async def test_an_evicting_policy_is_refused_on_any_master_of_a_cluster(cluster:
     await check_server(cluster.url)
 
 
-async def test_a_node_named_as_what_it_is_not_is_told_apart(group: Callable[[str], Any]) -> None:
+async def test_a_node_named_as_what_it_is_not_is_told_apart(
+    cluster: topologies.Cluster, sentinels: topologies.SentinelSet
+) -> None:
     with pytest.raises(ConfigurationError, match=r"redis\+cluster://"):
-        await check_server(f"redis://{group('cluster').data[0].address}")
-    sentinels = group("sentinel")
+        await check_server(f"redis://{cluster.data[0].address}")
     with pytest.raises(ConfigurationError, match=r"redis\+sentinel://"):
         await check_server(f"redis://{sentinels.sentinels[0].address}")
     master = sentinels.master_of(KEY)
