@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import redis
 from cryptography import x509
@@ -53,8 +54,44 @@ def wait_until(holds: Callable[[], bool], what: str, timeout_s: float = _PATIENC
         time.sleep(0.02)
 
 
-class Server:
-    """One server process on a port of loopback; it may be killed, stopped, and started again."""
+class Process:
+    """A process that may be killed, stopped and resumed, by its pid."""
+
+    def __init__(self, process: subprocess.Popen[bytes] | None = None) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        """False once it was killed."""
+        return self._process is not None
+
+    def kill(self) -> None:
+        """Ends it with SIGKILL."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def stop(self) -> None:
+        """SIGSTOP: it holds its connections and answers nothing."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def end(self) -> None:
+        """The end, however it stands; a stopped process is killed too."""
+        self.kill()
+
+
+class Server(Process):
+    """One server on a port of loopback; once killed it may be started again."""
 
     def __init__(self, kind: str, folder: Path, *arguments: str, with_bus: bool = False) -> None:
         self.program = servers.binary(kind) or ""
@@ -63,7 +100,7 @@ class Server:
         self.arguments = arguments
         self.port = 0
         self._with_bus = with_bus
-        self._process: subprocess.Popen[bytes] | None = None
+        super().__init__()
         folder.mkdir()
         for _ in range(5):
             ports = free_ports(2)
@@ -76,11 +113,6 @@ class Server:
     @property
     def address(self) -> str:
         return f"{HOST}:{self.port}"
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
 
     def log(self) -> str:
         """What it has logged."""
@@ -111,29 +143,9 @@ class Server:
         """A client of its own, to be closed."""
         return redis.Redis(host=HOST, port=self.port, socket_timeout=5, socket_connect_timeout=5)
 
-    def kill(self) -> None:
-        """Ends it with SIGKILL."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def stop(self) -> None:
-        """SIGSTOP: it holds its connections and answers nothing."""
-        os.kill(self.pid, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """SIGCONT."""
-        os.kill(self.pid, signal.SIGCONT)
-
-    @property
-    def is_running(self) -> bool:
-        """False once it was killed."""
-        return self._process is not None
-
     def end(self) -> None:
-        """The end, however it stands."""
-        self.kill()  # A stopped process is killed too.
+        """The end, also of the client."""
+        super().end()
         if "control" in self.__dict__:
             self.control.close()
 
@@ -143,7 +155,7 @@ class Group:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="b-"))
-        self.servers: list[Server] = []
+        self.servers: list[Process] = []
 
     def add(self, kind: str, *arguments: str, with_bus: bool = False) -> Server:
         """A new server of the group."""
@@ -394,6 +406,11 @@ def documented_acl(name: str = "balancer") -> list[str]:
     return line.replace(">PASSWORD", f">{PASSWORD}").split()
 
 
+def _certificate_options(folder: Path) -> list[str]:
+    files = (("cert", "server.pem"), ("key", "server.key"), ("ca-cert", "ca.pem"))
+    return [word for option, name in files for word in (f"--tls-{option}-file", str(folder / name))]
+
+
 class LimitedTls(Group):
     """A server that speaks TLS only, to a user who may do what docs/redis.md says and no more."""
 
@@ -402,15 +419,11 @@ class LimitedTls(Group):
         try:
             make_certificates(self.folder)
             self.socket = self.folder / "s.sock"
-            files = [
-                f"--tls-{what}-file {self.folder / name}".split()
-                for what, name in (("cert", "server.pem"), ("key", "server.key"), ("ca-cert", "ca.pem"))
-            ]
             (self.port,) = free_ports(1)
             self.server = self.add(
                 kind,
                 *_DATA,
-                *(word for pair in files for word in pair),
+                *_certificate_options(self.folder),
                 "--tls-port",
                 str(self.port),
                 "--tls-auth-clients",
@@ -423,11 +436,57 @@ class LimitedTls(Group):
             self.server.control.execute_command("AUTH", ADMIN_PASSWORD)
             with redis.Redis.from_url(self.admin_url) as admin:
                 admin.execute_command(*documented_acl())
-            secret = PASSWORD.replace("/", "%2F").replace("@", "%40")
+            secret = quote(PASSWORD, safe="")
             self.url = f"rediss://balancer:{secret}@{HOST}:{self.port}?ssl_ca_certs={self.folder / 'ca.pem'}"
         except BaseException:
             self.end()
             raise
+
+
+class TlsEverywhere(Group):
+    """A Cluster of one node, and a sentinel with a server, that speak TLS and nothing else; each wants a password."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        try:
+            make_certificates(self.folder)
+            tls = ["--tls-auth-clients", "no", "--tls-replication", "yes", "--tls-cluster", "yes"]
+            tls += ["--requirepass", PASSWORD, *_certificate_options(self.folder)]
+            ports = free_ports(4)
+            self._start(kind, 0, *_DATA, *tls, "--tls-port", str(ports[0]))
+            own = ("--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", "--cluster-port", str(ports[3]))
+            self._start(kind, 1, *_DATA, *tls, *own, "--tls-port", str(ports[1]))
+            with self._client(1) as client:
+                client.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+                wait_until(
+                    lambda: b"cluster_state:ok" in client.execute_command("CLUSTER", "INFO"), "all slots are served"
+                )
+            file = self.folder / "sentinel.conf"
+            file.write_text(
+                f"sentinel monitor {SERVICE} {HOST} {ports[0]} 1\nsentinel auth-pass {SERVICE} {PASSWORD}\n"
+            )
+            self._start(kind, 2, str(file), "--sentinel", *tls, "--tls-port", str(ports[2]))
+            secret = quote(PASSWORD, safe="")
+            rest = f"ssl_ca_certs={self.folder / 'ca.pem'}"
+            self.cluster_url = f"rediss+cluster://:{secret}@{HOST}:{ports[1]}?{rest}"
+            self.sentinel_url = (
+                f"rediss+sentinel://:{secret}@{HOST}:{ports[2]}/{SERVICE}/3?sentinel_password={secret}&{rest}"
+            )
+        except BaseException:
+            self.end()
+            raise
+
+    def _client(self, number: int) -> Any:
+        return redis.Redis(unix_socket_path=str(self.folder / f"{number}.sock"), password=PASSWORD)
+
+    def _start(self, kind: str, number: int, *arguments: str) -> None:
+        """A server without a plain port; asked over a socket whether it is there."""
+        socket_option = ("--port", "0", "--unixsocket", str(self.folder / f"{number}.sock"))
+        command = [servers.binary(kind) or "", *arguments, *socket_option]
+        process = subprocess.Popen(command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self.servers.append(Process(process))
+        with self._client(number) as client:
+            wait_until(lambda: bool(client.ping()), "the server answers")
 
 
 def make_certificates(folder: Path) -> None:

@@ -230,6 +230,7 @@ class Link:
         self._leaving: RefusedError | None = None
         self._is_moving = False
         self._is_proven = False
+        self._is_late = False
 
     @property
     def is_connected(self) -> bool:
@@ -246,7 +247,9 @@ class Link:
         """True when connected, and no command has waited for its reply beyond the deadline."""
         if not self.is_connected:
             return False
-        return not self._waiting or time.monotonic() - self._waiting[0][1] < self._deadline_s
+        if not self._waiting:
+            return True
+        return not self._is_late and time.monotonic() - self._waiting[0][1] < self._deadline_s
 
     @property
     def failure(self) -> str:
@@ -278,6 +281,10 @@ class Link:
     def forget(self, script: Script) -> None:
         """Makes the next call send the source again: the server has said NOSCRIPT."""
         self._loaded.discard(script.sha)
+
+    def late(self) -> None:
+        """Somebody has waited in vain: the link is not up before the next reply."""
+        self._is_late = True
 
     def flush(self) -> None:
         """Writes what is queued to the socket, at once."""
@@ -315,7 +322,7 @@ class Link:
     async def _connect(self) -> None:
         url = await self._topology.locate(self._key)
         connect_s = self._topology.connect_timeout_s
-        self._connection = connection = new_connection(url, None, connect_s)
+        self._connection = connection = new_connection(url, None, connect_s, self._topology.tls)
         # Also for the handshake: a stopped server's kernel still accepts connections.
         async with asyncio.timeout(connect_s):
             await connection.connect()  # type: ignore[no-untyped-call]
@@ -327,7 +334,7 @@ class Link:
         # The writer is redis-py's own: its public way to write awaits, and would not write within this loop tick.
         self._writer = connection._writer
         self._loaded.clear()
-        self._leaving, self._is_moving, self._refusal = None, False, ""
+        self._leaving, self._is_moving, self._is_late, self._refusal = None, False, False, ""
         log.info("connected to the store", link=self._name)
         self._on_up()
         self.flush()
@@ -364,6 +371,7 @@ class Link:
                     if not isinstance(reply, ResponseError | RefusedError):
                         raise
                 future, _ = self._waiting.popleft()
+                self._is_late = False
                 reply = self._noted(reply)
                 if future.done():
                     continue

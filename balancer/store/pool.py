@@ -138,6 +138,7 @@ class PoolClient:
         except TimeoutError:
             if asked.refusal:
                 raise asked.refusal from None
+            self._link.late()
             self._abandon(selection)
             raise StoreUnavailableError("Redis did not answer in time") from None
         except RefusedError as exc:

@@ -22,7 +22,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 import msgspec
 import redis.asyncio
-from redis.asyncio.connection import AbstractConnection, ConnectionPool, SSLConnection
+from redis.asyncio.connection import AbstractConnection, ConnectionPool, RedisSSLContext, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.crc import key_slot
@@ -53,11 +53,16 @@ class Node(msgspec.Struct, frozen=True):
     port: int
 
 
-def new_connection(url: str, timeout_s: float | None, connect_timeout_s: float) -> AbstractConnection:
+def new_connection(
+    url: str, timeout_s: float | None, connect_timeout_s: float, tls: RedisSSLContext | None = None
+) -> AbstractConnection:
     """A connection of redis-py's, not connected yet, that never retries."""
     pool = ConnectionPool.from_url(url, **options(timeout_s, connect_timeout_s))
     # Made here and not taken from the pool: the pool would keep it, and check it on every use.
-    return cast("AbstractConnection", pool.make_connection())  # type: ignore[no-untyped-call]
+    connection = cast("AbstractConnection", pool.make_connection())  # type: ignore[no-untyped-call]
+    if tls is not None and isinstance(connection, SSLConnection):
+        connection.ssl_context = tls
+    return connection
 
 
 async def hang_up(connection: AbstractConnection) -> None:
@@ -105,6 +110,8 @@ class Topology:
         self.kind = "sentinel" if form == "sentinel" else "cluster" if form == "cluster" else "standalone"
         self._expected = _FORMS[form]
         self._transport = transport
+        self.tls: RedisSSLContext | None = None
+        """Read once: loading the certificates of the system blocks for tens of milliseconds, at each connect."""
         self._is_stale = True
         self._asked_at = self._answered_at = self._known_at = float("-inf")
         self._failure = ""
@@ -210,6 +217,7 @@ class Topology:
             connection = new_connection(url, 1, 1)
             if isinstance(connection, SSLConnection):
                 connection.ssl_context.get()
+                self.tls = connection.ssl_context
         except TypeError as exc:
             raise self._fault("an ssl_… parameter is not known") from exc
         except (ValueError, RedisError) as exc:
@@ -341,7 +349,7 @@ class Topology:
     async def _ask_sentinel(self, node: Node) -> str:
         """Learns the master; the reason if the sentinel does not know it."""
         url = _url(self._transport, self._sentinel_userinfo, node, "", self._sentinel_query)
-        reply = await reply_of(url, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
+        reply = await _reply_of(url, self.tls, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
         if not reply:
             return f"the sentinels have no service {self._service}"
         self._master = Node(reply[0].decode(), int(reply[1]))
@@ -349,7 +357,7 @@ class Topology:
 
     async def _ask_member(self, node: Node) -> str:
         """Learns the map of slots and all nodes; the reason if the node knows none."""
-        reply = await reply_of(self._url_of(node), "CLUSTER", "SLOTS")
+        reply = await _reply_of(self._url_of(node), self.tls, "CLUSTER", "SLOTS")
         ranges = []
         nodes: dict[Node, None] = {}
         for first, last, *members in reply:
@@ -367,9 +375,9 @@ class Topology:
         return ""
 
 
-async def reply_of(url: str, *command: str) -> Any:
+async def _reply_of(url: str, tls: RedisSSLContext | None, *command: str) -> Any:
     """A node's reply to one command, on a connection of its own. Raises RedisError or OSError, soon."""
-    connection = new_connection(url, _NODE_TIMEOUT_S, _NODE_TIMEOUT_S)
+    connection = new_connection(url, _NODE_TIMEOUT_S, _NODE_TIMEOUT_S, tls)
     try:
         async with asyncio.timeout(_NODE_TIMEOUT_S):
             await connection.connect()  # type: ignore[no-untyped-call]

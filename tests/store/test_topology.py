@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -317,6 +318,21 @@ async def test_a_publication_reaches_pools_on_every_master_and_is_announced_at_o
     finally:
         await follower.close()
         await commands.aclose()
+
+
+@pytest.mark.needs("apt:redis-server")
+async def test_tls_reaches_the_sentinels_and_every_node_of_a_cluster() -> None:
+    with topologies.TlsEverywhere("redis-7") as group:
+        for url in (group.sentinel_url, group.cluster_url):
+            await check_server(url)
+            load = Load(Topology(url), workers=1)
+            async with load.running():
+                await load.goes_on(20)
+            load.check()
+            with pytest.raises(StoreUnavailableError, match="TLS: self-signed certificate"):
+                await Topology(url.rpartition("ssl_ca_certs")[0]).locate(KEY)
+        with pytest.raises(StoreUnavailableError, match=r"NOAUTH.*sentinel_password"):
+            await Topology(re.sub("sentinel_password=[^&]*&", "", group.sentinel_url)).locate(KEY)
 
 
 # -- failovers and moved slots -----------------------------------------------------------------------------------------
