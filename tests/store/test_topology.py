@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import redis
+from redis.crc import key_slot
 
 from balancer import document
 from balancer.domain import Configuration
 from balancer.errors import ConfigurationError, StoreUnavailableError
-from balancer.store import keys, registry
+from balancer.store import connection, keys, registry
 from balancer.store.connection import Commands, Link, check_server
 from balancer.store.pool import PoolClient, PoolEvents
 from balancer.store.registry import Follower, Registry
@@ -104,7 +105,13 @@ class Scripted:
     def __init__(self, **replies: bytes) -> None:
         self.replies = {"HELLO": b"%1\r\n+proto\r\n:3\r\n", "CLIENT": b"+OK\r\n", "PING": b"+PONG\r\n"} | replies
         self.received: list[tuple[str, ...]] = []
+        self.gates: dict[str, asyncio.Event] = {}
+        """Before it answers one of these words it waits."""
         self.address = ""
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Scripted]:
@@ -125,6 +132,8 @@ class Scripted:
                     length = int((await reader.readline())[1:])
                     words.append((await reader.readexactly(length + 2))[:-2].decode())
                 self.received.append(tuple(words))
+                if gate := self.gates.get(words[0]):
+                    await gate.wait()
                 writer.write(self.replies.get(words[0], b"-ERR unknown command\r\n"))
                 await writer.drain()
 
@@ -248,25 +257,127 @@ async def test_a_slot_without_a_master_and_a_node_without_a_map_are_told() -> No
             await Topology(f"redis+cluster://{address}").locate(KEY)
 
 
+@contextlib.asynccontextmanager
+async def a_link(url: str) -> AsyncIterator[tuple[Link, list[str]]]:
+    """A running link, and what its owner was told."""
+    told: list[str] = []
+    link = Link(Topology(url), KEY, 250, lambda: told.append("up"), lambda: told.append("down"), name="default")
+    running = asyncio.create_task(link.run())
+    try:
+        yield link, told
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+def a_master() -> Scripted:
+    return Scripted(ROLE=b"*1\r\n" + bulk("master"))
+
+
 async def test_a_replica_that_passes_for_the_master_is_never_written_to() -> None:
-    replica = Scripted(ROLE=b"*1\r\n" + bulk("slave"))
-    ups: list[int] = []
-    async with nodes(replica) as address:
-        host, _, port = address.partition(":")
-        async with nodes(Scripted(SENTINEL=an_address(host, int(port)))) as sentinel:
-            topology = Topology(f"redis+sentinel://{sentinel}/main")
-            link = Link(topology, KEY, 250, lambda: ups.append(1), lambda: None, name="default")
-            running = asyncio.create_task(link.run())
+    replica, sentinel = Scripted(ROLE=b"*1\r\n" + bulk("slave")), Scripted()
+    async with nodes(replica), nodes(sentinel) as address:
+        sentinel.replies["SENTINEL"] = an_address("127.0.0.1", replica.port)
+        async with a_link(f"redis+sentinel://{address}/main") as (link, told):
 
             async def has_asked_twice() -> bool:
                 return replica.asked("ROLE") >= 2
 
             await eventually(has_asked_twice)
             assert (link.is_up, link.failure) == (False, "the master is a replica now: a failover is under way")
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-    assert ups == []
+    assert told == []
     assert {command[0] for command in replica.received} == {"HELLO", "CLIENT", "PING", "ROLE"}
+
+
+async def test_a_master_that_is_replaced_while_we_wait_for_its_greeting_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It hung, came back, and answered as if it were the master still: what it took was lost when it was demoted."""
+    monkeypatch.setattr(connection, "_STALE_S", 0.0)
+    hung, successor, sentinel = a_master(), a_master(), Scripted()
+    hung.gates["PING"] = asyncio.Event()
+    async with nodes(hung, successor), nodes(sentinel) as address:
+        sentinel.replies["SENTINEL"] = an_address("127.0.0.1", hung.port)
+        async with a_link(f"redis+sentinel://{address}/main") as (link, told):
+
+            async def is_greeted() -> bool:
+                return hung.asked("PING") == 1
+
+            await eventually(is_greeted)
+            sentinel.replies["SENTINEL"] = an_address("127.0.0.1", successor.port)
+            hung.gates["PING"].set()
+
+            async def is_up() -> bool:
+                return link.is_up
+
+            await eventually(is_up)
+            assert (told, successor.asked("PING")) == (["up"], 1)
+
+
+async def test_an_idle_link_leaves_a_master_that_the_sentinels_have_replaced() -> None:
+    """A stopped and resumed master believes for up to ten seconds that it is the master still."""
+    first, second, sentinel = a_master(), a_master(), Scripted()
+    async with nodes(first, second), nodes(sentinel) as address:
+        sentinel.replies["SENTINEL"] = an_address("127.0.0.1", first.port)
+        async with a_link(f"redis+sentinel://{address}/main") as (link, told):
+
+            async def is_up() -> bool:
+                return link.is_up
+
+            await eventually(is_up)
+            sentinel.replies["SENTINEL"] = an_address("127.0.0.1", second.port)
+
+            async def has_moved() -> bool:
+                return link.is_up and second.asked("PING") == 1
+
+            await eventually(has_moved)
+    assert told == ["up", "down", "up"]
+
+
+async def test_a_master_that_falls_silent_is_left_before_it_would_be_as_a_single_server() -> None:
+    silent, successor, sentinel = a_master(), a_master(), Scripted()
+    silent.gates["GET"] = asyncio.Event()
+    async with nodes(silent, successor), nodes(sentinel) as address:
+        sentinel.replies["SENTINEL"] = an_address("127.0.0.1", silent.port)
+        async with a_link(f"redis+sentinel://{address}/main") as (link, _):
+
+            async def is_up() -> bool:
+                return link.is_up
+
+            await eventually(is_up)
+            unanswered = link.send("GET", KEY)
+            link.flush()
+            started = asyncio.get_running_loop().time()
+            with pytest.raises(StoreUnavailableError):
+                await unanswered
+            assert 1.4 < asyncio.get_running_loop().time() - started < 4
+
+
+async def test_moved_is_believed_before_the_other_nodes_know() -> None:
+    source, target = a_master(), a_master()
+    async with nodes(source) as address, nodes(target):
+        source.replies["CLUSTER"] = b"*1\r\n" + a_range(0, 16383, bulk("127.0.0.1"), source.port)
+        # An empty host is the one that was asked.
+        source.replies["GET"] = b"-MOVED %d :%d\r\n" % (key_slot(KEY.encode()), target.port)
+        target.replies["GET"] = bulk("here")
+        async with a_link(f"redis+cluster://{address}") as (link, told):
+
+            async def asked() -> Any:
+                reply = link.send("GET", KEY)
+                link.flush()
+                return await reply
+
+            async def is_there() -> bool:
+                with contextlib.suppress(StoreUnavailableError):
+                    return bool(await asked() == b"here")
+                return False
+
+            await eventually(is_there)
+            assert link.is_up
+        commands = Commands(Topology(f"redis+cluster://{address}"))
+        assert await commands.run(KEY, "GET", KEY) == b"here"
+        await commands.aclose()
+    assert told[-1] == "up"
 
 
 # -- every topology ----------------------------------------------------------------------------------------------------
