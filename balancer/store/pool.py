@@ -38,10 +38,11 @@ class PoolEvents(msgspec.Struct, kw_only=True):
 
 
 class _Asked(msgspec.Struct, eq=False):
-    """A selection and whoever waits for its answer; `refusal` while Redis has not executed it, empty else."""
+    """A selection and whoever waits for its answer; whether it is on its way, and what it was refused with last."""
 
     selection: Selection
     future: asyncio.Future[Answer]
+    is_sent: bool = False
     refusal: RefusedError | None = None
 
 
@@ -136,11 +137,11 @@ class PoolClient:
             async with asyncio.timeout(self._deadline_s):
                 return await asked.future
         except TimeoutError:
-            if asked.refusal:
-                raise asked.refusal from None
+            if not asked.is_sent:
+                raise asked.refusal or StoreUnavailableError(f"Redis is away: {self._link.failure}") from None
             self._link.late()
             self._abandon(selection)
-            raise StoreUnavailableError("Redis did not answer in time") from None
+            raise asked.refusal or StoreUnavailableError("Redis did not answer in time") from None
         except RefusedError as exc:
             if exc.may_have_run:
                 self._abandon(selection)
@@ -217,7 +218,7 @@ class PoolClient:
         script = self._scripts["select"]
         rest = [argument for one in asked for argument in selection_arguments(one.selection)]
         for one in asked:
-            one.refusal = None
+            one.is_sent = True
         reply = self._link.call(script, script.command(self._keys(self.worker), self._arguments(), rest))
         reply.add_done_callback(lambda done: self._on_selected(asked, done))
 
@@ -254,7 +255,7 @@ class PoolClient:
         else:
             return False
         for one in asked:
-            one.refusal = refusal
+            one.is_sent, one.refusal = False, refusal
         return True
 
     def _ask_again(self) -> None:

@@ -351,6 +351,9 @@ async def test_a_master_that_falls_silent_is_left_before_it_would_be_as_a_single
             with pytest.raises(StoreUnavailableError):
                 await unanswered
             assert 1.4 < asyncio.get_running_loop().time() - started < 4
+            sentinel.replies["SENTINEL"] = an_address("127.0.0.1", successor.port)
+            await eventually(is_up)
+            assert successor.asked("PING") == 1
 
 
 async def test_moved_is_believed_before_the_other_nodes_know() -> None:
