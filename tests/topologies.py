@@ -466,11 +466,14 @@ class TlsEverywhere(Group):
                 f"sentinel monitor {SERVICE} {HOST} {ports[0]} 1\nsentinel auth-pass {SERVICE} {PASSWORD}\n"
             )
             self._start(kind, 2, str(file), "--sentinel", *tls, "--tls-port", str(ports[2]))
+            with self._client(2) as client:
+                client.execute_command(*documented_acl("balancer-sentinel"))
             secret = quote(PASSWORD, safe="")
             rest = f"ssl_ca_certs={self.folder / 'ca.pem'}"
             self.cluster_url = f"rediss+cluster://:{secret}@{HOST}:{ports[1]}?{rest}"
             self.sentinel_url = (
-                f"rediss+sentinel://:{secret}@{HOST}:{ports[2]}/{SERVICE}/3?sentinel_password={secret}&{rest}"
+                f"rediss+sentinel://:{secret}@{HOST}:{ports[2]}/{SERVICE}/3"
+                f"?sentinel_username=balancer-sentinel&sentinel_password={secret}&{rest}"
             )
         except BaseException:
             self.end()
