@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import redis
 from cryptography import x509
@@ -53,8 +54,44 @@ def wait_until(holds: Callable[[], bool], what: str, timeout_s: float = _PATIENC
         time.sleep(0.02)
 
 
-class Server:
-    """One server process on a port of loopback; it may be killed, stopped, and started again."""
+class Process:
+    """A process that may be killed, stopped and resumed, by its pid."""
+
+    def __init__(self, process: subprocess.Popen[bytes] | None = None) -> None:
+        self._process = process
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        """False once it was killed."""
+        return self._process is not None
+
+    def kill(self) -> None:
+        """Ends it with SIGKILL."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def stop(self) -> None:
+        """SIGSTOP: it holds its connections and answers nothing."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def end(self) -> None:
+        """The end, however it stands; a stopped process is killed too."""
+        self.kill()
+
+
+class Server(Process):
+    """One server on a port of loopback; once killed it may be started again."""
 
     def __init__(self, kind: str, folder: Path, *arguments: str, with_bus: bool = False) -> None:
         self.program = servers.binary(kind) or ""
@@ -63,7 +100,7 @@ class Server:
         self.arguments = arguments
         self.port = 0
         self._with_bus = with_bus
-        self._process: subprocess.Popen[bytes] | None = None
+        super().__init__()
         folder.mkdir()
         for _ in range(5):
             ports = free_ports(2)
@@ -76,11 +113,6 @@ class Server:
     @property
     def address(self) -> str:
         return f"{HOST}:{self.port}"
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
 
     def log(self) -> str:
         """What it has logged."""
@@ -111,29 +143,9 @@ class Server:
         """A client of its own, to be closed."""
         return redis.Redis(host=HOST, port=self.port, socket_timeout=5, socket_connect_timeout=5)
 
-    def kill(self) -> None:
-        """Ends it with SIGKILL."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def stop(self) -> None:
-        """SIGSTOP: it holds its connections and answers nothing."""
-        os.kill(self.pid, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        """SIGCONT."""
-        os.kill(self.pid, signal.SIGCONT)
-
-    @property
-    def is_running(self) -> bool:
-        """False once it was killed."""
-        return self._process is not None
-
     def end(self) -> None:
-        """The end, however it stands."""
-        self.kill()  # A stopped process is killed too.
+        """The end, also of the client."""
+        super().end()
         if "control" in self.__dict__:
             self.control.close()
 
@@ -143,7 +155,7 @@ class Group:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="b-"))
-        self.servers: list[Server] = []
+        self.servers: list[Process] = []
 
     def add(self, kind: str, *arguments: str, with_bus: bool = False) -> Server:
         """A new server of the group."""
@@ -190,7 +202,10 @@ class SentinelSet(Group):
             f"sentinel down-after-milliseconds {SERVICE} 1000\n"
             f"sentinel failover-timeout {SERVICE} 4000\n"
         )
-        return self.add(kind, str(file), "--sentinel")
+        sentinel = self.add(kind, str(file), "--sentinel")
+        # They look every half second, not every ten, and make a master that comes back a replica in two, not eight.
+        _raw(sentinel, "SENTINEL", "DEBUG", "INFO-PERIOD", "500", "PUBLISH-PERIOD", "500")
+        return sentinel
 
     def master_of(self, _key: str) -> Server:
         """The server that all sentinels call the master; whoever asks waits until they agree."""
@@ -203,6 +218,10 @@ class SentinelSet(Group):
 
         wait_until(agreed, "the sentinels agree")
         return found[0]
+
+    def replicas_of(self, master: Server) -> list[Server]:
+        """The replicas of that master."""
+        return [server for server in self.data if server is not master]
 
     def masters(self) -> list[Server]:
         """The one master."""
@@ -218,7 +237,7 @@ class SentinelSet(Group):
 
         def ready() -> bool:
             master = self.master_of("")
-            if not _is_in_sync(master, replicas=2):
+            if not _is_in_sync(master, self.replicas_of(master)):
                 return False
             for sentinel in self.sentinels:
                 flat = _raw(sentinel, "SENTINEL", "MASTER", SERVICE)
@@ -227,7 +246,7 @@ class SentinelSet(Group):
                     return False
                 for replica in _raw(sentinel, "SENTINEL", "REPLICAS", SERVICE):
                     seen = _pairs(replica)
-                    if seen["flags"] != "slave" or seen["master-link-status"] != "ok":
+                    if seen["flags"] != "slave" or seen["master-port"] != str(master.port):
                         return False
             return True
 
@@ -235,7 +254,8 @@ class SentinelSet(Group):
 
     def wait_in_sync(self) -> None:
         """Returns once both replicas have all that the master has."""
-        wait_until(lambda: _is_in_sync(self.master_of(""), replicas=2, lag=0), "the replicas catch up")
+        master = self.master_of("")
+        wait_until(lambda: _is_in_sync(master, self.replicas_of(master)), "the replicas catch up")
 
 
 class Cluster(Group):
@@ -291,14 +311,18 @@ class Cluster(Group):
         wait_until(known, "the slot has a master")
         return found[0]
 
-    def replica_of(self, master: Server) -> Server:
-        """A replica of that master."""
+    def replicas_of(self, master: Server) -> list[Server]:
+        """The replicas of that master."""
         ports = {port for _, _, (_, own, *_), *rest in _slots(master) for _, port, *_ in rest if own == master.port}
-        return next(server for server in self.data if server.port in ports)
+        return [server for server in self.data if server.port in ports]
 
     def wait_in_sync(self) -> None:
         """Returns once every replica has all that its master has."""
-        wait_until(lambda: all(_is_in_sync(m, replicas=1, lag=0) for m in self.masters()), "the replicas catch up")
+        wait_until(self._are_in_sync, "the replicas catch up")
+
+    def _are_in_sync(self) -> bool:
+        replicas = [(master, self.replicas_of(master)) for master in self.masters()]
+        return all(found and _is_in_sync(master, found) for master, found in replicas)
 
     def move(self, key: str, source: Server, target: Server) -> None:
         """Moves the slot of a key, with its keys, as redis-cli would; the other nodes learn it by gossip."""
@@ -326,7 +350,7 @@ class Cluster(Group):
             if any(_info(server)["cluster_state"] != "ok" for server in self.data):
                 return False
             maps = [{(first, last, master[1]) for first, last, master, *_ in _slots(server)} for server in self.data]
-            return all(m == maps[0] for m in maps) and all(_is_in_sync(m, replicas=1) for m in self.masters())
+            return all(m == maps[0] for m in maps) and self._are_in_sync()
 
         wait_until(ready, "three masters, each with a replica in sync")
 
@@ -355,11 +379,18 @@ def _pairs(flat: Any) -> dict[str, str]:
     return {name.decode(): value.decode() for name, value in pairs}
 
 
-def _is_in_sync(master: Server, replicas: int, lag: int = 100) -> bool:
+def _is_in_sync(master: Server, replicas: list[Server]) -> bool:
+    """True when the replicas have all that the master had at the start of the question."""
     info: dict[str, Any] = master.control.info("replication")
-    states = [info.get(f"slave{i}", {}) for i in range(info["connected_slaves"])]
-    behind = [info["master_repl_offset"] - s.get("offset", 0) for s in states if s.get("state") == "online"]
-    return bool(info["role"] == "master" and sum(bytes_ <= lag for bytes_ in behind) >= replicas)
+    if info["role"] != "master" or info["connected_slaves"] < len(replicas):
+        return False
+    theirs = [replica.control.info("replication") for replica in replicas]
+    return all(
+        state["role"] == "slave"
+        and state["master_link_status"] == "up"
+        and state["slave_repl_offset"] >= info["master_repl_offset"]
+        for state in theirs
+    )
 
 
 # -- TLS and a limited user --------------------------------------------------------------------------------------------
@@ -375,6 +406,11 @@ def documented_acl(name: str = "balancer") -> list[str]:
     return line.replace(">PASSWORD", f">{PASSWORD}").split()
 
 
+def _certificate_options(folder: Path) -> list[str]:
+    files = (("cert", "server.pem"), ("key", "server.key"), ("ca-cert", "ca.pem"))
+    return [word for option, name in files for word in (f"--tls-{option}-file", str(folder / name))]
+
+
 class LimitedTls(Group):
     """A server that speaks TLS only, to a user who may do what docs/redis.md says and no more."""
 
@@ -383,15 +419,11 @@ class LimitedTls(Group):
         try:
             make_certificates(self.folder)
             self.socket = self.folder / "s.sock"
-            files = [
-                f"--tls-{what}-file {self.folder / name}".split()
-                for what, name in (("cert", "server.pem"), ("key", "server.key"), ("ca-cert", "ca.pem"))
-            ]
             (self.port,) = free_ports(1)
             self.server = self.add(
                 kind,
                 *_DATA,
-                *(word for pair in files for word in pair),
+                *_certificate_options(self.folder),
                 "--tls-port",
                 str(self.port),
                 "--tls-auth-clients",
@@ -404,11 +436,60 @@ class LimitedTls(Group):
             self.server.control.execute_command("AUTH", ADMIN_PASSWORD)
             with redis.Redis.from_url(self.admin_url) as admin:
                 admin.execute_command(*documented_acl())
-            secret = PASSWORD.replace("/", "%2F").replace("@", "%40")
+            secret = quote(PASSWORD, safe="")
             self.url = f"rediss://balancer:{secret}@{HOST}:{self.port}?ssl_ca_certs={self.folder / 'ca.pem'}"
         except BaseException:
             self.end()
             raise
+
+
+class TlsEverywhere(Group):
+    """A Cluster of one node, and a sentinel with a server, that speak TLS and nothing else; each wants a password."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        try:
+            make_certificates(self.folder)
+            tls = ["--tls-auth-clients", "no", "--tls-replication", "yes", "--tls-cluster", "yes"]
+            tls += ["--requirepass", PASSWORD, *_certificate_options(self.folder)]
+            ports = free_ports(4)
+            self._start(kind, 0, *_DATA, *tls, "--tls-port", str(ports[0]))
+            own = ("--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", "--cluster-port", str(ports[3]))
+            self._start(kind, 1, *_DATA, *tls, *own, "--tls-port", str(ports[1]))
+            with self._client(1) as client:
+                client.execute_command("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
+                wait_until(
+                    lambda: b"cluster_state:ok" in client.execute_command("CLUSTER", "INFO"), "all slots are served"
+                )
+            file = self.folder / "sentinel.conf"
+            file.write_text(
+                f"sentinel monitor {SERVICE} {HOST} {ports[0]} 1\nsentinel auth-pass {SERVICE} {PASSWORD}\n"
+            )
+            self._start(kind, 2, str(file), "--sentinel", *tls, "--tls-port", str(ports[2]))
+            with self._client(2) as client:
+                client.execute_command(*documented_acl("balancer-sentinel"))
+            secret = quote(PASSWORD, safe="")
+            rest = f"ssl_ca_certs={self.folder / 'ca.pem'}"
+            self.cluster_url = f"rediss+cluster://:{secret}@{HOST}:{ports[1]}?{rest}"
+            self.sentinel_url = (
+                f"rediss+sentinel://:{secret}@{HOST}:{ports[2]}/{SERVICE}/3"
+                f"?sentinel_username=balancer-sentinel&sentinel_password={secret}&{rest}"
+            )
+        except BaseException:
+            self.end()
+            raise
+
+    def _client(self, number: int) -> Any:
+        return redis.Redis(unix_socket_path=str(self.folder / f"{number}.sock"), password=PASSWORD)
+
+    def _start(self, kind: str, number: int, *arguments: str) -> None:
+        """A server without a plain port; asked over a socket whether it is there."""
+        socket_option = ("--port", "0", "--unixsocket", str(self.folder / f"{number}.sock"))
+        command = [servers.binary(kind) or "", *arguments, *socket_option]
+        process = subprocess.Popen(command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self.servers.append(Process(process))
+        with self._client(number) as client:
+            wait_until(lambda: bool(client.ping()), "the server answers")
 
 
 def make_certificates(folder: Path) -> None:

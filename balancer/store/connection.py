@@ -34,6 +34,9 @@ AGAIN_S = 0.02
 """After this long a command that was not executed is asked again."""
 _TRYING_S = 1.0
 _MOST_CLIENTS = 64
+_STALE_S = 0.25
+"""What sentinels said longer ago than this is asked again once the connection to their master stands."""
+_RECHECK_S = 1.0
 _LONGEST_PAUSE_S = 1.0
 _OLDEST = {"redis": (6, 2), "valkey": (7, 2)}
 
@@ -88,7 +91,7 @@ def _check_info(info: dict[str, Any], topology: Topology) -> None:
     if parts < _OLDEST[kind]:
         oldest = ".".join(map(str, _OLDEST[kind]))
         raise ConfigurationError(f"{kind} {version} is too old: {kind} {oldest} or newer is needed")
-    mode = info.get("redis_mode", "standalone")
+    mode = info.get("redis_mode") or info.get("server_mode") or "standalone"
     if topology.kind == "standalone" and mode in ("cluster", "sentinel"):
         raise ConfigurationError(f"BALANCER_REDIS: this is a {mode} node; name it as redis+{mode}://")
     if info.get("role", "master") != "master":
@@ -221,11 +224,13 @@ class Link:
         self._buffer: list[bytes] = []
         self._waiting: deque[tuple[asyncio.Future[Any], float]] = deque()
         self._loaded: set[str] = set()
+        self._url = ""
         self._failure = "not connected yet"
         self._refusal = ""
         self._leaving: RefusedError | None = None
         self._is_moving = False
         self._is_proven = False
+        self._is_late = False
 
     @property
     def is_connected(self) -> bool:
@@ -242,7 +247,9 @@ class Link:
         """True when connected, and no command has waited for its reply beyond the deadline."""
         if not self.is_connected:
             return False
-        return not self._waiting or time.monotonic() - self._waiting[0][1] < self._deadline_s
+        if not self._waiting:
+            return True
+        return not self._is_late and time.monotonic() - self._waiting[0][1] < self._deadline_s
 
     @property
     def failure(self) -> str:
@@ -274,6 +281,10 @@ class Link:
     def forget(self, script: Script) -> None:
         """Makes the next call send the source again: the server has said NOSCRIPT."""
         self._loaded.discard(script.sha)
+
+    def late(self) -> None:
+        """Somebody has waited in vain: the link is not up before the next reply."""
+        self._is_late = True
 
     def flush(self) -> None:
         """Writes what is queued to the socket, at once."""
@@ -311,15 +322,19 @@ class Link:
     async def _connect(self) -> None:
         url = await self._topology.locate(self._key)
         connect_s = self._topology.connect_timeout_s
-        self._connection = connection = new_connection(url, None, connect_s)
+        self._connection = connection = new_connection(url, None, connect_s, self._topology.tls)
         # Also for the handshake: a stopped server's kernel still accepts connections.
         async with asyncio.timeout(connect_s):
             await connection.connect()  # type: ignore[no-untyped-call]
             await self._greet(connection)
+        await self._topology.recheck(_STALE_S)
+        if not await self._is_place(url):
+            raise RefusedError("the master has changed meanwhile: a failover is under way", Then.MOVE)
+        self._url = url
         # The writer is redis-py's own: its public way to write awaits, and would not write within this loop tick.
         self._writer = connection._writer
         self._loaded.clear()
-        self._leaving, self._is_moving, self._refusal = None, False, ""
+        self._leaving, self._is_moving, self._is_late, self._refusal = None, False, False, ""
         log.info("connected to the store", link=self._name)
         self._on_up()
         self.flush()
@@ -341,7 +356,7 @@ class Link:
 
     async def _read_replies(self) -> None:
         assert self._connection is not None
-        guard = asyncio.create_task(self._guard())
+        guard = asyncio.create_task(self._guard(self._url))
         try:
             # Once we leave, nothing new is sent, and what was sent is still answered.
             while self._leaving is None or self._waiting:
@@ -356,6 +371,7 @@ class Link:
                     if not isinstance(reply, ResponseError | RefusedError):
                         raise
                 future, _ = self._waiting.popleft()
+                self._is_late = False
                 reply = self._noted(reply)
                 if future.done():
                     continue
@@ -391,13 +407,27 @@ class Link:
         else:
             self._topology.forget()
 
-    async def _guard(self) -> None:
-        """Breaks a connection that has been silent for too long with commands waiting: it may be half-open."""
+    async def _guard(self, url: str) -> None:
+        """Breaks a connection that is silent for too long with commands waiting, or that leads to no master any more.
+
+        The first may be half-open. Of the second the sentinels know, not the server itself.
+        """
         patience_s = self._topology.patience_s
         while True:
             await asyncio.sleep(patience_s / 5)
-            if self._waiting and time.monotonic() - self._waiting[0][1] > patience_s and self._writer:
+            is_silent = self._waiting and time.monotonic() - self._waiting[0][1] > patience_s
+            await self._topology.recheck(_RECHECK_S)
+            if (is_silent or not await self._is_place(url)) and self._writer:
                 self._writer.transport.abort()
+
+    async def _is_place(self, url: str) -> bool:
+        """True unless the sentinels name another master now."""
+        if self._topology.kind != "sentinel":
+            return True
+        try:
+            return await self._topology.locate(self._key) == url
+        except StoreUnavailableError:
+            return True  # Nobody knows better.
 
     async def _disconnect(self, failure: str, *, is_moving: bool = False) -> None:
         was_up = self._writer is not None or self._is_moving

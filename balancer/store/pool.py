@@ -47,10 +47,11 @@ class PoolEvents(msgspec.Struct, kw_only=True):
 
 
 class _Asked(msgspec.Struct, eq=False):
-    """A selection and whoever waits for its answer; `refusal` while Redis has not executed it, empty else."""
+    """A selection and whoever waits for its answer; whether it is on its way, and what it was refused with last."""
 
     selection: Selection
     future: asyncio.Future[Answer]
+    is_sent: bool = False
     refusal: RefusedError | None = None
 
 
@@ -175,10 +176,11 @@ class PoolClient:
             async with asyncio.timeout(self._deadline_s):
                 return await asked.future
         except TimeoutError:
-            if asked.refusal:
-                raise asked.refusal from None
+            if not asked.is_sent:
+                raise asked.refusal or StoreUnavailableError(f"Redis is away: {self._link.failure}") from None
+            self._link.late()
             self._abandon(selection)
-            raise StoreUnavailableError("Redis did not answer in time") from None
+            raise asked.refusal or StoreUnavailableError("Redis did not answer in time") from None
         except RefusedError as exc:
             if exc.may_have_run:
                 self._abandon(selection)
@@ -261,7 +263,7 @@ class PoolClient:
         script = self._scripts["select"]
         rest = [argument for one in asked for argument in selection_arguments(one.selection)]
         for one in asked:
-            one.refusal = None
+            one.is_sent = True
         reply = self._link.call(script, script.command(self._keys(self.worker), self._arguments(), rest))
         reply.add_done_callback(lambda done: self._on_selected(asked, done))
 
@@ -298,7 +300,7 @@ class PoolClient:
         else:
             return False
         for one in asked:
-            one.refusal = refusal
+            one.is_sent, one.refusal = False, refusal
         return True
 
     def _ask_again(self) -> None:
@@ -396,7 +398,10 @@ class PoolClient:
     def _on_up(self) -> None:
         self._up.set()
         self.was_up = True
-        self._resend(None)
+        # From the newest acknowledged batch on: whom we are connected to now may lack it, and unless we settle again,
+        # nobody would ever ask for it. Applied already, it changes nothing.
+        newest = self.outbox.newest_kept
+        self._resend(None if newest is None else newest - 1)
         self._schedule_flush()
 
     def _on_down(self) -> None:

@@ -67,7 +67,7 @@ _REFUSALS: dict[str, tuple[Then, str]] = {
 }
 _IN_SCRIPT = re.compile(r"^ERR Error running script .*?@user_script: ?\d+: -?([A-Z]+) ")
 """Redis 6.2 wraps what a command in a script was refused with."""
-_COMMAND = re.compile(r"'([\w|]+)' (?:sub)?command|(?:command|subcommand) '([\w|]+)'")
+_COMMAND = re.compile(r"'([\w|-]+)' (?:sub)?command|(?:sub)?command '([\w|-]+)'")
 
 
 def refusal(exc: BaseException) -> RefusedError | None:

@@ -88,6 +88,11 @@ class Outbox:
         """True when more unacknowledged entries are in memory than the bound allows."""
         return len(self._entries) + self._loaded > self._max_entries
 
+    @property
+    def newest_kept(self) -> int | None:
+        """The number of the newest batch that Redis has applied and we still hold."""
+        return self._kept[-1].number if self._kept else None
+
     def add(self, entry: Entry) -> None:
         """Queues an entry for the next batch."""
         self._entries.append((entry, self._clock()))

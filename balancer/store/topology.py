@@ -22,13 +22,14 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 import msgspec
 import redis.asyncio
-from redis.asyncio.connection import AbstractConnection, ConnectionPool, SSLConnection
+from redis.asyncio.connection import AbstractConnection, ConnectionPool, RedisSSLContext, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.exceptions import RedisError
 from redis.maint_notifications import MaintNotificationsConfig
 
+from balancer import log
 from balancer.errors import ConfigurationError, StoreUnavailableError
 from balancer.store.refusals import describe
 
@@ -52,11 +53,16 @@ class Node(msgspec.Struct, frozen=True):
     port: int
 
 
-def new_connection(url: str, timeout_s: float | None, connect_timeout_s: float) -> AbstractConnection:
+def new_connection(
+    url: str, timeout_s: float | None, connect_timeout_s: float, tls: RedisSSLContext | None = None
+) -> AbstractConnection:
     """A connection of redis-py's, not connected yet, that never retries."""
     pool = ConnectionPool.from_url(url, **options(timeout_s, connect_timeout_s))
     # Made here and not taken from the pool: the pool would keep it, and check it on every use.
-    return cast("AbstractConnection", pool.make_connection())  # type: ignore[no-untyped-call]
+    connection = cast("AbstractConnection", pool.make_connection())  # type: ignore[no-untyped-call]
+    if tls is not None and isinstance(connection, SSLConnection):
+        connection.ssl_context = tls
+    return connection
 
 
 async def hang_up(connection: AbstractConnection) -> None:
@@ -104,8 +110,10 @@ class Topology:
         self.kind = "sentinel" if form == "sentinel" else "cluster" if form == "cluster" else "standalone"
         self._expected = _FORMS[form]
         self._transport = transport
+        self.tls: RedisSSLContext | None = None
+        """Read once: loading the certificates of the system blocks for tens of milliseconds, at each connect."""
         self._is_stale = True
-        self._asked_at = self._answered_at = float("-inf")
+        self._asked_at = self._answered_at = self._known_at = float("-inf")
         self._failure = ""
         self._lock = asyncio.Lock()
         self._service = ""
@@ -209,6 +217,7 @@ class Topology:
             connection = new_connection(url, 1, 1)
             if isinstance(connection, SSLConnection):
                 connection.ssl_context.get()
+                self.tls = connection.ssl_context
         except TypeError as exc:
             raise self._fault("an ssl_… parameter is not known") from exc
         except (ValueError, RedisError) as exc:
@@ -265,6 +274,25 @@ class Topology:
         nodes = [self._master] if self._master else [node for _, _, node in self._ranges]
         return [self._url_of(node) for node in dict.fromkeys(nodes)]
 
+    async def recheck(self, max_age_s: float) -> None:
+        """Asks the sentinels again if their last answer is older; leaves all as it is when none answers.
+
+        A master that hung and comes back believes for seconds that it still is one. In a Cluster it finds out by
+        itself, before it answers anybody.
+        """
+        if self.kind != "sentinel" or time.monotonic() - self._answered_at < max_age_s:
+            return
+        async with self._lock:
+            if time.monotonic() - self._answered_at < max_age_s:
+                return
+            self._asked_at = time.monotonic()
+            try:
+                await self._ask()
+            except StoreUnavailableError as exc:
+                log.debug("the sentinels are away", reason=exc.message)
+            finally:
+                self._answered_at = time.monotonic()
+
     def forget(self) -> None:
         """Makes the next `locate` ask again."""
         self._is_stale = True
@@ -278,7 +306,7 @@ class Topology:
             return
         came_at = time.monotonic()
         async with self._lock:
-            if self._answered_at >= came_at:
+            if self._known_at >= came_at:
                 # Somebody else asked while we waited, and the answer, good or bad, is ours too.
                 if self._failure:
                     raise StoreUnavailableError(self._failure)
@@ -299,7 +327,7 @@ class Topology:
                 self._is_stale = True
                 raise
             finally:
-                self._answered_at = time.monotonic()
+                self._known_at = self._answered_at = time.monotonic()
 
     async def _ask(self) -> None:
         """Asks the nodes in turn until one knows."""
@@ -321,7 +349,7 @@ class Topology:
     async def _ask_sentinel(self, node: Node) -> str:
         """Learns the master; the reason if the sentinel does not know it."""
         url = _url(self._transport, self._sentinel_userinfo, node, "", self._sentinel_query)
-        reply = await reply_of(url, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
+        reply = await _reply_of(url, self.tls, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._service)
         if not reply:
             return f"the sentinels have no service {self._service}"
         self._master = Node(reply[0].decode(), int(reply[1]))
@@ -329,7 +357,7 @@ class Topology:
 
     async def _ask_member(self, node: Node) -> str:
         """Learns the map of slots and all nodes; the reason if the node knows none."""
-        reply = await reply_of(self._url_of(node), "CLUSTER", "SLOTS")
+        reply = await _reply_of(self._url_of(node), self.tls, "CLUSTER", "SLOTS")
         ranges = []
         nodes: dict[Node, None] = {}
         for first, last, *members in reply:
@@ -347,9 +375,9 @@ class Topology:
         return ""
 
 
-async def reply_of(url: str, *command: str) -> Any:
+async def _reply_of(url: str, tls: RedisSSLContext | None, *command: str) -> Any:
     """A node's reply to one command, on a connection of its own. Raises RedisError or OSError, soon."""
-    connection = new_connection(url, _NODE_TIMEOUT_S, _NODE_TIMEOUT_S)
+    connection = new_connection(url, _NODE_TIMEOUT_S, _NODE_TIMEOUT_S, tls)
     try:
         async with asyncio.timeout(_NODE_TIMEOUT_S):
             await connection.connect()  # type: ignore[no-untyped-call]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
 import redis
+from redis.crc import key_slot
 
 from balancer import document
 from balancer.domain import Configuration
 from balancer.errors import ConfigurationError, StoreUnavailableError
-from balancer.store import keys, registry
+from balancer.store import connection, keys, registry
 from balancer.store.connection import Commands, Link, check_server
 from balancer.store.pool import PoolClient, PoolEvents
 from balancer.store.registry import Follower, Registry
@@ -103,7 +105,13 @@ class Scripted:
     def __init__(self, **replies: bytes) -> None:
         self.replies = {"HELLO": b"%1\r\n+proto\r\n:3\r\n", "CLIENT": b"+OK\r\n", "PING": b"+PONG\r\n"} | replies
         self.received: list[tuple[str, ...]] = []
+        self.gates: dict[str, asyncio.Event] = {}
+        """Before it answers one of these words it waits."""
         self.address = ""
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Scripted]:
@@ -124,6 +132,8 @@ class Scripted:
                     length = int((await reader.readline())[1:])
                     words.append((await reader.readexactly(length + 2))[:-2].decode())
                 self.received.append(tuple(words))
+                if gate := self.gates.get(words[0]):
+                    await gate.wait()
                 writer.write(self.replies.get(words[0], b"-ERR unknown command\r\n"))
                 await writer.drain()
 
@@ -219,9 +229,7 @@ async def test_an_address_that_a_node_does_not_tell_is_the_one_it_was_asked_unde
 ) -> None:
     member = Scripted(CLUSTER=b"*1\r\n" + a_range(0, 16383, host, 7000, more))
     async with nodes(member) as address:
-        topology = Topology(f"redis+cluster://u:p@{address}")
-        assert await topology.locate(KEY) == f"redis://u:p@{expected}"
-        assert await topology.masters() == [f"redis://u:p@{expected}"]
+        assert await Topology(f"redis+cluster://u:p@{address}").masters() == [f"redis://u:p@{expected}"]
 
 
 async def test_a_cluster_is_found_through_nodes_learned_later_when_those_of_the_url_are_gone() -> None:
@@ -249,35 +257,145 @@ async def test_a_slot_without_a_master_and_a_node_without_a_map_are_told() -> No
             await Topology(f"redis+cluster://{address}").locate(KEY)
 
 
+@contextlib.asynccontextmanager
+async def a_link(url: str) -> AsyncIterator[tuple[Link, list[str]]]:
+    """A running link, and what its owner was told."""
+    told: list[str] = []
+    link = Link(Topology(url), KEY, 250, lambda: told.append("up"), lambda: told.append("down"), name="default")
+    running = asyncio.create_task(link.run())
+    try:
+        yield link, told
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+def a_master() -> Scripted:
+    return Scripted(ROLE=b"*1\r\n" + bulk("master"))
+
+
 async def test_a_replica_that_passes_for_the_master_is_never_written_to() -> None:
-    replica = Scripted(ROLE=b"*1\r\n" + bulk("slave"))
-    ups: list[int] = []
-    async with nodes(replica) as address:
-        host, _, port = address.partition(":")
-        async with nodes(Scripted(SENTINEL=an_address(host, int(port)))) as sentinel:
-            topology = Topology(f"redis+sentinel://{sentinel}/main")
-            link = Link(topology, KEY, 250, lambda: ups.append(1), lambda: None, name="default")
-            running = asyncio.create_task(link.run())
+    replica, sentinel = Scripted(ROLE=b"*1\r\n" + bulk("slave")), Scripted()
+    async with nodes(replica), nodes(sentinel) as address:
+        sentinel.replies["SENTINEL"] = an_address("127.0.0.1", replica.port)
+        async with a_link(f"redis+sentinel://{address}/main") as (link, told):
 
             async def has_asked_twice() -> bool:
                 return replica.asked("ROLE") >= 2
 
             await eventually(has_asked_twice)
             assert (link.is_up, link.failure) == (False, "the master is a replica now: a failover is under way")
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-    assert ups == []
+    assert told == []
     assert {command[0] for command in replica.received} == {"HELLO", "CLIENT", "PING", "ROLE"}
+
+
+async def test_a_master_that_is_replaced_while_we_wait_for_its_greeting_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It hung, came back, and answered as if it were the master still: what it took was lost when it was demoted."""
+    monkeypatch.setattr(connection, "_STALE_S", 0.0)
+    hung, successor, sentinel = a_master(), a_master(), Scripted()
+    hung.gates["PING"] = asyncio.Event()
+    async with nodes(hung, successor), nodes(sentinel) as address:
+        sentinel.replies["SENTINEL"] = an_address("127.0.0.1", hung.port)
+        async with a_link(f"redis+sentinel://{address}/main") as (link, told):
+
+            async def is_greeted() -> bool:
+                return hung.asked("PING") == 1
+
+            await eventually(is_greeted)
+            sentinel.replies["SENTINEL"] = an_address("127.0.0.1", successor.port)
+            hung.gates["PING"].set()
+
+            async def is_up() -> bool:
+                return link.is_up
+
+            await eventually(is_up)
+            assert (told, successor.asked("PING")) == (["up"], 1)
+
+
+async def test_an_idle_link_leaves_a_master_that_the_sentinels_have_replaced() -> None:
+    """A stopped and resumed master believes for up to ten seconds that it is the master still."""
+    first, second, sentinel = a_master(), a_master(), Scripted()
+    async with nodes(first, second), nodes(sentinel) as address:
+        sentinel.replies["SENTINEL"] = an_address("127.0.0.1", first.port)
+        async with a_link(f"redis+sentinel://{address}/main") as (link, told):
+
+            async def is_up() -> bool:
+                return link.is_up
+
+            await eventually(is_up)
+            sentinel.replies["SENTINEL"] = an_address("127.0.0.1", second.port)
+
+            async def has_moved() -> bool:
+                return link.is_up and second.asked("PING") == 1
+
+            await eventually(has_moved)
+    assert told == ["up", "down", "up"]
+
+
+async def test_a_master_that_falls_silent_is_left_before_it_would_be_as_a_single_server() -> None:
+    silent, successor, sentinel = a_master(), a_master(), Scripted()
+    silent.gates["GET"] = asyncio.Event()
+    async with nodes(silent, successor), nodes(sentinel) as address:
+        sentinel.replies["SENTINEL"] = an_address("127.0.0.1", silent.port)
+        async with a_link(f"redis+sentinel://{address}/main") as (link, _):
+
+            async def is_up() -> bool:
+                return link.is_up
+
+            await eventually(is_up)
+            unanswered = link.send("GET", KEY)
+            link.flush()
+            started = asyncio.get_running_loop().time()
+            with pytest.raises(StoreUnavailableError):
+                await unanswered
+            assert 1.4 < asyncio.get_running_loop().time() - started < 4
+            sentinel.replies["SENTINEL"] = an_address("127.0.0.1", successor.port)
+            await eventually(is_up)
+            assert successor.asked("PING") == 1
+
+
+async def test_moved_is_believed_before_the_other_nodes_know() -> None:
+    source, target = a_master(), a_master()
+    async with nodes(source) as address, nodes(target):
+        source.replies["CLUSTER"] = b"*1\r\n" + a_range(0, 16383, bulk("127.0.0.1"), source.port)
+        # An empty host is the one that was asked.
+        source.replies["GET"] = b"-MOVED %d :%d\r\n" % (key_slot(KEY.encode()), target.port)
+        target.replies["GET"] = bulk("here")
+        async with a_link(f"redis+cluster://{address}") as (link, told):
+
+            async def asked() -> Any:
+                reply = link.send("GET", KEY)
+                link.flush()
+                return await reply
+
+            async def is_there() -> bool:
+                with contextlib.suppress(StoreUnavailableError):
+                    return bool(await asked() == b"here")
+                return False
+
+            await eventually(is_there)
+            assert link.is_up
+        commands = Commands(Topology(f"redis+cluster://{address}"))
+        assert await commands.run(KEY, "GET", KEY) == b"here"
+        await commands.aclose()
+    assert told[-1] == "up"
 
 
 # -- every topology ----------------------------------------------------------------------------------------------------
 
 
-def a_configuration(model: str) -> Configuration:
+def a_configuration(window_s: int) -> Configuration:
     raw = {
         "providers": [{"name": "p", "api_base": "http://127.0.0.1:1", "api_style": "openai", "no_key_required": True}],
         "rules": [
-            {"request_model": model, "pool": pool, "uuid": pool, "services": [{"provider": "p", "model": "m"}]}
+            {
+                "request_model": pool,
+                "pool": pool,
+                "uuid": pool,
+                "services": [{"provider": "p", "model": "m", "time_window": window_s}],
+            }
             for pool in ("default", "second", "third")
         ],
     }
@@ -294,15 +412,15 @@ async def test_a_publication_reaches_pools_on_every_master_and_is_announced_at_o
     register = Registry(commands)
     follower = Follower(commands, register)
     try:
-        first = await register.publish(a_configuration("one"), None)
+        first = await register.publish(a_configuration(300), None)
         await follower.start()
         with redis.Redis.from_url(topology_target.master_of(keys.HEAD)) as client:
 
             async def is_heard() -> bool:
-                return bool(dict(client.pubsub_numsub(keys.FEED))[keys.FEED.encode()] == 1)
+                return dict(client.pubsub_numsub(keys.FEED)) == {keys.FEED.encode(): 1}
 
             await eventually(is_heard)
-        await register.publish(a_configuration("two"), first)
+        await register.publish(a_configuration(60), first)
 
         async def has_followed() -> bool:
             return follower.directory is not None and follower.directory.revision == 2
@@ -314,6 +432,21 @@ async def test_a_publication_reaches_pools_on_every_master_and_is_announced_at_o
     finally:
         await follower.close()
         await commands.aclose()
+
+
+@pytest.mark.needs("apt:redis-server")
+async def test_tls_reaches_the_sentinels_and_every_node_of_a_cluster() -> None:
+    with topologies.TlsEverywhere("redis-7") as group:
+        for url in (group.sentinel_url, group.cluster_url):
+            await check_server(url)
+            load = Load(Topology(url), workers=1)
+            async with load.running():
+                await load.goes_on(20)
+            load.check()
+            with pytest.raises(StoreUnavailableError, match="TLS: self-signed certificate"):
+                await Topology(url.rpartition("ssl_ca_certs")[0]).locate(KEY)
+        with pytest.raises(StoreUnavailableError, match=r"NOAUTH.*sentinel_password"):
+            await Topology(re.sub("sentinel_[^&]*&", "", group.sentinel_url)).locate(KEY)
 
 
 # -- failovers and moved slots -----------------------------------------------------------------------------------------
@@ -330,6 +463,7 @@ class Load:
         self.longest_gap_s = 0.0
         self._numbers = 0
         self._stopping = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
         events = PoolEvents(
             epoch_bumped=lambda _, lost: self.bumps.append(lost),
             batches_lost=lambda _, count: self.lost_batches.append(count),
@@ -354,17 +488,21 @@ class Load:
             pool.start()
             await pool.wait_until_up(5)
         await self.pools[0].raise_fence([a_definition()])
-        tasks = [asyncio.create_task(self._send(pool)) for pool in self.pools for _ in range(3)]
+        self._tasks = [asyncio.create_task(self._send(pool)) for pool in self.pools for _ in range(3)]
         try:
             yield self
         finally:
-            self._stopping.set()
-            await asyncio.gather(*tasks)
-            for pool in self.pools:
-                assert await pool.acknowledged(10)
+            await self.stop()
             self.view = await self.pools[0].view()
             for pool in self.pools:
                 await pool.close()
+
+    async def stop(self) -> None:
+        """Returns when nothing is sent any more, and all that was is acknowledged."""
+        self._stopping.set()
+        await asyncio.gather(*self._tasks)
+        for pool in self.pools:
+            assert await pool.acknowledged(10)
 
     async def _send(self, pool: PoolClient) -> None:
         loop = asyncio.get_running_loop()
@@ -405,15 +543,22 @@ class Load:
         assert self.view.epoch == 1 + len(self.bumps)
 
 
-@pytest.fixture(params=["sentinel", "cluster"])
-def replicated(request: pytest.FixtureRequest, group: Callable[[str], Any]) -> Iterator[Any]:
-    """An empty set under sentinels, and a Cluster, each able to fail over; restored afterwards."""
-    found = group(request.param)
+@contextlib.contextmanager
+def fresh(found: Any) -> Iterator[Any]:
+    """The same, emptied and able to fail over; restored afterwards."""
     found.restore()
     for master in found.masters():
         master.control.flushall()
+    found.wait_in_sync()
     yield found
     found.restore()
+
+
+@pytest.fixture(params=["sentinel", "cluster"])
+def replicated(request: pytest.FixtureRequest, group: Callable[[str], Any]) -> Iterator[Any]:
+    """A set under sentinels, and a Cluster, each able to fail over."""
+    with fresh(group(request.param)) as found:
+        yield found
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])
@@ -438,11 +583,10 @@ async def test_writes_that_the_promoted_replica_lacks_raise_the_epoch_and_settle
     pool = load.pools[0]
     async with load.running():
         await load.goes_on(50)
-        load._stopping.set()
-        assert await pool.acknowledged(5)
+        await load.stop()
         master = replicated.master_of(KEY)
         await asyncio.to_thread(replicated.wait_in_sync)
-        others = [server for server in replicated.data if server is not master and server not in replicated.masters()]
+        others = replicated.replicas_of(master)
         for server in others:
             server.stop()
         master.control.execute_command("CLIENT", "KILL", "TYPE", "replica")
@@ -476,12 +620,15 @@ async def pool_is_back(pool: PoolClient) -> None:
 @pytest.fixture
 def cluster(group: Callable[[str], Any]) -> Iterator[topologies.Cluster]:
     """An empty Cluster, restored afterwards."""
-    found: topologies.Cluster = group("cluster")
-    found.restore()
-    for master in found.masters():
-        master.control.flushall()
-    yield found
-    found.restore()
+    with fresh(group("cluster")) as found:
+        yield found
+
+
+@pytest.fixture
+def sentinels(group: Callable[[str], Any]) -> Iterator[topologies.SentinelSet]:
+    """An empty set under sentinels, restored afterwards."""
+    with fresh(group("sentinel")) as found:
+        yield found
 
 
 async def test_a_moved_slot_is_followed_and_no_selection_fails(cluster: topologies.Cluster) -> None:
@@ -504,7 +651,7 @@ async def test_a_planned_failover_fails_no_selection(cluster: topologies.Cluster
     async with load.running():
         await load.goes_on(100)
         master = cluster.master_of(KEY)
-        cluster.replica_of(master).control.execute_command("CLUSTER", "FAILOVER")
+        cluster.replicas_of(master)[0].control.execute_command("CLUSTER", "FAILOVER")
 
         async def has_moved() -> bool:
             return cluster.master_of(KEY) is not master
@@ -520,8 +667,7 @@ async def test_while_a_slot_is_half_moved_selections_wait_and_are_made_once(clus
     pool = load.pools[0]
     async with load.running():
         await load.goes_on(20)
-        load._stopping.set()
-        assert await pool.acknowledged(5)
+        await load.stop()
         source = cluster.master_of(KEY)
         target = next(server for server in cluster.masters() if server is not source)
         slot = cluster.slot_of(KEY)
@@ -552,8 +698,7 @@ async def test_an_abandoned_selection_is_given_back_after_a_failover(replicated:
     pool = load.pools[0]
     async with load.running():
         await load.goes_on(20)
-        load._stopping.set()
-        assert await pool.acknowledged(5)
+        await load.stop()
         master = replicated.master_of(KEY)
         master.stop()
         with pytest.raises(StoreUnavailableError, match="in time"):
@@ -562,6 +707,36 @@ async def test_an_abandoned_selection_is_given_back_after_a_failover(replicated:
         assert await pool.acknowledged(5)
         assert await pool.select(a_selection(100_001)) == ["abandoned"]
         master.resume()
+    load.check()
+
+
+async def test_what_a_replaced_master_acknowledged_after_it_hung_is_settled_again(
+    sentinels: topologies.SentinelSet,
+) -> None:
+    """It believes for seconds that it is the master; a worker that then settled no more had lost its last batch."""
+    load = Load(Topology(sentinels.url), workers=1)
+    pool = load.pools[0]
+    async with load.running():
+        await load.goes_on(20)
+        await load.stop()
+        master = sentinels.master_of(KEY)
+        answer = await pool.select(a_selection(100_001))
+        master.stop()
+
+        async def is_replaced() -> bool:
+            return sentinels.master_of(KEY) is not master
+
+        await eventually(is_replaced)
+        master.resume()
+        pool.settle(an_entry(100_001, answer[1]))
+        load.settled += 1
+
+        async def is_counted() -> bool:
+            client = sentinels.master_of(KEY).control
+            counts = [client.hget(keys.services("default"), f"requests:{id_}") for id_ in ("a:m", "b:m")]
+            return sum(int(count or 0) for count in counts) == load.settled
+
+        await eventually(is_counted)
     load.check()
 
 
@@ -580,10 +755,11 @@ async def test_an_evicting_policy_is_refused_on_any_master_of_a_cluster(cluster:
     await check_server(cluster.url)
 
 
-async def test_a_node_named_as_what_it_is_not_is_told_apart(group: Callable[[str], Any]) -> None:
+async def test_a_node_named_as_what_it_is_not_is_told_apart(
+    cluster: topologies.Cluster, sentinels: topologies.SentinelSet
+) -> None:
     with pytest.raises(ConfigurationError, match=r"redis\+cluster://"):
-        await check_server(f"redis://{group('cluster').data[0].address}")
-    sentinels = group("sentinel")
+        await check_server(f"redis://{cluster.data[0].address}")
     with pytest.raises(ConfigurationError, match=r"redis\+sentinel://"):
         await check_server(f"redis://{sentinels.sentinels[0].address}")
     master = sentinels.master_of(KEY)
