@@ -504,13 +504,17 @@ class ServiceDefinition(Struct, frozen=True, kw_only=True, omit_defaults=False):
 
 
 class PartitionDefinition(Struct, frozen=True, kw_only=True, omit_defaults=False):
-    """A partition as select reads it; thresholds that its tactic has not are 0. A `cursor` given is set."""
+    """A partition as select reads it; thresholds that its tactic has not are 0.
+
+    A `cursor` given is set if `is_edit` is 1, or nothing is known of the partition.
+    """
 
     id: str
     tactic: str
     request_threshold: int
     token_threshold: int
     cursor: str
+    is_edit: int = 1
     services: tuple[ServiceDefinition, ...]
 
 

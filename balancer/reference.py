@@ -291,11 +291,11 @@ class Pool:
         cursor, streak = (old.cursor, old.streak) if old else ("", 0)
         if old and _tactic_values(old.definition) != _tactic_values(new):
             streak = 0
-        if new.cursor:
+        if new.cursor and (new.is_edit or old is None):
             cursor, streak = new.cursor, 0
         if cursor not in (service.id for service in new.services):
             cursor, streak = "", 0
-        definition = msgspec.structs.replace(new, cursor="")
+        definition = msgspec.structs.replace(new, cursor="", is_edit=1)
         self.partitions[new.id] = PartitionState(definition=definition, cursor=cursor, streak=streak)
 
     def _set_windows(self, windows: WindowsDefinition, revision: int) -> None:

@@ -10,9 +10,10 @@
 -- ARGV[5] keep          events to keep in the stream, about
 -- ARGV[6] revision      that says so: an older one than the last changes nothing
 -- ARGV[7…] rules        JSON, one argument a rule: {rule, revision, partitions: [{id, tactic, request_threshold,
---   token_threshold, cursor, services: [{id, active, window, weight}]}], windows: [{id, lengths}]}; no partitions is a
---   tombstone; a cursor that is not empty is set and starts a new streak, as a changed tactic does; `windows` are all
---   lengths that the rule's services have in the pool, in seconds
+--   token_threshold, cursor, is_edit, services: [{id, active, window, weight}]}], windows: [{id, lengths}]}; no
+--   partitions is a tombstone; a cursor that is not empty is set by an edit (is_edit 1), or where nothing is known of
+--   the partition, and starts a new streak, as a changed tactic does; `windows` are all lengths that the rule's
+--   services have in the pool, in seconds
 -- Returns {'raised', how many, epoch, position, lost}.
 -- include: clock
 -- include: pool
@@ -50,7 +51,7 @@ end
 
 local function is_partition(value)
   return has(value, {id = 'string', tactic = 'string', request_threshold = 'number', token_threshold = 'number',
-    cursor = 'string', services = 'table'}) and all(value.services, is_service)
+    cursor = 'string', is_edit = 'number', services = 'table'}) and all(value.services, is_service)
 end
 
 local function is_windows(value)
@@ -104,7 +105,7 @@ local function define_partition(part)
   local is_same_tactic = stored[1] == part.tactic and tonumber(stored[2] or -1) == part.request_threshold
     and tonumber(stored[3] or -1) == part.token_threshold
   if not is_same_tactic then streak = 0 end
-  if part.cursor ~= '' then cursor, streak = part.cursor, 0 end
+  if part.cursor ~= '' and (part.is_edit == 1 or not stored[1]) then cursor, streak = part.cursor, 0 end
   local window, is_member, lines = 0, false, {}
   for _, service in ipairs(part.services) do
     lines[#lines + 1] = service.active .. ' ' .. service.window .. ' ' .. service.weight .. ' ' .. service.id .. '\n'

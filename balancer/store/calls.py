@@ -58,8 +58,10 @@ def fence_arguments(settings: PoolSettings, revision: int) -> dict[str, str | in
     return {"record": settings.record, "keep": settings.record_events, "revision": revision}
 
 
-def rule_definition(configuration: Configuration, rule: Rule, revision: int) -> RuleDefinition:
-    """What raising the fence of an active rule writes into its pool."""
+def rule_definition(
+    configuration: Configuration, rule: Rule, revision: int, *, is_edited: bool = True
+) -> RuleDefinition:
+    """What raising the fence of a rule writes into its pool; a configured cursor is set only by an edit of the rule."""
     enabled = {provider.uuid for provider in configuration.providers if provider.enabled}
     cursor = ""
     if rule.current_service_index is not None and rule.services:
@@ -70,6 +72,7 @@ def rule_definition(configuration: Configuration, rule: Rule, revision: int) -> 
         request_threshold=min(getattr(rule.lb_tactic, "request_threshold", 0), _HIGHEST),
         token_threshold=min(getattr(rule.lb_tactic, "token_threshold", 0), _HIGHEST),
         cursor=cursor,
+        is_edit=int(is_edited),
         services=tuple(
             ServiceDefinition(
                 id=service.id,

@@ -34,6 +34,7 @@ AGAIN_S = 0.02
 """After this long a command that was not executed is asked again."""
 _TRYING_S = 1.0
 _MOST_CLIENTS = 64
+_CHECK_S = 5.0
 _STALE_S = 0.25
 """What sentinels said longer ago than this is asked again once the connection to their master stands."""
 _RECHECK_S = 1.0
@@ -43,7 +44,7 @@ _OLDEST = {"redis": (6, 2), "valkey": (7, 2)}
 
 def client(url: str, timeout_s: float = 5.0) -> redis.asyncio.Redis:
     """A client of one server, for tests and the demo: never retries, a bounded pool."""
-    return new_client(url, timeout_s, timeout_s)
+    return new_client(url, timeout_s)
 
 
 @contextlib.contextmanager
@@ -71,13 +72,19 @@ async def check_server(url: str) -> None:
     with translated("checking Redis"):
         masters = await topology.masters()
     for master in masters:
-        connection = new_client(master, 5.0, topology.connect_timeout_s)
+        connection = new_client(master, topology.connect_timeout_s)
         try:
             with translated("checking Redis"):
-                info: dict[str, Any] = await connection.info()
+                async with asyncio.timeout(_CHECK_S):
+                    info: dict[str, Any] = await connection.info()
         except RefusedError as exc:
             if exc.then is Then.UNKNOWN:
                 raise ConfigurationError(f"{exc.message}; docs/redis.md has all that it needs") from exc
+            raise
+        except StoreUnavailableError as exc:
+            if "HELLO" in exc.message:  # With which a client asks for the protocol, since Redis 6.0.
+                oldest = " or ".join(f"{kind} {'.'.join(map(str, version))}" for kind, version in _OLDEST.items())
+                raise ConfigurationError(f"this Redis is too old: {oldest} or newer is needed") from exc
             raise
         finally:
             await connection.aclose()
@@ -123,8 +130,9 @@ class Commands:
         while True:
             url, node = await self._client(key)
             try:
-                # redis-py has no types for this one.
-                return await node.execute_command(*command)  # type: ignore[no-untyped-call]
+                async with asyncio.timeout(self._timeout_s):
+                    # redis-py has no types for this one.
+                    return await node.execute_command(*command)  # type: ignore[no-untyped-call]
             except (RedisError, OSError) as exc:
                 refused = refusal(exc)
                 if refused is None and not isinstance(exc, ResponseError | MaxConnectionsError):
@@ -156,7 +164,7 @@ class Commands:
         url = await self._topology.locate(key)
         node = self._clients.get(url)
         if node is None:
-            node = self._clients[url] = new_client(url, self._timeout_s, self._topology.connect_timeout_s)
+            node = self._clients[url] = new_client(url, self._topology.connect_timeout_s)
             if len(self._clients) > _MOST_CLIENTS:
                 await self._clients.pop(next(iter(self._clients))).aclose()
         return url, node

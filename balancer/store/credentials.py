@@ -73,6 +73,14 @@ def is_reference(value: str) -> bool:
     return bool(_REFERENCE.search(value))
 
 
+def _has_literal_password(value: str, place: Place) -> bool:
+    """True for a proxy's URL with a password written out beside a reference, to its host perhaps."""
+    if place[1] != "proxy_url":
+        return False
+    userinfo = value.rpartition("@")[0].rpartition("//")[2]
+    return bool(_REFERENCE.sub("", userinfo.partition(":")[2]))
+
+
 def seal_configuration(
     configuration: Configuration, sealer: Sealer | None, previous: Configuration | None = None
 ) -> Configuration:
@@ -85,7 +93,7 @@ def seal_configuration(
     old = {provider.uuid: _values(provider) for provider in previous.providers} if previous else {}
 
     def seal(value: str, place: Place) -> str:
-        if not value or is_sealed(value) or is_reference(value):
+        if not value or is_sealed(value) or (is_reference(value) and not _has_literal_password(value, place)):
             return value
         if sealer is None:
             faults.append(f"providers[{place[0]}].{place[1]}: a literal credential would reach Redis in the clear")
@@ -188,7 +196,7 @@ class Credentials:
                 raise ConfigurationError(
                     f"providers[{place[0]}].{place[1]} is sealed, and this worker has no BALANCER_SECRET_KEY"
                 )
-            return self._sealer.open(value, place)
+            value = self._sealer.open(value, place)
         if "${" not in value:
             return value
         return _REFERENCE.sub(lambda match: self._refer(match, place), value)
@@ -210,4 +218,6 @@ class Credentials:
                 cached = self._files[name] = (changed, Path(name).read_text(encoding="utf-8").strip())
         except OSError as exc:
             raise ConfigurationError(f"providers[{place[0]}].{place[1]}: cannot read {name}: {exc.strerror}") from exc
+        except UnicodeDecodeError as exc:
+            raise ConfigurationError(f"providers[{place[0]}].{place[1]}: {name} is no UTF-8 text") from exc
         return cached[1]

@@ -35,7 +35,7 @@ async def plan(
     digest = document.digest(configuration)
     sealed = seal_configuration(configuration, sealer, previous=standing)
     differences = tuple(document.diff(standing, sealed))
-    if base and (base.digest == digest or not differences):
+    if base and ((base.digest == digest and not force) or not differences):
         return Publication(result="unchanged", revision=revision), sealed, base
     earlier = await registry.revision_of(digest)
     if base and earlier and not force:

@@ -28,6 +28,8 @@ KEPT_DIGESTS = 200
 POLL_S = 1.0
 _RULES_PER_CALL = 100
 _PATIENCE_S = 1.0
+_LOOK_S = 0.01
+_NOTHING_YET = "no configuration has been published yet: run `balancer apply FILE` or serve --config FILE"
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +56,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     made_at: str = ""
     rule_revisions: dict[str, int] = {}
     tombstones: tuple[Tombstone, ...] = ()
+    edits: dict[str, int] = {}
+    """For each rule the revision that last changed the rule itself, and not only what it refers to."""
 
     def rule_revision(self, uuid: str) -> int:
         """The revision that last changed anything the rule's select reads."""
@@ -61,7 +65,9 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     def definition(self, rule: Rule) -> RuleDefinition:
         """What raising the rule's fence writes."""
-        return rule_definition(self.configuration, rule, self.rule_revision(rule.uuid))
+        revision = self.rule_revision(rule.uuid)
+        is_edited = self.edits.get(rule.uuid, revision) == revision
+        return rule_definition(self.configuration, rule, revision, is_edited=is_edited)
 
 
 class Directory(msgspec.Struct, frozen=True, kw_only=True, weakref=True):
@@ -123,6 +129,7 @@ class _Stored(msgspec.Struct, frozen=True, kw_only=True):
     rule_revisions: dict[str, int]
     tombstones: tuple[Tombstone, ...]
     document: dict[str, Any]
+    edits: dict[str, int] = {}
 
 
 class Registry:
@@ -143,12 +150,18 @@ class Registry:
         )
 
     async def load(self, revision: int) -> Snapshot | None:
-        """The snapshot of a revision; None when it is not, or no longer, kept."""
+        """The snapshot of a revision; None when it is not, or no longer, kept.
+
+        Raises ConfigurationError when it cannot be read.
+        """
         with translated("reading the registry"):
             text: Any = await self._commands.run(keys.HEAD, "GET", keys.snapshot(revision))
         if text is None:
             return None
-        stored = msgspec.json.decode(text, type=_Stored)
+        try:
+            stored = msgspec.json.decode(text, type=_Stored)
+        except msgspec.DecodeError as exc:
+            raise ConfigurationError(f"the snapshot of revision {revision} cannot be read: {exc}") from exc
         reading = document.read(stored.document, door="stored")
         return Snapshot(
             revision=stored.revision,
@@ -157,6 +170,7 @@ class Registry:
             made_at=stored.made_at,
             rule_revisions=stored.rule_revisions,
             tombstones=stored.tombstones,
+            edits=stored.edits,
         )
 
     async def current(self) -> Snapshot | None:
@@ -189,6 +203,7 @@ class Registry:
             made_at=datetime.now(UTC).isoformat(timespec="seconds"),
             rule_revisions=_rule_revisions(configuration, base, revision),
             tombstones=_tombstones(configuration, base),
+            edits=_edits(configuration, base, revision),
         )
         word, found = await self._run(
             "publish",
@@ -271,6 +286,7 @@ def _stored(snapshot: Snapshot) -> _Stored:
         made_at=snapshot.made_at,
         rule_revisions=snapshot.rule_revisions,
         tombstones=snapshot.tombstones,
+        edits=snapshot.edits,
         document=document.write(snapshot.configuration),
     )
 
@@ -285,6 +301,15 @@ def _rule_revisions(new: Configuration, base: Snapshot | None, revision: int) ->
         if before.get(rule.uuid) == document.select_view(new, rule)
         else revision
         for rule in new.rules
+    }
+
+
+def _edits(new: Configuration, base: Snapshot | None, revision: int) -> dict[str, int]:
+    """The new revision for rules that are not what they were."""
+    before = {rule.uuid: rule for rule in base.configuration.rules} if base else {}
+    known = base.edits if base else {}
+    return {
+        rule.uuid: known.get(rule.uuid, revision) if before.get(rule.uuid) == rule else revision for rule in new.rules
     }
 
 
@@ -308,7 +333,8 @@ class Follower:
         self._loading = asyncio.Lock()
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._failure = "no configuration has been published yet: run `balancer apply FILE` or serve --config FILE"
+        self._failure = _NOTHING_YET
+        self._looked_at = float("-inf")
 
     @property
     def directory(self) -> Directory | None:
@@ -344,30 +370,44 @@ class Follower:
         started = loop.time()
         try:
             async with asyncio.timeout(timeout_s):
-                while self._directory is None or self._directory.revision < revision:
-                    await self.refresh()
-                    if self._directory is None or self._directory.revision < revision:
+                while not self._has(revision):
+                    await self._look(revision)
+                    if not self._has(revision):
                         if loop.time() - started > _PATIENCE_S:
                             await self._registry.complete_pending()
-                        await asyncio.sleep(0.01)
+                        await asyncio.sleep(_LOOK_S)
         except TimeoutError:
             raise StoreUnavailableError(f"revision {revision} is fenced but not published yet") from None
 
-    async def refresh(self) -> None:
-        """Takes over the head as it stands now. Raises StoreUnavailableError."""
+    def _has(self, revision: int) -> bool:
+        return self._directory is not None and self._directory.revision >= revision
+
+    async def _look(self, revision: int) -> None:
+        """Refreshes, unless another request that waits for the same has just done so."""
         async with self._loading:
-            head = await self._registry.head()
-            self._failure = ""
-            if head.revision == 0:
-                self._failure = "no configuration has been published yet"
-                return
-            if self._directory is not None and self._directory.revision == head.revision:
-                return
-            snapshot = await self._registry.load(head.revision)
-            if snapshot is None:
-                raise StoreUnavailableError(f"the snapshot of revision {head.revision} is missing")
-            self._directory = directory_of(snapshot)
-            log.info("configuration loaded", revision=head.revision, rules=len(snapshot.configuration.rules))
+            if not self._has(revision) and asyncio.get_running_loop().time() - self._looked_at > _LOOK_S:
+                await self._load_head()
+
+    async def refresh(self) -> None:
+        """Takes over the head as it stands now. Raises StoreUnavailableError, ConfigurationError."""
+        async with self._loading:
+            await self._load_head()
+
+    async def _load_head(self) -> None:
+        self._looked_at = asyncio.get_running_loop().time()
+        head = await self._registry.head()
+        self._failure = ""
+        if head.revision == 0:
+            self._failure = _NOTHING_YET
+            return
+        known = self._directory.snapshot if self._directory else None
+        if known and (known.revision, known.digest) == (head.revision, head.digest):
+            return
+        snapshot = await self._registry.load(head.revision)
+        if snapshot is None:
+            raise StoreUnavailableError(f"the snapshot of revision {head.revision} is missing")
+        self._directory = directory_of(snapshot)
+        log.info("configuration loaded", revision=head.revision, rules=len(snapshot.configuration.rules))
 
     def _note(self, exc: BalancerError) -> None:
         if self._failure != exc.message:

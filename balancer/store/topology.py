@@ -73,9 +73,11 @@ async def hang_up(connection: AbstractConnection) -> None:
         await connection.disconnect(nowait=True)
 
 
-def new_client(url: str, timeout_s: float, connect_timeout_s: float) -> redis.asyncio.Redis:
+def new_client(url: str, connect_timeout_s: float) -> redis.asyncio.Redis:
     """A client for rare commands: never retries, a bounded pool."""
-    return redis.asyncio.Redis.from_url(url, max_connections=16, **options(timeout_s, connect_timeout_s))
+    # redis-py's own timeout for replies waits by `asyncio.wait_for`, which on Python 3.11 may swallow a cancellation:
+    # whoever asks sets the limit.
+    return redis.asyncio.Redis.from_url(url, max_connections=16, **options(None, connect_timeout_s))
 
 
 def options(timeout_s: float | None, connect_timeout_s: float) -> dict[str, Any]:

@@ -26,6 +26,15 @@ _MATRIX = [
     for target in _TARGETS
     for protocol in (2, 3)
 ]
+_SERVERS = [
+    pytest.param((kind, None), id=kind, marks=[pytest.mark.needs("apt:redis-server")] if kind == "redis-7" else [])
+    for kind in servers.KINDS
+]
+_PLACES = {
+    # What a worker does all the time runs everywhere. All else runs on each kind of server; two do not depend on it.
+    **dict.fromkeys(("test_auditor", "test_holds", "test_pool", "test_topology"), _MATRIX),
+    **dict.fromkeys(("test_reservation", "test_spill"), _SERVERS[:1]),
+}
 _IN_MATRIX = re.compile(rf"(.*)\[((?:{'|'.join(_TARGETS)})-resp[23])\b.*\]")
 
 
@@ -94,12 +103,19 @@ def emptied(found: Target, protocol: int | None = None) -> Iterator[Target]:
     assert not immortal, f"keys without an expiry: {immortal}"
 
 
-@pytest.fixture(params=_MATRIX)
+@pytest.fixture
 def topology_target(request: pytest.FixtureRequest, target: Callable[[str], Target]) -> Iterator[Target]:
-    """An empty topology of every kind in turn. A module may have one of its own, of one kind."""
+    """An empty topology of every kind in turn that the module is run on: see `_PLACES`."""
     name, protocol = request.param
     with emptied(target(name), protocol) as found:
         yield found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each test on the topologies of its module."""
+    if "topology_target" in metafunc.fixturenames:
+        places = _PLACES.get(metafunc.module.__name__.rpartition(".")[2], _SERVERS)
+        metafunc.parametrize("topology_target", places, indirect=True)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -30,18 +29,10 @@ from balancer.domain import (
 from balancer.store import keys
 from balancer.store.pool import PoolClient, PoolEvents
 from balancer.store.topology import Topology
-from tests.store.conftest import Target, emptied
 
 THRESHOLD = 20_000
 IN_FLIGHT = 500
 SERVICES = tuple(f"p{i}:m" for i in range(12))
-
-
-@pytest.fixture
-def topology_target(target: Callable[[str], Target]) -> Iterator[Target]:
-    """One server: how much is reserved does not depend on it."""
-    with emptied(target("valkey-9")) as found:
-        yield found
 
 
 class Request(msgspec.Struct, frozen=True):

@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from balancer.store.settlement import Batch
 from balancer.store.spill import Spill
 from balancer.store.topology import Topology
 from balancer.store.views import ServiceView
-from tests.store.conftest import Target, emptied, eventually
+from tests.store.conftest import eventually
 from tests.store.test_pool import SERVICES, a_definition, a_selection, an_entry
 
 # A worker of its own process: makes picks 1…count, then settles as many numbers as each line on stdin says.
@@ -280,13 +280,6 @@ from balancer.store.spill import Spill
 print(Spill(Path(sys.argv[1]), "default", "w").lock(), flush=True)
 sys.stdin.read()
 """
-
-
-@pytest.fixture
-def topology_target(target: Callable[[str], Target]) -> Iterator[Target]:
-    """One server: the disk is the same for all, and what is sent to them test_pool.py holds everywhere."""
-    with emptied(target("valkey-9")) as found:
-        yield found
 
 
 def test_a_lock_is_held_against_other_processes_until_its_owner_is_killed(folder: Path) -> None:
