@@ -65,6 +65,7 @@ def environment() -> Iterator[dict[str, str]]:
         # The workers' metrics are files that stay open until their end.
         "PYTHONWARNINGS": "error,ignore::ResourceWarning",
         "BALANCER_LEASE_S": str(LEASE_S),
+        "BALANCER_ADMIN_TOKEN": "admin-of-the-fleet",
     }
     shutil.rmtree(folder)
 

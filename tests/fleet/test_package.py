@@ -20,7 +20,7 @@ from tests.fleet.conftest import Start, a_document
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("balancer", "lua", "tests", "pyproject.toml", "README.md", "LICENSE")
-COMMANDS = ("serve", "demo", "check", "apply", "diff", "get", "rollback")
+COMMANDS = ("serve", "demo", "check", "apply", "diff", "get", "audit", "rollback")
 
 
 @pytest.fixture(scope="module")
