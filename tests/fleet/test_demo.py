@@ -44,7 +44,7 @@ async def test_the_demo_with_a_wrong_script_fails_and_names_the_rule_that_it_bro
     assert (status, err) == (1, ""), out + err
     assert "Everything agrees" not in out
     assert re.search(r"✗ position \d+ of epoch 1: rule openai/in-turn", out)
-    assert re.search(r"\d+ disagreements", out)
+    assert re.search(r"\d+ disagreement", out)
     assert proof(out)["in-turn"][-1] == "wrong"
 
 
