@@ -9,7 +9,7 @@ SCRIPTS := .cache/lua
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint format lock clean
+.PHONY: help demo test check prove lint format lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -19,6 +19,9 @@ demo: $(VENV)/.installed  ## three fake accounts, two workers, one killed in the
 
 test: $(VENV)/.developed  ## all tests that need only wheels; what needs more is listed as `not run` (ARGS="-k word")
 	$(BIN)/python -m pytest $(ARGS)
+
+prove: $(VENV)/.developed  ## millions of decisions under faults, on every topology, each replayed (needs apt:redis-server)
+	$(BIN)/python -m benchmarks.prove $(ARGS)
 
 check: lint test  ## what the gate runs
 

@@ -1,6 +1,6 @@
 """Runs the proof: phases of decisions under faults, each checked from its first event to its last.
 
-`python -m benchmarks.prove [--decisions N] [--topology NAME …] [--workers N] [--seed N]`
+`python -m benchmarks.prove [--decisions N] [--phases N] [--topology NAME …] [--workers N] [--seed N]`
 """
 
 from __future__ import annotations
@@ -8,30 +8,32 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from balancer import document
+from balancer import config, document, log
 from balancer.audit import Checker, Verdict
-from balancer.store import connection, history
+from balancer.errors import ConflictError, StoreUnavailableError
+from balancer.store import connection, history, keys
+from balancer.store.balance import Balance
 from balancer.store.publishing import publish_file
 from balancer.store.registry import Registry
+from balancer.store.topology import Topology
+from benchmarks.prove import stores
 from benchmarks.prove.books import Books, Ledger, compare, totals
 from benchmarks.prove.journal import read, workers_of
 from benchmarks.prove.worker import DEADLINE_MS, LEASE_S
-from tests import servers
-from tests.faults import FaultProxy
 
-POOLS = ("default", "other")
+POOLS = stores.POOLS
 PROVIDERS = ("p0", "p1", "p2", "p3", "p4")
 TACTICS = ("round_robin", "token_based", "hybrid", "random")
 _PAGE = 2000
@@ -164,8 +166,8 @@ class Fleet:
 class Phase:
     """Decisions under faults on one topology, and their check."""
 
-    def __init__(self, name: str, decisions: int, workers: int, seed: int) -> None:
-        self._name = name
+    def __init__(self, kind: str, decisions: int, workers: int, seed: int) -> None:
+        self._kind = kind
         self._decisions = decisions
         self._workers = workers
         self._random = random.Random(seed)
@@ -177,74 +179,31 @@ class Phase:
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="prove-") as temporary:
             folder = Path(temporary)
-            async with self._store(folder) as (workers_url, control_url, store_faults):
-                await self._publish(control_url)
-                fleet = Fleet(workers_url, folder, self._seed * 1000)
-                for _ in range(self._workers):
-                    await fleet.start_one()
+            async with stores.running(self._kind, folder) as store:
+                commands = connection.Commands(Topology(store.url), timeout_s=30)
                 try:
-                    await self._disturb(fleet, control_url, store_faults)
+                    await self._publish(commands)
+                    fleet = Fleet(store.workers_url, folder, self._seed * 1000)
+                    for _ in range(self._workers):
+                        await fleet.start_one()
+                    try:
+                        await self._disturb(fleet, commands, store)
+                    finally:
+                        await fleet.stop()
+                    await wait_until_reaped(store.url, LEASE_S + DEADLINE_MS / 1000)
+                    seconds = time.monotonic() - started
+                    return await self._check(folder, commands, seconds, fleet.killed)
                 finally:
-                    await fleet.stop()
-                await self._wait_until_reaped(control_url)
-                seconds = time.monotonic() - started
-                return await self._check(folder, control_url, seconds, fleet.killed)
+                    await commands.aclose()
 
-    @contextlib.asynccontextmanager
-    async def _store(self, folder: Path) -> AsyncIterator[tuple[str, str, list[Callable[[], Awaitable[None]]]]]:
-        with servers.running("valkey-9") as url:
-            async with FaultProxy(url, folder / "p.sock").running() as proxy:
-
-                async def heals(after_s: float) -> None:
-                    await asyncio.sleep(after_s)
-                    proxy.passes()
-
-                async def reset() -> None:
-                    proxy.resets()
-
-                async def latency() -> None:
-                    proxy.delays(0.05)
-                    await heals(1.0)
-
-                async def drip() -> None:
-                    proxy.drips(100_000)
-                    await heals(1.0)
-
-                async def blackhole() -> None:
-                    proxy.blackholes()
-                    await heals(0.7)
-
-                async def half_open() -> None:
-                    proxy.blackholes()
-                    await asyncio.sleep(3.0)
-                    proxy.resets()
-                    proxy.passes()
-
-                async def lost_replies() -> None:
-                    proxy.loses_replies()
-                    await asyncio.sleep(0.1)
-                    proxy.resets()
-                    proxy.passes()
-
-                async def refuse() -> None:
-                    proxy.refuses()
-                    await heals(0.5)
-
-                yield proxy.url, url, [reset, latency, drip, blackhole, half_open, lost_replies, refuse]
-
-    async def _publish(self, url: str) -> None:
-        client = connection.client(url)
-        try:
-            configuration = document.read(a_document(self._random), door="strict").configuration
-            await publish_file(Registry(client), configuration, None, force=True)
-        finally:
-            await client.aclose()
+    async def _publish(self, commands: connection.Commands) -> None:
+        configuration = document.read(a_document(self._random), door="strict").configuration
+        await publish_file(Registry(commands), configuration, None, force=True)
 
     # -- faults --------------------------------------------------------------------------------------------------------
 
-    async def _disturb(self, fleet: Fleet, url: str, store_faults: list[Callable[[], Awaitable[None]]]) -> None:
+    async def _disturb(self, fleet: Fleet, commands: connection.Commands, store: stores.Store) -> None:
         """Faults, one after the other, until enough decisions were made."""
-        client = connection.client(url)
 
         async def kill() -> None:
             fleet.kill_one(self._random)
@@ -258,50 +217,48 @@ class Phase:
             process.send_signal(signal.SIGCONT)
 
         async def edit() -> None:
-            await self._publish(url)
+            # While a failover is under way: the next edit comes soon, and completes this one.
+            with contextlib.suppress(StoreUnavailableError, ConflictError):
+                await self._publish(commands)
+
+        async def on_masters(*command: str) -> None:
+            for url in await asyncio.to_thread(store.masters):
+                async with connection.client(url) as client:
+                    await client.execute_command(*command)  # type: ignore[no-untyped-call]
 
         async def forget_scripts() -> None:
-            await client.script_flush()
+            await on_masters("SCRIPT", "FLUSH")
 
         async def cut_clients() -> None:
-            await client.client_kill_filter(_type="normal", skipme=True)
+            await on_masters("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
 
-        doings = [kill, freeze, edit, edit, edit, forget_scripts, cut_clients, *store_faults]
-        try:
-            while fleet.picks < self._decisions:
-                if time.monotonic() - fleet.last_pick > _STALL_S:
-                    raise TimeoutError(f"no picks for {_STALL_S:g} s")
-                doing = self._random.choice(doings)
-                self._faults[doing.__name__] = self._faults.get(doing.__name__, 0) + 1
-                await doing()
-                await asyncio.sleep(self._random.uniform(0.2, 1.2))
-        finally:
-            await client.aclose()
-
-    async def _wait_until_reaped(self, url: str) -> None:
-        """Returns once the leases of all workers have ended, and a last worker has reaped what they held."""
-        fleet_of_one = Reaper(url)
-        await fleet_of_one.run(LEASE_S + DEADLINE_MS / 1000)
+        doings = [kill, freeze, edit, edit, edit, forget_scripts, cut_clients, *store.faults]
+        while fleet.picks < self._decisions:
+            if time.monotonic() - fleet.last_pick > _STALL_S:
+                raise TimeoutError(f"no picks for {_STALL_S:g} s")
+            doing = self._random.choice(doings)
+            self._faults[doing.__name__] = self._faults.get(doing.__name__, 0) + 1
+            await doing()
+            await asyncio.sleep(self._random.uniform(1.0, 3.0))
 
     # -- check ---------------------------------------------------------------------------------------------------------
 
-    async def _check(self, folder: Path, url: str, seconds: float, killed: set[str]) -> Result:
-        client = connection.client(url, timeout_s=30)
-        ledger, verdicts, counted = Ledger(), {}, {}
-        try:
-            for pool in POOLS:
-                await history.checkpoint(client.execute_command, pool)
-                checker = Checker()
-                async for page in history.pages(client.execute_command, pool, history.FIRST, _PAGE):
-                    for event in page.events:
-                        checker.feed(event)
-                        ledger.feed(pool, event)
-                verdicts[pool] = checker.verdict
-                for name, state in (checker.pool.services if checker.pool else {}).items():
-                    if state.requests:
-                        counted[f"{pool} {name}"] = (state.requests, state.input + state.output, state.lost)
-        finally:
-            await client.aclose()
+    async def _check(self, folder: Path, commands: connection.Commands, seconds: float, killed: set[str]) -> Result:
+        ledger = Ledger(has_failovers=self._kind != "standalone")
+        verdicts: dict[str, Verdict] = {}
+        counted: dict[str, tuple[int, int, int]] = {}
+        for pool in POOLS:
+            send = functools.partial(commands.run, keys.partitions(pool))
+            await history.checkpoint(send, pool)
+            checker = Checker()
+            async for page in history.pages(send, pool, history.FIRST, _PAGE):
+                for event in page.events:
+                    checker.feed(event)
+                    ledger.feed(pool, event)
+            verdicts[pool] = checker.verdict
+            for name, state in (checker.pool.services if checker.pool else {}).items():
+                if state.requests:
+                    counted[f"{pool} {name}"] = (state.requests, state.input + state.output, state.lost)
         attempts = await asyncio.to_thread(read, folder)
         books = compare(ledger, attempts, workers_of(folder) - workers_of(folder, killed))
         for service, row in totals(ledger, attempts).items():
@@ -310,7 +267,7 @@ class Phase:
                     f"{service}: the store counts {counted.get(service)} (requests, tokens, lost), the books say {row}"
                 )
         return Result(
-            name=self._name,
+            name=self._kind,
             decisions=sum(verdict.picks for verdict in verdicts.values()),
             seconds=seconds,
             faults=dict(sorted(self._faults.items())),
@@ -319,28 +276,19 @@ class Phase:
         )
 
 
-class Reaper:
-    """A worker that picks nothing: it looks after what the others have left."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    async def run(self, timeout_s: float) -> None:
-        """Returns when nothing is in flight any more. Raises TimeoutError."""
-        from balancer import config
-        from balancer.store.balance import Balance
-
-        balance = Balance(self._url, config.load({"lease_s": LEASE_S, "audit_interval_s": 0.0}, {}))
-        await balance.start()
-        try:
-            async with asyncio.timeout(timeout_s + 10):
-                while True:
-                    views = await balance.views()
-                    if len(views) == len(POOLS) and not any(s.in_flight for v in views for s in v.services.values()):
-                        return
-                    await asyncio.sleep(0.2)
-        finally:
-            await balance.close()
+async def wait_until_reaped(url: str, timeout_s: float) -> None:
+    """Returns once a worker that picks nothing has looked after all that the others have left."""
+    balance = Balance(url, config.load({"lease_s": LEASE_S, "audit_interval_s": 0.0}, {}))
+    await balance.start()
+    try:
+        async with asyncio.timeout(timeout_s + 10):
+            while True:
+                views = await balance.views()
+                if len(views) == len(POOLS) and not any(s.in_flight for v in views for s in v.services.values()):
+                    return
+                await asyncio.sleep(0.2)
+    finally:
+        await balance.close()
 
 
 def show(result: Result) -> None:
@@ -366,13 +314,15 @@ def show(result: Result) -> None:
 
 async def main(options: argparse.Namespace) -> int:
     """Runs all phases; 0 if nothing is wrong."""
+    log.configure("error")
     results = []
     for number in range(options.phases):
-        phase = Phase(
-            f"standalone {number + 1}", options.decisions // options.phases, options.workers, options.seed + number
-        )
+        kind = options.topology[number % len(options.topology)]
+        phase = Phase(kind, options.decisions // options.phases, options.workers, options.seed + number)
         results.append(await phase.run())
         show(results[-1])
+    by_kind = {kind: sum(r.decisions for r in results if r.name == kind) for kind in options.topology}
+    print("decisions: " + ", ".join(f"{kind} {count}" for kind, count in by_kind.items()))
     total = sum(result.decisions for result in results)
     is_right = all(result.is_right for result in results)
     violations = sum(v.violation_count for result in results for v in result.verdicts.values())
@@ -386,7 +336,8 @@ async def main(options: argparse.Namespace) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--decisions", type=int, default=2_000_000)
-    parser.add_argument("--phases", type=int, default=6)
+    parser.add_argument("--phases", type=int, default=6, help="each begins with an empty store")
+    parser.add_argument("--topology", nargs="+", choices=stores.KINDS, default=list(stores.KINDS))
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "big"))
     sys.exit(asyncio.run(main(parser.parse_args())))

@@ -26,13 +26,14 @@ class Books(msgspec.Struct, kw_only=True):
 class Ledger:
     """What a history says of attempts; fed with its events."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_failovers: bool) -> None:
         self.settles: dict[Key, list[tuple[int, int]]] = {}
         self.lost: dict[Key, str] = {}
-        self.rolled_back: dict[str, list[tuple[int, int, int]]] = {}
+        self._has_failovers = has_failovers
+        self._picks: set[Key] = set()
 
     def feed(self, pool: str, event: Event) -> None:
-        """Notes the end of an attempt, or the positions that a failover has lost."""
+        """Notes a pick, or the end of an attempt."""
         match event["event"]:
             case "settle":
                 key = (event["worker"], int(event["number"]))
@@ -41,16 +42,14 @@ class Ledger:
                     self.settles.setdefault(key, []).append((int(event["input"]), int(event["output"])))
             case "reap":
                 self.lost[event["worker"], int(event["number"])] = f"{pool} {event['service']}"
-            case "epoch":
-                was, lost = int(event["was_position"]), int(event["lost"])
-                self.rolled_back.setdefault(pool, []).append((int(event["was_epoch"]), was, was + lost))
+            case "pick":
+                self._picks.add((event["worker"], int(event["number"])))
             case _:
                 pass
 
-    def was_rolled_back(self, attempt: Attempt) -> bool:
-        """True when the attempt's pick is one that a failover has lost."""
-        epoch, position = attempt.place
-        return any(e == epoch and after < position <= upto for e, after, upto in self.rolled_back.get(attempt.pool, ()))
+    def was_rolled_back(self, key: Key) -> bool:
+        """True when a failover has lost the attempt's pick: the history that stands does not have it."""
+        return self._has_failovers and key not in self._picks
 
 
 def compare(ledger: Ledger, attempts: dict[Key, Attempt], ended_well: set[str]) -> Books:
@@ -72,7 +71,7 @@ def compare(ledger: Ledger, attempts: dict[Key, Attempt], ended_well: set[str]) 
                 books.faults.append(f"{key} was settled with {settles[0]} tokens, the upstream says {attempt.tokens}")
         elif key in ledger.lost:
             books.lost += 1
-        elif ledger.was_rolled_back(attempt):
+        elif ledger.was_rolled_back(key):
             books.lost_to_failover += 1
         else:
             books.faults.append(f"{key} was seen upstream, and neither settled nor lost")
