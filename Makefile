@@ -20,7 +20,7 @@ demo: $(VENV)/.installed  ## three fake accounts, two workers, one killed in the
 test: $(VENV)/.developed  ## all tests that need only wheels; what needs more is listed as `not run` (ARGS="-k word")
 	$(BIN)/python -m pytest $(ARGS)
 
-prove: $(VENV)/.developed  ## millions of decisions under faults, on every topology, each replayed (needs apt:redis-server)
+prove: $(VENV)/.developed  ## millions of decisions under faults, on every topology, each of them replayed
 	$(BIN)/python -m benchmarks.prove $(ARGS)
 
 check: lint test  ## what the gate runs

@@ -1,5 +1,6 @@
-"""The stores of the proof, and what befalls them: a server behind a proxy that does what networks do, and sets of
-servers whose masters are killed or frozen under load.
+"""The stores of the proof, and what befalls them.
+
+A server behind a proxy that does what networks do; sets of servers whose masters are killed or frozen under load.
 """
 
 from __future__ import annotations
