@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,7 @@ def is_unrecorded(verdict: audit.Verdict) -> bool:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_recorded_history_is_replayed_from_the_pools_first_event(new_pool: NewPool, seed: int) -> None:
     pool = new_pool(record="full")
-    Trace(pool, seed).run(steps=200)
+    Trace(pool, random.Random(seed)).run(steps=200)
     verdict = audit.check(history(pool))
     assert verdict.violations == []
     assert verdict.is_full, verdict.weaker
@@ -50,13 +51,13 @@ def test_a_recorded_history_is_replayed_from_the_pools_first_event(new_pool: New
 
 def test_a_pool_that_records_nothing_writes_no_event(new_pool: NewPool) -> None:
     pool = new_pool(record="off")
-    Trace(pool, seed=1).run(steps=60)
+    Trace(pool, random.Random(1)).run(steps=60)
     assert is_unrecorded(audit.check(history(pool)))
 
 
 def test_a_trimmed_history_is_checked_by_itself_up_to_its_first_checkpoint(new_pool: NewPool) -> None:
     pool = new_pool(record="full")
-    Trace(pool, seed=2).run(steps=120)
+    Trace(pool, random.Random(2)).run(steps=120)
     whole = history(pool)
     first = next(i for i, event in enumerate(whole) if event["event"] == "checkpoint" and i > 100)
     verdict = audit.check(whole[first - 50 :])
@@ -68,7 +69,7 @@ def test_a_trimmed_history_is_checked_by_itself_up_to_its_first_checkpoint(new_p
 
 def test_a_history_without_a_missing_event_is_not_accepted(new_pool: NewPool) -> None:
     pool = new_pool(record="full")
-    Trace(pool, seed=3).run(steps=60)
+    Trace(pool, random.Random(3)).run(steps=60)
     whole = history(pool)
     cut = next(i for i, event in enumerate(whole) if event["event"] == "pick" and i > 30)
     verdict = audit.check(whole[:cut] + whole[cut + 1 :])
@@ -78,7 +79,7 @@ def test_a_history_without_a_missing_event_is_not_accepted(new_pool: NewPool) ->
 
 def test_a_sampled_record_has_one_position_in_seventeen_and_its_choices_are_checked(new_pool: NewPool) -> None:
     pool = new_pool(record="sampled")
-    Trace(pool, seed=4).run(steps=400)
+    Trace(pool, random.Random(4)).run(steps=400)
     events = history(pool)
     verdict = audit.check(events)
     assert verdict.violations == []
@@ -90,7 +91,7 @@ def test_a_sampled_record_has_one_position_in_seventeen_and_its_choices_are_chec
 
 def test_a_counter_that_somebody_changed_by_hand_is_found_at_the_next_checkpoint(new_pool: NewPool) -> None:
     pool = new_pool(record="full")
-    trace = Trace(pool, seed=5)
+    trace = Trace(pool, random.Random(5))
     trace.run(steps=60)
     pool.client.hincrby(keys.services(pool.name), "input:p1:model 1", 1)
     pool.checkpoint(trace.now_ms)
@@ -101,7 +102,7 @@ def test_a_counter_that_somebody_changed_by_hand_is_found_at_the_next_checkpoint
 
 def test_holdings_that_do_not_add_up_are_found_without_any_event(new_pool: NewPool) -> None:
     pool = new_pool(record="sampled")
-    trace = Trace(pool, seed=5)
+    trace = Trace(pool, random.Random(5))
     trace.run(steps=60)
     pool.client.hincrby(keys.services(pool.name), "in_flight:p1:model 1", 1)
     pool.checkpoint(trace.now_ms)
@@ -111,7 +112,7 @@ def test_holdings_that_do_not_add_up_are_found_without_any_event(new_pool: NewPo
 
 def test_recording_that_begins_in_mid_life_is_replayed_from_the_next_checkpoint(new_pool: NewPool) -> None:
     pool = new_pool(record="off")
-    trace = Trace(pool, seed=6)
+    trace = Trace(pool, random.Random(6))
     trace.run(steps=60)
     pool.record = "full"
     trace.run(steps=60)
@@ -187,7 +188,7 @@ on_one_server = pytest.mark.parametrize("server", ["valkey-9"], indirect=True)
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_wrong_script_is_found_out_by_its_history(new_pool: NewPool, tmp_path: Path, mutant: str) -> None:
     pool = new_pool(record="full", scripts=a_mutant(tmp_path, mutant))
-    trace = Trace(pool, seed=1)
+    trace = Trace(pool, random.Random(1))
     with pytest.raises(AssertionError):
         trace.run(steps=1500)  # The trace sees it at once; what follows is what the history alone would show.
     verdict = audit.check(history(pool))

@@ -29,12 +29,12 @@ LEASE_MS = 30_000
 
 
 class Trace:
-    """One history: each step is drawn from the seed and must be answered alike by both."""
+    """One history: each step is drawn and must be answered alike by both."""
 
-    def __init__(self, lua: LuaPool, seed: int) -> None:
+    def __init__(self, lua: LuaPool, rand: random.Random) -> None:
         self.lua = lua
         self.reference = Pool()
-        self.random = random.Random(seed)
+        self.random = rand
         self.now_ms = 1_800_000_000_000
         self.numbers = dict.fromkeys(WORKERS, 0)
         self.batches = dict.fromkeys(WORKERS, 0)
