@@ -219,6 +219,9 @@ async def served(
                 await writer.wait_closed()
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not server.is_serving():  # Accepted in the very tick in which the block ends.
+            writer.transport.abort()
+            return
         task = asyncio.create_task(serve(reader, writer))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
