@@ -89,7 +89,7 @@ class Verdict(msgspec.Struct, kw_only=True):
         if not self.violation_count:
             lines.append("no violation")
         else:
-            lines.append(f"{self.violation_count} violations, the first:")
+            lines.append(f"{self.violation_count} violation{'s, the first' if self.violation_count > 1 else ''}:")
             first = self.violations[0]
             lines.append(f"  {first}")
             lines += ["    " + " ".join(f"{k}={v!r}" for k, v in event.items()) for event in first.context]

@@ -58,7 +58,7 @@ def test_a_counter_that_is_wrong_is_named_with_what_led_there_and_the_status_is_
         client.hincrby(keys.services("default"), "input:up:m1", 1)
     ran = on_store("audit", "--pool", "default")
     assert ran.status == 1
-    assert "1 violations, the first:" in ran.out
+    assert "1 violation:" in ran.out
     assert "service up:m1" in ran.out
     assert "event='checkpoint'" in ran.out
 
