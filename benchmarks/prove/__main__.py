@@ -336,7 +336,7 @@ async def main(options: argparse.Namespace) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--decisions", type=int, default=2_000_000)
-    parser.add_argument("--phases", type=int, default=6, help="each begins with an empty store")
+    parser.add_argument("--phases", type=int, default=12, help="each begins with an empty store")
     parser.add_argument("--topology", nargs="+", choices=stores.KINDS, default=list(stores.KINDS))
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "big"))

@@ -20,6 +20,8 @@ from tests.faults import FaultProxy
 Fault = Callable[[], Awaitable[None]]
 KINDS = ("standalone", "sentinel", "cluster")
 POOLS = ("default", "other")
+_LAG_BYTES = 16 * 1024 * 1024
+_PATIENCE_S = 120.0  # for a replica to copy hundreds of megabytes while the fleet goes on
 
 
 class Store(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +43,7 @@ async def running(kind: str, folder: Path) -> AsyncIterator[Store]:
         return
     with contextlib.ExitStack() as stack:
         group = await asyncio.to_thread(stack.enter_context, topologies.named(kind))
+        group.lag_bytes, group.patience_s = _LAG_BYTES, _PATIENCE_S
         yield Store(
             workers_url=group.url,
             url=group.url,
