@@ -239,7 +239,7 @@ class Phase:
             doing = self._random.choice(doings)
             self._faults[doing.__name__] = self._faults.get(doing.__name__, 0) + 1
             await doing()
-            await asyncio.sleep(self._random.uniform(1.0, 3.0))
+            await asyncio.sleep(self._random.uniform(0.5, 2.0))
 
     # -- check ---------------------------------------------------------------------------------------------------------
 
