@@ -48,8 +48,10 @@ def test_every_file_that_it_names_exists() -> None:
 
 
 def test_the_configuration_it_shows_is_valid() -> None:
-    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    reading = document.read(document.parse(text), door="strict")
+    parts = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert len(parts) == 2
+    reading = document.read(document.parse("".join(parts)), door="strict")
+    assert [pool.record for pool in reading.configuration.pools] == ["full"]
     assert reading.warnings == ()
     styles = sorted(provider.api_style for provider in reading.configuration.providers)
     assert styles == ["anthropic", "openai", "openai"]
