@@ -341,7 +341,7 @@ def test_dots_within_a_name_are_no_walk() -> None:
     ],
 )
 def test_a_base_without_a_version_gets_one(api_base: str, url: str) -> None:
-    assert upstream_url(a_provider(api_base), "/v1/chat/completions", "m", "") == url
+    assert upstream_url(a_provider(api_base), "/v1/chat/completions", "m", "", {}) == url
 
 
 @pytest.mark.parametrize(
@@ -364,14 +364,14 @@ def test_a_base_without_a_version_gets_one(api_base: str, url: str) -> None:
 def test_azure_has_the_model_in_its_path_unless_the_base_has_a_version(
     api_base: str, query: dict[str, str], url: str
 ) -> None:
-    provider = a_provider(api_base, provider_type="azure", query=query)
+    provider = a_provider(api_base, provider_type="azure")
 
-    assert upstream_url(provider, "/v1/chat/completions", "m/1:?", "") == url
+    assert upstream_url(provider, "/v1/chat/completions", "m/1:?", "", query) == url
 
 
 def test_the_providers_query_wins_over_the_clients() -> None:
-    provider = a_provider(query={"k": "ours", "z": "a b"})
+    own = {"k": "ours", "z": "a b"}
 
-    assert upstream_url(provider, "/v1/messages", "m", "beta=true&k=theirs&e=") == (
+    assert upstream_url(a_provider(), "/v1/messages", "m", "beta=true&k=theirs&e=", own) == (
         "https://up.test/v1/messages?beta=true&e=&k=ours&z=a+b"
     )
