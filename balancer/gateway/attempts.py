@@ -237,9 +237,11 @@ async def _no_longer_than(timeout_s: float, stream: ClientStream) -> AsyncIterat
     Its attempt would be taken for lost, and what it holds given away, while it still lives.
     """
     try:
-        async with asyncio.timeout(timeout_s + _CLIENT_MARGIN_S):
+        async with asyncio.timeout(timeout_s + _CLIENT_MARGIN_S) as deadline:
             yield
     except TimeoutError:
+        if not deadline.expired():
+            raise
         stream.abort()
         raise ClientGoneError from None
 

@@ -45,6 +45,7 @@ class EventRelay:
         self._by_event = decoder is not None and rewriter.edits_events
         self._is_coded = not self._by_event and (decoder is None or not decoder.is_identity)
         self._parser, self._usage = Parser(), StreamUsage()
+        self._must_abort = False
         self._sent_bytes = 0  # How much of the unfinished event was sent before it went event by event.
 
     async def run(self, response: UpstreamResponse, chunk: bytes) -> None:
@@ -70,6 +71,7 @@ class EventRelay:
             for part in self._decoder.feed(chunk) if self._decoder else ():
                 events = self._hear(part)
                 if self._is_coded and self._usage.is_error and any(self._mask.shows_in(e.raw) for e in events):
+                    self._must_abort = True  # Nothing can be masked in coded bytes.
                     raise UpstreamAnswerError("the upstream repeats a credential in a coded error")
         except DecodeError:
             self._decoder = None  # The upstream's bytes pass; what they report cannot be read.
@@ -144,10 +146,10 @@ class EventRelay:
             self._see(last)
         await self._settle_if_complete()
         await self._attempt.settle_before_last_byte(Outcome.FAILED)
+        if self._must_abort or (self._is_coded and not self._usage.is_complete):
+            self._stream.abort()  # No plain event can stand behind coded bytes.
+            return
         if not self._usage.is_complete:
-            if self._is_coded:
-                self._stream.abort()  # No plain event can stand behind coded bytes.
-                return
             # Half an event may be on its way already: a blank line ends it.
             is_half_sent = self._sent_bytes > 0 if self._by_event else last is not None
             await self._stream.write((b"\n\n" if is_half_sent else b"") + self._error_event(exc))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from urllib.parse import quote, quote_plus
+
+import msgspec
 
 from balancer.dialects import Headers
 
 _MASK = "***"
+_PLAIN = re.compile(r"[A-Za-z0-9._~-]*")
 _LEAST_LENGTH = 8
 """What is shorter is no secret, and stands in too many words."""
 
@@ -15,7 +20,7 @@ class Mask:
     """Lies over the values that were sent upstream. Its repr shows nothing of them."""
 
     def __init__(self, values: Iterable[str] = ()) -> None:
-        self._texts = tuple(value for value in values if len(value) >= _LEAST_LENGTH)
+        self._texts = tuple(text for value in values if len(value) >= _LEAST_LENGTH for text in _spellings(value))
         self._bytes = tuple(text.encode("utf-8", "surrogateescape") for text in self._texts)
 
     def __bool__(self) -> bool:
@@ -38,3 +43,11 @@ class Mask:
             if any(secret in value for _, value in headers):
                 headers = tuple((name, value.replace(secret, _MASK)) for name, value in headers)
         return headers
+
+
+def _spellings(value: str) -> set[str]:
+    """The value as it is, and as it stands in a JSON string or in a URL."""
+    if _PLAIN.fullmatch(value):
+        return {value}  # Most are: this is built for every request.
+    in_json = msgspec.json.encode(value)[1:-1].decode()
+    return {value, in_json, in_json.replace("/", "\\/"), quote(value, safe=""), quote_plus(value)}

@@ -323,6 +323,26 @@ def test_no_path_walks_to_what_else_the_account_offers(method: str, path: str) -
     assert route(method, path, speaks_anthropic=False) is None
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/chat/completions/",
+        "/v1//chat/completions",
+        "/v1/Chat/completions",
+        "/v1/chat/completions.",
+        "/v1/chat/completions;x",
+        "/v1/chat/c%6fmpletions",
+        "/v1/chat/completions\\",
+        "/v1/chat/completions\n",
+        "/v1/..;/files",
+        "/v1/responses/",
+    ],
+)
+def test_a_path_has_one_spelling(path: str) -> None:
+    """What an upstream may take for a path that we count, but we do not recognise, went past the books."""
+    assert route("POST", path, speaks_anthropic=False) is None
+
+
 def test_dots_within_a_name_are_no_walk() -> None:
     assert route("GET", "/v1/models/gpt-4.1..x", speaks_anthropic=False) is not None
 
