@@ -26,6 +26,8 @@ from balancer.usage import UsageTap
 _ERROR_LIMIT_BYTES = 1024 * 1024
 _RENAMED_LIMIT_BYTES = 64 * 1024 * 1024
 _DECODED_LIMIT_BYTES = 8 * 1024 * 1024
+_EVENT_BEGINNINGS = (b"data:", b"event:", b"id:", b": ", b":\n")
+"""Some servers send a stream under another content type: JSON cannot begin so."""
 
 
 class Relay:
@@ -60,12 +62,15 @@ class Relay:
         elif not 200 <= response.status < 300:
             # An SDK would follow a redirect, with its credential and the prompt, to where the upstream points.
             raise UpstreamAnswerError(f"the upstream answered with status {response.status}, which is no answer")
-        elif kind.startswith("text/event-stream"):
-            await self._relay_events(response, headers)
-        elif self._rewriter.renames and "json" in kind:
-            await self._relay_renamed(response, headers)
         else:
-            await self._relay_body(response, headers, await response.read())
+            # Nothing is sent before the first chunk is there: until then a failure can be told properly.
+            chunk = await response.read()
+            if kind.startswith("text/event-stream") or chunk.startswith(_EVENT_BEGINNINGS):
+                await self._relay_events(response, headers, chunk)
+            elif self._rewriter.renames and "json" in kind:
+                await self._relay_renamed(response, headers, chunk)
+            else:
+                await self._relay_body(response, headers, chunk)
 
     async def _start(self, status: int, headers: Headers, length: int | None) -> None:
         await self._stream.start(status, (*headers, *self._extra), length)
@@ -78,7 +83,7 @@ class Relay:
 
     async def _relay_error(self, response: UpstreamResponse, headers: Headers) -> None:
         """An error's body is read first: some upstreams repeat the credential in it."""
-        body, is_whole = await _read(response, _ERROR_LIMIT_BYTES)
+        body, is_whole = await _read(response, await response.read(), _ERROR_LIMIT_BYTES)
         try:
             if not is_whole:
                 raise DecodeError("the error is too long")
@@ -92,7 +97,7 @@ class Relay:
         await self._send_whole(response.status, headers, body, outcome_of_status(response.status))
 
     async def _relay_body(self, response: UpstreamResponse, headers: Headers, chunk: bytes) -> None:
-        """Nothing is sent before the first chunk is there: until then a failure can be told properly."""
+        """The upstream's own bytes, from their first chunk on."""
         tap = UsageTap(value_of(headers, "content-encoding"))
         length, received = response.length, 0
         await self._start(response.status, headers, length)
@@ -114,9 +119,9 @@ class Relay:
         await self._attempt.settle_before_last_byte(Outcome.SUCCESS)
         await self._stream.end()
 
-    async def _relay_renamed(self, response: UpstreamResponse, headers: Headers) -> None:
+    async def _relay_renamed(self, response: UpstreamResponse, headers: Headers, chunk: bytes) -> None:
         """A JSON answer under the model's other name; what is too long, or cannot be read, passes as it came."""
-        body, is_whole = await _read(response, _RENAMED_LIMIT_BYTES)
+        body, is_whole = await _read(response, chunk, _RENAMED_LIMIT_BYTES)
         try:
             if not is_whole:
                 raise DecodeError("the answer is too long")
@@ -130,13 +135,12 @@ class Relay:
         self._attempt.usage = tap.finish()
         await self._send_whole(response.status, _without(headers, "content-encoding"), renamed, Outcome.SUCCESS)
 
-    async def _relay_events(self, response: UpstreamResponse, headers: Headers) -> None:
+    async def _relay_events(self, response: UpstreamResponse, headers: Headers, chunk: bytes) -> None:
         decoder: Decoder | None = None
         with contextlib.suppress(DecodeError):  # Then the upstream's bytes pass; what they report cannot be read.
             decoder = Decoder(value_of(headers, "content-encoding"))
         if decoder is not None and self._rewriter.edits_events:
             headers = _without(headers, "content-encoding")
-        chunk = await response.read()
         await self._start(response.status, headers, None)
         events = EventRelay(
             attempt=self._attempt,
@@ -153,12 +157,13 @@ def _without(headers: Headers, name: str) -> Headers:
     return tuple((key, value) for key, value in headers if key.lower() != name)
 
 
-async def _read(response: UpstreamResponse, limit_bytes: int) -> tuple[bytes, bool]:
-    """The body, and True when that is all of it: reading ends beyond the limit."""
+async def _read(response: UpstreamResponse, chunk: bytes, limit_bytes: int) -> tuple[bytes, bool]:
+    """The body from its first chunk on, and True when that is all of it: reading ends beyond the limit."""
     chunks, held = [], 0
-    while chunk := await response.read():
+    while chunk:
         chunks.append(chunk)
         held += len(chunk)
         if held > limit_bytes:
             return b"".join(chunks), False
+        chunk = await response.read()
     return b"".join(chunks), True
