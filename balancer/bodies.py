@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from balancer import lenient
 from balancer.errors import RequestError
 
 _RUN_BYTES = 512
@@ -69,15 +70,18 @@ class _Raw(msgspec.Struct):
 
 _peek = msgspec.json.Decoder(Peek)
 _raw = msgspec.json.Decoder(_Raw)
+_any = msgspec.json.Decoder()
 
 
 def peek(body: bytes) -> Peek:
     """What we read of a JSON request. Raises RequestError, which never quotes the body."""
     try:
         _check_utf8(body)
-        request = _peek.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        request = lenient.decode(_peek, body)
+    except lenient.UNREADABLE as exc:
         raise _explain(body, exc) from exc
+    if lenient.REPLACEMENT in request.model:
+        raise RequestError("`model` is no text", param="model")
     if not request.model:
         raise RequestError("`model` must not be empty", param="model")
     return request
@@ -108,7 +112,7 @@ def _explain(body: bytes, exc: Exception) -> RequestError:
 def _explain_types(body: bytes) -> RequestError:
     """Which field has the wrong type; behind it the body may be malformed as well."""
     try:
-        request = _raw.decode(body)
+        request = lenient.decode(_raw, body)
     except msgspec.ValidationError:
         if body.lstrip()[:1] == b"{":
             return RequestError("a number in the request's body is out of range")
@@ -185,7 +189,7 @@ def _masked(body: bytes) -> bytes:
 
 def _spells(token: bytes, key: str) -> bool:
     if b"\\" in token:
-        return bool(msgspec.json.decode(token) == key)
+        return bool(lenient.decode(_any, token) == key)
     return token[1:-1] == key.encode()
 
 
@@ -224,10 +228,16 @@ def replace_string(body: bytes, path: tuple[str, ...], new: str) -> bytes:
     return _edited(body, [(start, end, value) for start, end in places if body[start] == _QUOTE])
 
 
-def replace_model(body: bytes, new: str) -> bytes:
-    """The body with its top-level `model` replaced: one that `peek` has read."""
+def replace_model(body: bytes, new: str, known: str = "") -> bytes:
+    """The body with its top-level `model` replaced: one that `peek` has read, as `known`.
+
+    A body in which nothing stands but the new name already is given back as it is. One that names several models is
+    edited in any case: upstreams do not agree with us, or each other, on which of them counts.
+    """
     # What `peek` has read is there. Where these bytes stand only once and no letter is escaped, they are that key.
-    if body.count(b'"model"') == 1 and not _may_spell_letters(body):
+    if body.count(b'"model"') == 1 and not may_spell_letters(body):
+        if new == known:
+            return body
         model = _MODEL.match(body, body.index(b'"model"'))
         assert model is not None, "the model is a string"
         return _edited(body, [(*model.span(1), msgspec.json.encode(new))])
@@ -237,14 +247,14 @@ def replace_model(body: bytes, new: str) -> bytes:
 def ask_for_usage(body: bytes) -> bytes:
     """An OpenAI request whose stream will end with its usage: stream_options.include_usage is true."""
     places: list[tuple[int, int]] = []
-    if b'"stream_options"' in body or _may_spell_letters(body):
+    if b'"stream_options"' in body or may_spell_letters(body):
         places = values_at(body, ("stream_options",))
     if places:
         return _edited(body, [(start, end, _with_usage(body[start:end])) for start, end in places])
     return _with_member(body, b'"stream_options":{"include_usage":true}')
 
 
-def _may_spell_letters(body: bytes) -> bool:
+def may_spell_letters(body: bytes) -> bool:
     """False when no key can be spelt with escaped letters. The first look is the fast one."""
     return b"\\u00" in body and _ESCAPED_LETTER.search(body) is not None
 

@@ -89,6 +89,13 @@ class ContentTypeError(RequestError):
     code = "unsupported_media_type"
 
 
+class ExpectationError(RequestError):
+    """The request's Expect cannot be met."""
+
+    status = 417
+    code = "expectation_failed"
+
+
 class NotSupportedError(RequestError):
     """Part of the design, not built yet."""
 
@@ -122,3 +129,13 @@ class UpstreamTimeoutError(UpstreamError):
 
     status = 504
     code = "upstream_timeout"
+
+
+class UpstreamAnswerError(UpstreamError):
+    """The upstream answered with what is no answer to the request. An error of its own keeps its status."""
+
+    code = "upstream_bad_answer"
+
+    def __init__(self, message: str, *, status: int = 502) -> None:
+        super().__init__(message)
+        self.status = status

@@ -9,6 +9,7 @@ import msgspec
 # Atomic, or else the two halves of one CRLF would count as two line ends.
 _EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
+_DATA = re.compile(rb"(?:\xef\xbb\xbf)?data(?:: ?|(?=[\r\n]|$))")
 _BOM = b"\xef\xbb\xbf"
 DEFAULT_LIMIT_BYTES = 8 * 1024 * 1024
 
@@ -16,7 +17,7 @@ DEFAULT_LIMIT_BYTES = 8 * 1024 * 1024
 class Event(msgspec.Struct, frozen=True):
     """One event: its bytes as they came, blank line included, its name (empty for none), and its joined data lines."""
 
-    raw: bytes
+    raw: bytes | bytearray
     name: str
     data: bytes
 
@@ -24,8 +25,8 @@ class Event(msgspec.Struct, frozen=True):
 class Parser:
     """Feeds on chunks cut anywhere. The raw bytes of all events and the tail are the bytes that were fed.
 
-    An unfinished event beyond the limit is given up: from then on `is_overflowed` is true, nothing is parsed or held,
-    and what is fed comes back as events that have raw bytes only.
+    An unfinished event beyond the limit is not held: its bytes come back as events that have raw bytes only, up to its
+    end, and parsing goes on behind it.
     """
 
     def __init__(self, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
@@ -33,17 +34,24 @@ class Parser:
         self._buffer = bytearray()
         self._searched = 0
         self._is_first = True
-        self.is_overflowed = False
+        self._is_skipping = False
 
     @property
     def tail(self) -> bytes:
         """The bytes of the event that is not finished yet."""
         return bytes(self._buffer)
 
+    @property
+    def tail_bytes(self) -> int:
+        """How many they are."""
+        return len(self._buffer)
+
+    def tail_has(self, word: bytes, *, among: int) -> bool:
+        """True when a word ends among the last bytes of the unfinished event."""
+        return self._buffer.find(word, max(0, len(self._buffer) - among - len(word) + 1)) >= 0
+
     def feed(self, chunk: bytes) -> list[Event]:
         """The events that this chunk finishes."""
-        if self.is_overflowed:
-            return [_unparsed(chunk)] if chunk else []
         self._buffer += chunk
         events = []
         start = 0
@@ -56,20 +64,37 @@ class Parser:
             events.append(self._event(bytes(self._buffer[start : match.end()])))
             start = match.end()
         del self._buffer[:start]
+        if self._is_skipping or len(self._buffer) > self._limit:
+            self._is_skipping = True
+            raw = self._take_unparsed()
+            if raw:
+                events.append(Event(raw, "", b""))
         self._searched = len(self._buffer)
-        if len(self._buffer) > self._limit:
-            self.is_overflowed = True
-            events.append(_unparsed(self.take_tail()))
         return events
 
-    def take_tail(self) -> bytes:
-        """The unfinished bytes, which are forgotten here."""
+    def finish(self) -> Event | None:
+        """What stands behind the last blank line, as an event, None when nothing does. Nothing is held any more.
+
+        By the book it is none; but servers that end in it mean it.
+        """
         tail = bytes(self._buffer)
         self._buffer.clear()
         self._searched = 0
-        return tail
+        return self._event(tail) if tail else None
+
+    def _take_unparsed(self) -> bytearray:
+        """The unfinished event's bytes, uncopied, but for the last line ends: they may belong to the event's end."""
+        raw = self._buffer
+        last = raw[-3:]
+        kept = last[len(last.rstrip(b"\r\n")) :]
+        del raw[len(raw) - len(kept) :]
+        self._buffer = kept
+        return raw
 
     def _event(self, raw: bytes) -> Event:
+        if self._is_skipping:
+            self._is_skipping = False
+            return Event(raw, "", b"")
         text = raw
         if self._is_first:
             self._is_first = False
@@ -86,5 +111,11 @@ class Parser:
         return Event(raw, name.decode("utf-8", "replace"), b"\n".join(data))
 
 
-def _unparsed(raw: bytes) -> Event:
-    return Event(raw, "", b"")
+def with_data(event: Event, data: bytes) -> bytes:
+    """The event's bytes with other data of as many lines; all its other lines stay where and as they are."""
+    lines = iter(data.split(b"\n"))
+    parts = []
+    for line in bytes(event.raw).splitlines(keepends=True):
+        prefix = _DATA.match(line)
+        parts.append(prefix[0] + next(lines) + line[len(line.rstrip(b"\r\n")) :] if prefix else line)
+    return b"".join(parts)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from balancer import lenient
 from balancer.domain import Usage
 from balancer.encoding import DecodeError, Decoder
 from balancer.sse import Event
@@ -20,6 +21,7 @@ T = TypeVar("T")
 WHOLE_LIMIT_BYTES = 4 * 1024 * 1024
 TAIL_BYTES = 64 * 1024
 _MOST = 2**48
+_BOM = b"\xef\xbb\xbf"
 
 
 _NULL = msgspec.Raw(b"null")
@@ -63,8 +65,8 @@ _any = msgspec.json.Decoder()
 def _decoded(decoder: msgspec.json.Decoder[T], data: bytes | bytearray | msgspec.Raw) -> T | None:
     """What the bytes hold, None when they are malformed, of another shape, or nested beyond reason."""
     try:
-        return decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return lenient.decode(decoder, data)
+    except lenient.UNREADABLE:
         return None
 
 
@@ -120,10 +122,13 @@ class UsageTap:
         if self._decoder is None:
             return
         try:
-            self._held += self._decoder.feed(chunk)
+            for part in self._decoder.feed(chunk):
+                self._hold(part)
         except DecodeError:
             self._decoder = None
-            return
+
+    def _hold(self, part: bytes) -> None:
+        self._held += part
         if len(self._held) > WHOLE_LIMIT_BYTES:
             self._is_whole = False
             del self._held[:-TAIL_BYTES]
@@ -131,6 +136,8 @@ class UsageTap:
     def finish(self) -> Usage | None:
         """The usage that the answer reports, if any."""
         if self._is_whole:
+            if self._held.startswith(_BOM):
+                del self._held[: len(_BOM)]
             body = _decoded(_body, self._held)
             return read(body.usage) if body else None
         return read(_last_usage(self._held[-TAIL_BYTES:].decode("utf-8", "replace")))

@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
                 "document",
                 "encoding",
                 "failures",
+                "lenient",
                 "reference",
                 "routing",
                 "sse",

@@ -51,6 +51,7 @@ _FROM_UPSTREAM = frozenset(
         "alt-svc",
         "strict-transport-security",
         "set-cookie",
+        "location",
         "www-authenticate",
         "openai-organization",
         "openai-project",

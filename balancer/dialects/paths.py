@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Literal, get_args
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import msgspec
 
@@ -16,6 +17,10 @@ from balancer.domain import Provider, ScenarioName
 AZURE_API_VERSION = "2024-10-21"
 _VERSION_SEGMENT = re.compile(r"/v\d+[a-z0-9]*(?:/|$)")
 _SCENARIOS = "|".join(get_args(ScenarioName))
+# The one spelling. Many servers take another letter case, a slash more, an escape or a `;` for the same path, and would
+# serve what we have not recognised, and so not counted; with `..` a client could walk to what else the account offers.
+_PLAIN = re.compile(r"/v1(?:/[a-z0-9_-]+)+")
+_BY_ID = re.compile(r"/v1/responses(?:/[A-Za-z0-9_-]+)+")
 _PREFIX = re.compile(rf"^/(?:tingly/)?({_SCENARIOS})(/v1/.*)$")
 
 Kind = Literal["models", "count_tokens", "generation", "by_id"]
@@ -38,9 +43,6 @@ def route(method: str, path: str, *, speaks_anthropic: bool) -> Route | None:
     match = _PREFIX.match(path)
     named = msgspec.convert(match[1], ScenarioName) if match else None
     rest = match[2] if match else path
-    # With `..` a client could walk, under our credential, to whatever else the account offers.
-    if not rest.startswith("/v1/") or _has_dot_segment(rest):
-        return None
     is_messages = rest in ("/v1/messages", "/v1/messages/count_tokens")
     if method == "GET" and (rest == "/v1/models" or rest.startswith("/v1/models/")):
         is_anthropic = named in ("anthropic", "claude_code") or (named in (None, "opencode") and speaks_anthropic)
@@ -48,31 +50,24 @@ def route(method: str, path: str, *, speaks_anthropic: bool) -> Route | None:
         return Route(scenario=scenario, dialect=ANTHROPIC if is_anthropic else OPENAI, path=rest, kind="models")
     dialect: Dialect = ANTHROPIC if is_messages else OPENAI
     scenario = named or ("anthropic" if is_messages else "openai")
-    if rest.startswith("/v1/responses/"):
+    if _BY_ID.fullmatch(rest):
         return Route(scenario=scenario, dialect=dialect, path=rest, kind="by_id")
-    if method != "POST":
+    if method != "POST" or not _PLAIN.fullmatch(rest):
         return None
-    kind: Kind = "count_tokens" if rest.endswith("/count_tokens") else "generation"
+    kind: Kind = "count_tokens" if rest == "/v1/messages/count_tokens" else "generation"
     return Route(scenario=scenario, dialect=dialect, path=rest, kind=kind)
 
 
-def _has_dot_segment(path: str) -> bool:
-    """True when `.` or `..` stands between slashes of either kind, however they are percent-encoded."""
-    while (plain := unquote(path)) != path:
-        path = plain
-    return any(part in (".", "..") for part in re.split(r"[/\\]", path))
-
-
-def upstream_url(provider: Provider, path: str, model: str, query: str) -> str:
+def upstream_url(provider: Provider, path: str, model: str, query: str, own: Mapping[str, str]) -> str:
     """Where a request goes: the provider's base, /v1 if that has no version, and the path after /v1.
 
     Azure's deployments have the model in their path and an api-version in their query, unless the base has a version.
-    The provider's own query parameters win over the client's.
+    `own`: the provider's query parameters, resolved; they win over the client's.
     """
     base = urlsplit(provider.api_base)
     root = base.path.rstrip("/")
-    parameters = [(k, v) for k, v in parse_qsl(query, keep_blank_values=True) if k not in provider.query]
-    parameters += list(provider.query.items())
+    parameters = [(k, v) for k, v in parse_qsl(query, keep_blank_values=True) if k not in own]
+    parameters += list(own.items())
     rest = path.removeprefix("/v1")
     if _VERSION_SEGMENT.search(root):
         full = root + rest

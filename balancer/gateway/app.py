@@ -17,6 +17,7 @@ from balancer.domain import Provider
 from balancer.errors import StoreUnavailableError
 from balancer.gateway.attempts import Forwarder
 from balancer.gateway.front import AiohttpStream, Front
+from balancer.gateway.front_server import QUIET, Answer, Server, drop_server_header
 from balancer.gateway.handlers import Handlers
 from balancer.gateway.messages import ClientRequest
 from balancer.gateway.upstream import AiohttpUpstream
@@ -27,6 +28,7 @@ from balancer.store.pool import PoolEvents
 
 _TICK_S = 1.0
 _LAST_SETTLES_S = 5.0
+_SHUTDOWN_S = 1.0
 
 
 class _Providers:
@@ -36,6 +38,7 @@ class _Providers:
         self._balance = balance
         self.access_token = credentials.access_token
         self.headers = credentials.headers
+        self.query = credentials.query
         self.proxy_url = credentials.proxy_url
 
     def provider(self, uuid: str) -> Provider | None:
@@ -57,7 +60,7 @@ class Gateway:
             self.balance, providers, self._upstream, self.metrics, decision_headers=settings.decision_headers
         )
         self._handlers = Handlers(settings, self.balance, forwarder, self.metrics)
-        self._runners: list[web.AppRunner] = []
+        self._runners: list[web.BaseRunner] = []
         self._ticker: asyncio.Task[None] | None = None
         self._is_draining = False
         self._open_requests = 0
@@ -86,18 +89,26 @@ class Gateway:
         await self.balance.start()
         self._ticker = asyncio.create_task(self._tick())
         data, *metrics = sockets
-        await self._serve(self._data_plane(with_metrics=not metrics), data)
+        server = Server(self._front(with_metrics=not metrics).answer)
+        await self._serve(web.ServerRunner(server, shutdown_timeout=_SHUTDOWN_S), data)
         for listener in metrics:
-            await self._serve(self._metrics_plane(), listener)
+            await self._serve_plane(self._metrics_plane(), listener)
         for app, listener in planes:
-            await self._serve(app, listener)
+            await self._serve_plane(app, listener)
 
-    async def _serve(self, app: web.Application, listener: socket.socket) -> None:
-        # A client that goes away cancels its handler at once, even one that waits for an upstream's headers.
-        # A body with a Content-Encoding is refused: aiohttp would decode it first, and log what it cannot decode.
+    async def _serve_plane(self, app: web.Application, listener: socket.socket) -> None:
+        app.on_response_prepare.append(drop_server_header)
         runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0, auto_decompress=False
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            auto_decompress=False,
+            logger=QUIET,
+            shutdown_timeout=_SHUTDOWN_S,
         )
+        await self._serve(runner, listener)
+
+    async def _serve(self, runner: web.BaseRunner, listener: socket.socket) -> None:
         await runner.setup()
         self._runners.append(runner)
         await web.SockSite(runner, listener, backlog=1024).start()
@@ -133,17 +144,17 @@ class Gateway:
 
     # -- routes --------------------------------------------------------------------------------------------------------
 
-    def _data_plane(self, *, with_metrics: bool) -> web.Application:
-        front = Front(
-            self._counted, self._handlers.dialect_of, self._settings.max_body_bytes, lambda: self._is_draining
-        )
-        app = web.Application(client_max_size=0)
-        app.router.add_get("/healthz", self._healthz)
-        app.router.add_get("/readyz", self._readyz)
+    def _front(self, *, with_metrics: bool) -> Front:
+        own: dict[str, Answer] = {"/healthz": self._healthz, "/readyz": self._readyz}
         if with_metrics:
-            app.router.add_get("/metrics", self._metrics)
-        app.router.add_route("*", "/{path:.*}", front.answer)
-        return app
+            own["/metrics"] = self._metrics
+        return Front(
+            self._counted,
+            self._handlers.dialect_of,
+            self._settings.max_body_bytes,
+            lambda: self._is_draining,
+            own,
+        )
 
     def _metrics_plane(self) -> web.Application:
         app = web.Application()
@@ -160,15 +171,15 @@ class Gateway:
             if not self._open_requests:
                 self._idle.set()
 
-    async def _healthz(self, request: web.Request) -> web.Response:
+    async def _healthz(self, request: web.BaseRequest) -> web.Response:
         return _json(200, {"status": "alive"})
 
-    async def _readyz(self, request: web.Request) -> web.Response:
+    async def _readyz(self, request: web.BaseRequest) -> web.Response:
         detail = {"pid": os.getpid(), "draining": self._is_draining, **self.balance.readiness()}
         is_ready = self.balance.is_ready and not self._is_draining
         return _json(200 if is_ready else 503, {"ready": is_ready, **detail})
 
-    async def _metrics(self, request: web.Request) -> web.Response:
+    async def _metrics(self, request: web.BaseRequest) -> web.Response:
         try:
             configuration = self.balance.directory.configuration
             pools = [pool_gauges(view, configuration) for view in await self.balance.views()]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Protocol
 
 from balancer import bodies, log
 from balancer.dialects import Headers
 from balancer.dialects.headers import request_headers
 from balancer.dialects.paths import Route, upstream_url
-from balancer.domain import Outcome, Pick, Provider, Rule, Usage
+from balancer.domain import Outcome, Pick, Provider, Rule, Usage, is_secret_name
 from balancer.errors import NoServiceError, UpstreamError
+from balancer.gateway.masking import Mask
 from balancer.gateway.messages import (
     ClientGoneError,
     ClientRequest,
@@ -25,6 +28,8 @@ from balancer.metrics import Metrics
 
 _DEADLINE_MARGIN_S = 30.0
 """Beyond the provider's timeout: when it has passed, the attempt cannot be alive any more."""
+
+_CLIENT_MARGIN_S = 1.0
 
 
 class Balance(Protocol):
@@ -56,6 +61,9 @@ class Providers(Protocol):
 
     def headers(self, provider: Provider) -> dict[str, str]:
         """The provider's own headers."""
+
+    def query(self, provider: Provider) -> dict[str, str]:
+        """The provider's own query parameters."""
 
     def proxy_url(self, provider: Provider) -> str:
         """The proxy to go through, empty for none."""
@@ -127,8 +135,9 @@ class Forwarder:
         try:
             outgoing, relay = self._prepare(request, route, peek, attempt, stream)
             self._metrics.overhead.observe(time.perf_counter() - began)
-            response = await self._upstream.send(outgoing)
-            await relay.run(response)
+            async with _no_longer_than(outgoing.timeout_s, stream):
+                response = await self._upstream.send(outgoing)
+                await relay.run(response)
         except UpstreamError:
             attempt.settle(Outcome.FAILED)
             raise
@@ -153,10 +162,12 @@ class Forwarder:
         self, request: ClientRequest, route: Route, rule: Rule, service_id: str, stream: ClientStream
     ) -> None:
         """Sends a request that no tactic picks for and nothing counts (count_tokens) to a service."""
-        outgoing, secrets = self._outgoing(request, route, rule, service_id, request.body, identity_only=False)
+        outgoing, mask = self._outgoing(request, route, rule, service_id, request.body, identity_only=False)
         response = await self._upstream.send(outgoing)
+        relay = Relay(request_id=request.request_id, route=route, stream=stream, extra_headers=(), mask=mask)
         try:
-            await Relay(route=route, stream=stream, extra_headers=(), secrets=secrets).run(response)
+            async with _no_longer_than(outgoing.timeout_s, stream):
+                await relay.run(response)
         finally:
             await response.close()
 
@@ -170,14 +181,15 @@ class Forwarder:
             provider = self._provider(pick.service)
             if provider.stream_usage:
                 body, hides_usage = bodies.ask_for_usage(body), True
-        outgoing, secrets = self._outgoing(
+        outgoing, mask = self._outgoing(
             request, route, rule, pick.service, body, identity_only=hides_usage or bool(rule.response_model)
         )
         relay = Relay(
+            request_id=request.request_id,
             route=route,
             stream=stream,
             extra_headers=decision_headers(pick) if self._decision_headers else (),
-            secrets=secrets,
+            mask=mask,
             attempt=attempt,
             response_model=rule.response_model,
             hides_usage=hides_usage,
@@ -192,32 +204,46 @@ class Forwarder:
 
     def _outgoing(
         self, request: ClientRequest, route: Route, rule: Rule, service_id: str, body: bytes, *, identity_only: bool
-    ) -> tuple[UpstreamRequest, tuple[str, ...]]:
-        """The request as it goes upstream, and the secrets in it that must not come back."""
+    ) -> tuple[UpstreamRequest, Mask]:
+        """The request as it goes upstream, and the mask over what must not come back of it."""
         provider = self._provider(service_id)
         model = service_id.partition(":")[2]
-        if model != rule.request_model:
-            content_type = request.header("content-type")
-            if content_type.lower().startswith("multipart/"):
-                body = bodies.replace_form_model(body, content_type, model)
-            else:
-                body = bodies.replace_model(body, model)
+        content_type = request.header("content-type")
+        if not content_type.lower().startswith("multipart/"):
+            body = bodies.replace_model(body, model, known=rule.request_model)
+        elif model != rule.request_model:
+            body = bodies.replace_form_model(body, content_type, model)
         token = "" if provider.no_key_required else self._providers.access_token(provider)
-        client = {name.lower(): value for name, value in request.headers}
-        own = self._providers.headers(provider)
-        ours = route.dialect.credential_headers(provider, token, client) | own
+        own, query = self._providers.headers(provider), self._providers.query(provider)
+        ours = route.dialect.credential_headers(provider, token, _joined(request.headers)) | own
         outgoing = UpstreamRequest(
             provider=provider.name,
             method=request.method,
-            url=upstream_url(provider, route.path, model, request.query),
+            url=upstream_url(provider, route.path, model, request.query, query),
             headers=request_headers(request.headers, ours, identity_only=identity_only, request_id=request.request_id),
             body=body,
             proxy_url=self._providers.proxy_url(provider),
             timeouts=provider.timeouts,
             timeout_s=provider.timeout,
         )
-        secrets = tuple(value for value in (token, *own.values()) if len(value) >= 8)
-        return outgoing, secrets
+        return outgoing, Mask((token, *_secrets(own, provider.headers), *_secrets(query, provider.query)))
+
+
+@contextlib.asynccontextmanager
+async def _no_longer_than(timeout_s: float, stream: ClientStream) -> AsyncIterator[None]:
+    """Breaks the client's connection, and raises ClientGoneError, when a request outlives its provider's timeout.
+
+    The upstream's part has limits of its own, which end it first: what is late here is a client that does not read.
+    Its attempt would be taken for lost, and what it holds given away, while it still lives.
+    """
+    try:
+        async with asyncio.timeout(timeout_s + _CLIENT_MARGIN_S) as deadline:
+            yield
+    except TimeoutError:
+        if not deadline.expired():
+            raise
+        stream.abort()
+        raise ClientGoneError from None
 
 
 def decision_headers(pick: Pick) -> Headers:
@@ -228,6 +254,22 @@ def decision_headers(pick: Pick) -> Headers:
         ("x-balancer-service", service),
         ("x-balancer-attempts", "1"),
     )
+
+
+def _secrets(resolved: Mapping[str, str], kept: Mapping[str, str]) -> Iterator[str]:
+    """Of a provider's headers or parameters the credentials: by their name, or because they are kept elsewhere."""
+    for name, value in resolved.items():
+        if is_secret_name(name) or value != kept[name]:
+            yield from value.split()  # A scheme, as in `Bearer …`, may be left out where it is repeated.
+
+
+def _joined(headers: Headers) -> dict[str, str]:
+    """The headers by name in lower case; what came in several lines is one list (RFC 9110 §5.3)."""
+    joined: dict[str, str] = {}
+    for name, value in headers:
+        key = name.lower()
+        joined[key] = f"{joined[key]}, {value}" if key in joined else value
+    return joined
 
 
 def _reserved(rule: Rule, peek: bodies.Peek, body: bytes) -> int:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
 from balancer.dialects import Dialect, Headers
-from balancer.errors import BalancerError, BodyTooLargeError, RequestError
+from balancer.errors import BalancerError, BodyTooLargeError, ExpectationError, RequestError
+from balancer.gateway.front_server import Answer
 from balancer.gateway.handlers import send_error
 from balancer.gateway.messages import ClientGoneError, ClientRequest
 
+_AUTHORITY = re.compile(r"^https?://[^/]*", re.IGNORECASE)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 Handle = Callable[[ClientRequest, "AiohttpStream"], Awaitable[None]]
@@ -21,7 +23,7 @@ Handle = Callable[[ClientRequest, "AiohttpStream"], Awaitable[None]]
 class AiohttpStream:
     """The way back through an aiohttp response."""
 
-    def __init__(self, request: web.Request, extra: Headers) -> None:
+    def __init__(self, request: web.BaseRequest, extra: Headers) -> None:
         self._request = request
         self._extra = extra
         self.response: web.StreamResponse | None = None
@@ -38,8 +40,12 @@ class AiohttpStream:
             response.headers.add(name, value)
         if length is not None:
             response.content_length = length
-        elif self._request.version >= (1, 1) and status not in (204, 304):
-            response.enable_chunked_encoding()
+        elif status not in (204, 304):
+            if self._request.version >= (1, 1):
+                response.enable_chunked_encoding()
+            else:
+                # Whatever the client asked for: only the connection's end can tell the body's.
+                response.force_close()
         self.response = response
         try:
             await response.prepare(self._request)
@@ -47,8 +53,10 @@ class AiohttpStream:
             raise ClientGoneError from exc
 
     async def write(self, chunk: bytes) -> None:
-        """Sends a part of the body; waits while the client's buffer is full."""
+        """Sends a part of the body, nothing to who asked by HEAD; waits while the client's buffer is full."""
         assert self.response is not None, "started first"
+        if self._request.method == "HEAD":
+            return
         try:
             await self.response.write(chunk)
         except ConnectionError as exc:
@@ -77,15 +85,24 @@ class Front:
         dialect_of: Callable[[str], Dialect],
         max_body_bytes: int,
         is_draining: Callable[[], bool],
+        own: Mapping[str, Answer],
     ) -> None:
+        """`own`: what answers by itself to GET, by path."""
         self._handle = handle
         self._dialect_of = dialect_of
         self._max_body_bytes = max_body_bytes
         self._is_draining = is_draining
+        self._own = own
 
-    async def answer(self, request: web.Request) -> web.StreamResponse:
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answers one request. The handler is cancelled when the client goes away."""
         path, _, query = request.raw_path.partition("?")
+        if not path.startswith("/"):
+            # Absolute form (RFC 9112 §3.2.2): a client that takes us for its proxy still means us.
+            path = _AUTHORITY.sub("", path)
+        own = self._own.get(path)
+        if own is not None and request.method in ("GET", "HEAD"):
+            return await own(request)
         headers = tuple(
             (name.decode("latin-1"), value.decode("utf-8", "surrogateescape")) for name, value in request.raw_headers
         )
@@ -114,13 +131,19 @@ class Front:
             return web.Response(status=499)
         return stream.response
 
-    async def _body(self, request: web.Request) -> bytes:
+    async def _body(self, request: web.BaseRequest) -> bytes:
         length = request.content_length
         too_large = f"the body is longer than {self._max_body_bytes} bytes (BALANCER_MAX_BODY_BYTES)"
         if length is not None and length > self._max_body_bytes:
             raise BodyTooLargeError(too_large)
         chunks, held = [], 0
+        expectation = request.headers.get("Expect") if request.version >= (1, 1) else None
+        if expectation is not None and expectation.lower() != "100-continue":
+            raise ExpectationError("of expectations only 100-continue is met")
         try:
+            if expectation is not None:
+                await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                request.writer.output_size = 0  # The answer has not begun.
             async for chunk in request.content.iter_any():
                 chunks.append(chunk)
                 held += len(chunk)

@@ -166,7 +166,7 @@ class Handlers:
             return bodies.peek_form(request.body, request.header("content-type"))
         if content_type and not (content_type.startswith("application/json") or "+json" in content_type):
             raise ContentTypeError("expected Content-Type: application/json or multipart/form-data")
-        if request.header("content-encoding") not in ("", "identity"):
+        if request.header("content-encoding").lower() not in ("", "identity"):
             raise ContentTypeError("request bodies with a Content-Encoding are not read")
         if not request.body:
             raise RequestError("the request has no body")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import io
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 import yarl
-from aiohttp_socks import ProxyConnector, ProxyError
+from aiohttp.client_proto import ResponseHandler
+from aiohttp_socks import ProxyConnectionError, ProxyConnector, ProxyError, ProxyTimeoutError
 
 from balancer.dialects import Headers
 from balancer.errors import UpstreamError, UpstreamTimeoutError
@@ -25,6 +27,33 @@ _LARGE_BYTES = 2**20
 _AUTO_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
 
 
+class _Connector(aiohttp.TCPConnector):
+    """A pool that gives out no connection on which the upstream spoke unasked.
+
+    aiohttp looks at that when a connection comes back only, so that a late 408, or a second answer, was once read as
+    the answer to the next request.
+    """
+
+    async def _get(self, key: Any, traces: Any) -> Any:
+        while (connection := await super()._get(key, traces)) is not None:
+            if connection.protocol is not None and not connection.protocol.should_close:
+                break
+            connection.close()
+        return connection
+
+    async def _create_connection(self, req: Any, traces: Any, timeout: Any) -> ResponseHandler:
+        protocol = await super()._create_connection(req, traces, timeout)
+        closed = protocol.closed
+        if closed is not None:
+            # So that no loss of an idle connection is logged as an error that nobody saw.
+            closed.add_done_callback(asyncio.Future.exception)
+        return protocol
+
+
+class _SocksConnector(_Connector, ProxyConnector):
+    """The same through a SOCKS proxy."""
+
+
 class AiohttpResponse:
     """An answer from aiohttp, its body undecoded."""
 
@@ -33,6 +62,16 @@ class AiohttpResponse:
         self._response = response
         self._deadline = deadline
         self._has_begun = False
+        protocol = response.connection.protocol if response.connection is not None else None
+        self._closed = protocol.closed if protocol is not None else None
+        if self._closed is not None:
+            self._closed.add_done_callback(self._break_off)
+
+    def _break_off(self, _: asyncio.Future[None]) -> None:
+        """Tells who reads that the connection is gone: aiohttp does not when it closed it over a malformed chunk."""
+        content = self._response.content
+        if not content.is_eof() and content.exception() is None:
+            content.set_exception(aiohttp.ClientPayloadError("the connection is closed"))
 
     @property
     def status(self) -> int:
@@ -71,6 +110,8 @@ class AiohttpResponse:
 
     async def close(self) -> None:
         """Gives the connection back if the answer was read to its end, else ends it."""
+        if self._closed is not None:
+            self._closed.remove_done_callback(self._break_off)
         if self._response.content.at_eof():
             self._response.release()
         else:
@@ -88,11 +129,15 @@ class AiohttpUpstream:
         is_socks = urlsplit(proxy_url).scheme.startswith("socks")
         key = proxy_url if is_socks else ""
         if key not in self._sessions:
-            options = {"limit": 0, "limit_per_host": self._limit, "keepalive_timeout": _KEEPALIVE_S}
+            options: dict[str, Any] = {
+                "limit": 0,
+                "limit_per_host": self._limit,
+                "keepalive_timeout": _KEEPALIVE_S,
+            }
             connector = (
-                ProxyConnector.from_url(proxy_url.replace("socks5h://", "socks5://"), rdns=True, **options)
+                _SocksConnector.from_url(proxy_url.replace("socks5h://", "socks5://"), rdns=True, **options)
                 if is_socks
-                else aiohttp.TCPConnector(limit=0, limit_per_host=self._limit, keepalive_timeout=_KEEPALIVE_S)
+                else _Connector(**options)
             )
             self._sessions[key] = aiohttp.ClientSession(
                 connector=connector,
@@ -122,12 +167,17 @@ class AiohttpUpstream:
                     proxy=request.proxy_url if is_http_proxy else None,
                     timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s),
                 )
-        except (aiohttp.ConnectionTimeoutError, aiohttp.ServerTimeoutError) as exc:
+        except (aiohttp.ConnectionTimeoutError, aiohttp.ServerTimeoutError, ProxyTimeoutError) as exc:
             raise UpstreamTimeoutError(f"{request.provider} could not be reached in time (connect_s)") from exc
         except TimeoutError:
             name = "headers_s" if headers_s < request.timeout_s else "timeout"
             raise UpstreamTimeoutError(f"{request.provider} did not answer in time ({name})") from None
-        except (aiohttp.ClientConnectorError, aiohttp.ClientProxyConnectionError, ProxyError) as exc:
+        except (
+            aiohttp.ClientConnectorError,
+            aiohttp.ClientProxyConnectionError,
+            ProxyConnectionError,
+            ProxyError,
+        ) as exc:
             raise UpstreamError(f"{request.provider} cannot be reached") from exc
         except (aiohttp.ClientError, OSError) as exc:
             raise UpstreamError(f"{request.provider} broke off before it answered") from exc

@@ -101,6 +101,19 @@ async def test_a_client_that_asks_for_usage_gets_every_byte(gateway: Served, ups
         assert await response.read() == b"".join(openai_events())
 
 
+@pytest.mark.parametrize("content_type", ["application/json", "text/plain; charset=utf-8", "application/octet-stream"])
+async def test_a_stream_under_another_content_type_is_a_stream(
+    gateway: Served, upstream: Upstream, content_type: str
+) -> None:
+    """Its usage was once not counted, and the chunk with it shown to a client that had not asked."""
+    events = openai_events()
+    upstream.answers(body=b"".join(events), content_type=content_type)
+    async with gateway.chat(stream=True) as response:
+        assert await response.read() == b"".join([*events[:3], events[4]])
+    state = await gateway.service("up:up-model")
+    assert (state.requests, state.input, state.output) == (1, 11, 7)
+
+
 async def test_an_upstream_that_refuses_stream_options_is_not_asked(serve: Serve, upstream: Upstream) -> None:
     gateway = await serve(a_document(upstream.url, stream_usage=False))
     upstream.streams(openai_events(usage=None))

@@ -11,12 +11,16 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.encoding import DecodeError, Decoder, restrict_accept_encoding
+from balancer.encoding import DecodeError, Decoder, decoded, restrict_accept_encoding
 
 
 def raw_deflate(data: bytes) -> bytes:
     stream = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     return stream.compress(data) + stream.flush()
+
+
+def fed(decoder: Decoder, coded: bytes, step: int) -> bytes:
+    return b"".join(part for at in range(0, len(coded), step) for part in decoder.feed(coded[at : at + step]))
 
 
 CODINGS: dict[str, Callable[[bytes], bytes]] = {
@@ -37,7 +41,8 @@ def test_a_body_is_decoded_however_it_is_cut(coding: str, data: bytes, step: int
     coded = CODINGS[coding](data)
     decoder = Decoder(coding)
 
-    assert b"".join(decoder.feed(coded[at : at + step]) for at in range(0, len(coded), step)) == data
+    assert fed(decoder, coded, step) == data
+    assert decoder.is_finished
 
 
 @pytest.mark.parametrize("step", [1, 7, 1000])
@@ -47,21 +52,48 @@ def test_members_in_a_row_are_one_body(coding: str, code: Callable[[bytes], byte
     coded = code(b"one ") + code(b"two ") + code(b"three")
     decoder = Decoder(coding)
 
-    decoded = b"".join(decoder.feed(coded[at : at + step]) for at in range(0, len(coded), step))
-
-    assert decoded == b"one two three"
+    assert fed(decoder, coded, step) == b"one two three"
+    assert decoder.is_finished
 
 
 def test_what_follows_the_last_gzip_member_is_ignored() -> None:
     decoder = Decoder("gzip")
 
-    assert decoder.feed(gzip.compress(b"x") + b"\0\0") + decoder.feed(b"\0") == b"x"
+    assert fed(decoder, gzip.compress(b"x") + b"\0\0\0", 23) == b"x"
+    assert decoder.is_finished
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "zstd"])
 def test_bytes_in_no_such_coding_are_told(coding: str) -> None:
     with pytest.raises(DecodeError):
-        Decoder(coding).feed(b"\xff\xff plain text")
+        fed(Decoder(coding), b"\xff\xff plain text", 100)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "zstd"])
+def test_a_body_that_breaks_off_is_not_finished(coding: str) -> None:
+    coded = CODINGS[coding](b"a text of some words")
+    decoder = Decoder(coding)
+
+    fed(decoder, coded[:-1], 5)
+
+    assert not decoder.is_finished
+    assert Decoder(coding).is_finished
+    with pytest.raises(DecodeError):
+        decoded(coded[:-1], coding, 1000)
+
+
+@pytest.mark.parametrize(("coding", "most"), [("gzip", 2**16), ("deflate", 2**16), ("zstd", 2**22)])
+def test_a_little_that_becomes_much_comes_in_steps_and_can_be_left(coding: str, most: int) -> None:
+    """It once came at once: 10 kB of an upstream's answer could take a worker's memory."""
+    coded = CODINGS[coding](b"a" * 10_000_000)
+
+    sizes = [len(part) for part in Decoder(coding).feed(coded)]
+
+    assert sum(sizes) == 10_000_000
+    assert max(sizes) <= most
+    assert len(decoded(coded, coding, 10_000_000)) == 10_000_000
+    with pytest.raises(DecodeError):
+        decoded(coded, coding, 9_999_999)
 
 
 @pytest.mark.parametrize("coding", ["br", "gzip, gzip", "compress"])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.sse import Event, Parser
+from balancer.sse import Event, Parser, with_data
 
 _PIECES = [
     b"data",
@@ -106,24 +106,62 @@ def test_an_event_is_given_back_with_its_last_byte() -> None:
     assert parser.feed(b"\n") == [Event(b"data: x\n\n", "", b"x")]
 
 
-def test_beyond_the_limit_bytes_pass_unparsed_and_are_not_held() -> None:
-    """What was fed after the limit was once kept for ever, where nobody asked for the tail."""
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("step", [1, 2, 3, 10])
+def test_an_event_beyond_the_limit_passes_unparsed_and_the_next_is_parsed(end: bytes, step: int) -> None:
+    """One image was once enough for all counting to end."""
+    parser = Parser(limit_bytes=12)
+    stream = end.join([b"data: a", b"", b"data: 12345678", b"data: 9" + b"0" * 50, b"", b"data: b", b"", b":"])
+
+    events = [event for at in range(0, len(stream), step) for event in parser.feed(stream[at : at + step])]
+
+    assert [event.data for event in events if event.data] == [b"a", b"b"]
+    assert b"".join(event.raw for event in events) + parser.tail == stream
+
+
+def test_no_more_than_the_limit_is_held() -> None:
     parser = Parser(limit_bytes=10)
+    held = []
+    for _ in range(100):
+        parser.feed(b"data: 1234\n")
+        held.append(parser.tail_bytes)
 
-    assert parser.feed(b"data: a\n\ndata: 12345678") == [
-        Event(b"data: a\n\n", "", b"a"),
-        Event(b"data: 12345678", "", b""),
-    ]
-    assert parser.is_overflowed
-    assert parser.feed(b"9\n\ndata: b\n\n") == [Event(b"9\n\ndata: b\n\n", "", b"")]
-    assert parser.feed(b"") == []
-    assert parser.tail == b""
+    assert max(held) <= 10
 
 
-def test_the_tail_is_taken_once() -> None:
+def test_what_stands_behind_the_last_blank_line_is_the_last_event() -> None:
     parser = Parser()
-    parser.feed(b"data: half")
+    parser.feed(b"event: x\ndata: half")
 
-    assert parser.take_tail() == b"data: half"
-    assert parser.tail == b""
+    assert parser.finish() == Event(b"event: x\ndata: half", "x", b"half")
+    assert parser.finish() is None
     assert parser.feed(b"data: x\n\n") == [Event(b"data: x\n\n", "", b"x")]
+
+
+def test_the_last_of_a_long_event_is_not_parsed() -> None:
+    parser = Parser(limit_bytes=10)
+    parser.feed(b"data: 12345678\n")
+
+    assert parser.finish() == Event(b"\n", "", b"")
+
+
+@pytest.mark.parametrize("cut", [0, 1, 4, 5])
+def test_a_word_is_found_among_the_last_bytes_of_an_unfinished_event(cut: int) -> None:
+    parser = Parser()
+    stream = b"data: error\n\ndata: an error"
+    parser.feed(stream[: len(stream) - cut])
+    parser.feed(stream[len(stream) - cut :])
+
+    assert parser.tail_has(b"error", among=cut or len(stream))
+    assert not parser.tail_has(b"data", among=cut or 5)
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_other_data_leaves_all_other_lines_alone(end: bytes) -> None:
+    lines = [b"id: 7", b"data: 1", b": data: 2", b"data:3", b"database: 4", b"data", b"retry: 5", b"", b""]
+    (event,) = Parser().feed(end.join(lines) + b":")
+    assert event.data == b"1\n3\n"
+
+    assert with_data(event, b"x\ny\n") == end.join(
+        [b"id: 7", b"data: x", b": data: 2", b"data:y", b"database: 4", b"data", b"retry: 5", b"", b""]
+    )

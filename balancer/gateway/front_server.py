@@ -1,0 +1,97 @@
+"""aiohttp's server as strangers may meet it: what is no request gets an error in JSON, and none of it reaches a log.
+
+aiohttp logs a malformed request with the bytes that it stumbled over, which may be a credential or a prompt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import HttpProcessingError, RawRequestMessage
+from aiohttp.streams import StreamReader
+
+from balancer import log
+from balancer.dialects.openai import OPENAI
+from balancer.errors import BalancerError, RequestError
+
+Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+class _NoMalformedRequests(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+QUIET = logging.getLogger("balancer.http")
+"""For aiohttp to log to: passes on all but malformed requests."""
+QUIET.addFilter(_NoMalformedRequests())
+
+
+async def drop_server_header(_: web.BaseRequest, response: web.StreamResponse) -> None:
+    """Leaves out which versions run here: nobody but an attacker has a use for it."""
+    response.headers.popall("Server", None)
+
+
+class _Request(web.BaseRequest):
+    async def _prepare_hook(self, resp: web.StreamResponse) -> None:
+        await drop_server_header(self, resp)
+
+
+class _Protocol(web.RequestHandler):
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The answer to what is no request (400), or to one that failed in our hands (500)."""
+        if status >= 500:
+            log.error("a request failed in the gateway", exc=exc)
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer has begun already")
+        error = BalancerError("internal error")
+        if status < 500:
+            error = RequestError("this is no valid HTTP/1.1 request, or its head is too long")
+        request_id = secrets.token_hex(16)
+        # There may be no path to tell the dialect by.
+        response = web.Response(
+            status=status,
+            body=OPENAI.error_body(error, request_id),
+            content_type="application/json",
+            headers={"x-request-id": request_id},
+        )
+        response.force_close()
+        return response
+
+
+class Server(web.Server):
+    """Serves one function, without routes. A client that goes away cancels its handler at once.
+
+    A body with a Content-Encoding is not decoded: aiohttp would log what it cannot decode.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer, handler_cancellation=True, access_log=None, auto_decompress=False, logger=QUIET)
+
+    def __call__(self) -> web.RequestHandler:
+        """The protocol of a new connection."""
+        return _Protocol(self, loop=self._loop, **self._kwargs)
+
+    def _make_request(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: web.RequestHandler,
+        writer: AbstractStreamWriter,
+        task: asyncio.Task[None],
+    ) -> Any:
+        return _Request(message, payload, protocol, writer, task, self._loop)
