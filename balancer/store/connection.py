@@ -34,6 +34,7 @@ AGAIN_S = 0.02
 """After this long a command that was not executed is asked again."""
 _TRYING_S = 1.0
 _MOST_CLIENTS = 64
+_MOST_AT_ONCE = 12
 _CHECK_S = 5.0
 _STALE_S = 0.25
 """What sentinels said longer ago than this is asked again once the connection to their master stands."""
@@ -123,6 +124,8 @@ class Commands:
         self._topology = topology
         self._timeout_s = timeout_s
         self._clients: dict[str, redis.asyncio.Redis] = {}
+        # Fewer than a client has connections, one of which is the feed's: beyond that redis-py would refuse.
+        self._places = asyncio.Semaphore(_MOST_AT_ONCE)
 
     async def run(self, key: str, *command: str | int | bytes) -> Any:
         """The reply of the master of `key`, as redis-py reads it. Raises RedisError, OSError, StoreUnavailableError."""
@@ -130,7 +133,7 @@ class Commands:
         while True:
             url, node = await self._client(key)
             try:
-                async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout(self._timeout_s), self._places:
                     # redis-py has no types for this one.
                     return await node.execute_command(*command)  # type: ignore[no-untyped-call]
             except (RedisError, OSError) as exc:

@@ -371,10 +371,8 @@ class Follower:
         try:
             async with asyncio.timeout(timeout_s):
                 while not self._has(revision):
-                    await self._look(revision)
+                    await self._look(revision, completes=loop.time() - started > _PATIENCE_S)
                     if not self._has(revision):
-                        if loop.time() - started > _PATIENCE_S:
-                            await self._registry.complete_pending()
                         await asyncio.sleep(_LOOK_S)
         except TimeoutError:
             raise StoreUnavailableError(f"revision {revision} is fenced but not published yet") from None
@@ -382,10 +380,12 @@ class Follower:
     def _has(self, revision: int) -> bool:
         return self._directory is not None and self._directory.revision >= revision
 
-    async def _look(self, revision: int) -> None:
-        """Refreshes, unless another request that waits for the same has just done so."""
+    async def _look(self, revision: int, *, completes: bool) -> None:
+        """Refreshes, unless another request that waits for the same has just done so; one of them for all."""
         async with self._loading:
             if not self._has(revision) and asyncio.get_running_loop().time() - self._looked_at > _LOOK_S:
+                if completes:
+                    await self._registry.complete_pending()
                 await self._load_head()
 
     async def refresh(self) -> None:

@@ -42,10 +42,9 @@ async def test_a_rule_is_told_as_in_the_configuration_with_its_live_index(admin:
         "response_model": "seen",
         "lb_tactic": {"type": "round_robin", "params": {"request_threshold": 2}},
         "services": [
-            {"provider": "a", "model": "m:1", "limits": {}},
-            {"provider": "b", "model": "org/m 2", "time_window": 60, "limits": {}},
+            {"provider": "a", "model": "m:1"},
+            {"provider": "b", "model": "org/m 2", "time_window": 60},
         ],
-        "retry": {},
         "current_service_index": 0,
     }
     assert after == before | {"current_service_index": 1}
@@ -311,7 +310,7 @@ async def test_an_index_in_the_configuration_does_not_move_the_cursor_again(star
         ({"tactic": "hybrid", "params": []}, "Expected `object | null`, got `array` - at `$.params`"),
         (
             {"tactic": "hybrid", "params": {"token_threshold": "x"}},
-            "params: Expected `int`, got `str` - at `$.token_threshold`",
+            "params.token_threshold: Expected `int`, got `str`",
         ),
         (
             {"tactic": "random", "params": {"request_threshold": 3}},
