@@ -11,7 +11,11 @@ from urllib.parse import quote
 import aiohttp
 import pytest
 
+from balancer.encoding import Decoder
+from balancer.gateway.accounting import Uncounted
+from balancer.gateway.events import EventRelay
 from balancer.gateway.masking import Mask
+from balancer.gateway.rewriting import Rewriter
 from tests.actors import OPENAI_JSON, Upstream, chunk, openai_events
 from tests.gateway.conftest import KEY, Serve, Served, a_document
 
@@ -35,13 +39,54 @@ def test_a_value_is_masked_in_every_spelling(value: str) -> None:
     assert mask.over(b"short") == b"short"
 
 
-@pytest.mark.parametrize("step", [1, 7, 30, 1000])
-async def test_an_error_event_is_masked_however_it_is_cut(gateway: Served, upstream: Upstream, step: int) -> None:
-    data = WORD + ERROR
-    parts = [data[at : at + step] for at in range(0, len(data), step)]
-    upstream.sends(STREAM_HEAD + b"\r\n", *map(chunk, parts), LAST_CHUNK)
+class Parts:
+    """An upstream's answer that comes in just these parts, and the client that gets what passes."""
+
+    status, length = 200, None
+    headers: tuple[tuple[str, str], ...] = ()
+    is_started = True
+
+    def __init__(self, data: bytes, step: int) -> None:
+        self.parts = [data[at : at + step] for at in range(0, len(data), step)]
+        self.seen: list[bytes] = []
+
+    async def read(self) -> bytes:
+        return self.parts.pop(0) if self.parts else b""
+
+    async def close(self) -> None: ...
+
+    async def start(self, status: int, headers: tuple[tuple[str, str], ...], length: int | None) -> None: ...
+
+    async def write(self, chunk: bytes) -> None:
+        self.seen.append(chunk)
+
+    async def end(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 8, 13, 21, 34, 55, 500])
+async def test_an_error_event_is_masked_however_it_is_cut(step: int) -> None:
+    data = WORD + ERROR + WORD
+    parts = Parts(data, step)
+    relay = EventRelay(
+        attempt=Uncounted(),
+        stream=parts,
+        decoder=Decoder(""),
+        rewriter=Rewriter("", hides_usage=False),
+        mask=Mask([KEY]),
+        error_event=lambda _: b"",
+    )
+    await relay.run(parts, await parts.read())
+    assert b"".join(parts.seen) == data.replace(KEY.encode(), b"***")
+    # What comes before any error passes at once.
+    assert parts.seen[0] == data[:step].replace(KEY.encode(), b"***")
+
+
+async def test_an_error_event_is_masked_and_counted(gateway: Served, upstream: Upstream) -> None:
+    upstream.streams([WORD, ERROR])
     async with gateway.chat(**ASKED) as response:
-        assert await response.read() == data.replace(KEY.encode(), b"***")
+        assert await response.read() == WORD + ERROR.replace(KEY.encode(), b"***")
     assert (await gateway.service("up:up-model")).failures == 1
 
 

@@ -108,10 +108,12 @@ def test_an_event_is_given_back_with_its_last_byte() -> None:
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 @pytest.mark.parametrize("step", [1, 2, 3, 10])
-def test_an_event_beyond_the_limit_passes_unparsed_and_the_next_is_parsed(end: bytes, step: int) -> None:
+@pytest.mark.parametrize("more", range(12))
+def test_an_event_beyond_the_limit_passes_unparsed_and_the_next_is_parsed(end: bytes, step: int, more: int) -> None:
     """One image was once enough for all counting to end."""
     parser = Parser(limit_bytes=12)
-    stream = end.join([b"data: a", b"", b"data: 12345678", b"data: 9" + b"0" * 50, b"", b"data: b", b"", b":"])
+    long = [b"data: 12345678", b"data: 9" + b"0" * (50 + more), b"data: c"]
+    stream = end.join([b"data: a", b"", *long, b"", b"data: b", b"", b":"])
 
     events = [event for at in range(0, len(stream), step) for event in parser.feed(stream[at : at + step])]
 
