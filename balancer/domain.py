@@ -80,15 +80,24 @@ class Timeouts(Struct, frozen=True, kw_only=True):
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """Requests and tokens a minute, and requests in flight; 0 is none."""
+    """Requests and tokens a minute, and requests in flight; 0 is none.
+
+    `split` gives each pool its share (0 to 1) of a provider's limits: they are counted in the pool of the rule.
+    """
 
     rpm: int = 0
     tpm: int = 0
     in_flight: int = 0
+    split: dict[str, float] = {}
 
 
 class BreakerSettings(Struct, frozen=True, kw_only=True):
-    """When a service's breaker opens and closes again."""
+    """When a service's breaker opens and closes again.
+
+    It opens after `failures` in a row (0: never for that), or when of `min_requests` or more within `window_s` the
+    share `ratio` (0: never for that) has failed; for `open_s`, twice as long each time it opens again, at most eight
+    times. `successes` probes in a row close it.
+    """
 
     failures: int = 3
     ratio: float = 0.5
@@ -313,6 +322,7 @@ class Rule(Struct, frozen=True, kw_only=True):
     queue_timeout_ms: int = 0
     retry: Retry = Retry()
     fallback: tuple[str, ...] = ()
+    on_context_overflow: str = ""
     strict_settle: bool = False
 
     def active_services(self) -> tuple[Service, ...]:
@@ -457,6 +467,10 @@ class Pick(Struct, frozen=True, kw_only=True):
     streak: int
     is_switch: bool
     reserved: int
+    is_saved: bool = False
+    """A pin has kept the session on a service that is not the cursor's."""
+    is_local: bool = False
+    """Made by this worker alone, without Redis: `seq`, `epoch` and `position` are 0."""
 
     @property
     def decision(self) -> str:
@@ -471,7 +485,8 @@ class Selection(Struct, frozen=True, kw_only=True):
     """One pick asked for: its name within the worker, the partition and the revision it is meant under.
 
     `draw` in [0, 2^32) brings the randomness, `reserved` tokens are held until the settle, `deadline_ms` from now on
-    the attempt counts as lost; `excluded` services were tried before.
+    the attempt counts as lost; `excluded` services were tried before. `session` (a digest, empty for none) is pinned
+    for `affinity_ms` to the service that it gets; `only` (a service id, empty for any) leaves no choice.
     """
 
     number: int
@@ -481,40 +496,59 @@ class Selection(Struct, frozen=True, kw_only=True):
     draw: int = 0
     reserved: int = 0
     deadline_ms: int
+    session: str = ""
+    affinity_ms: int = 0
+    only: str = ""
     excluded: tuple[str, ...] = ()
 
 
 class Entry(Struct, frozen=True, kw_only=True):
-    """One settled attempt: which pick, on which service (empty for an abandoned name), and what it used."""
+    """One settled attempt: which pick, on which service (empty for an abandoned name), and what it used.
+
+    `cooldown_ms` is how long the service asks to be left alone. `first_token_us` passed before the first content token
+    of a stream (0: not known), `stream_us` from there to the end, or for an answer in one piece the whole time.
+    """
 
     number: int
     service: str
     outcome: Outcome
     age_ms: int = 0
     usage: Usage = Usage()
+    cooldown_ms: int = 0
+    first_token_us: int = 0
+    stream_us: int = 0
 
 
 class ServiceDefinition(Struct, frozen=True, kw_only=True, omit_defaults=False):
-    """A service of a partition as select reads it: `active` is 1 if it may serve at all, `window` in seconds."""
+    """A service of a partition as select reads it: `active` is 1 if it may serve at all, `window` in seconds.
+
+    `rpm`, `tpm` and `in_flight` are its limits: 0 is none, below zero nothing is let through. `cost` is its price.
+    """
 
     id: str
     active: int
     window: int
     weight: int
+    tier: int = 0
+    rpm: int = 0
+    tpm: int = 0
+    in_flight: int = 0
+    cost: int = 0
 
 
 class PartitionDefinition(Struct, frozen=True, kw_only=True, omit_defaults=False):
-    """A partition as select reads it; thresholds that its tactic has not are 0.
+    """A partition as select reads it; `params` are its tactic's own numbers.
 
-    A `cursor` given is set if `is_edit` is 1, or nothing is known of the partition.
+    A `cursor` given is set if `is_edit` is 1, or nothing is known of the partition. `refuses` is 1 when no service is
+    tried that a cooldown or a breaker keeps back.
     """
 
     id: str
     tactic: str
-    request_threshold: int
-    token_threshold: int
-    cursor: str
+    params: dict[str, int] = {}
+    cursor: str = ""
     is_edit: int = 1
+    refuses: int = 0
     services: tuple[ServiceDefinition, ...]
 
 
@@ -525,10 +559,33 @@ class WindowsDefinition(Struct, frozen=True, kw_only=True, omit_defaults=False):
     lengths: tuple[int, ...]
 
 
+class ProviderDefinition(Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """A provider's limits in the pool (0: none, below zero: nothing is let through) and its services' breaker numbers.
+
+    `ratio_permille` is `BreakerSettings.ratio` in thousandths.
+    """
+
+    id: str
+    rpm: int = 0
+    tpm: int = 0
+    in_flight: int = 0
+    failures: int = 3
+    ratio_permille: int = 500
+    min_requests: int = 20
+    window_ms: int = 60_000
+    open_ms: int = 30_000
+    successes: int = 3
+
+
 class RuleDefinition(Struct, frozen=True, kw_only=True, omit_defaults=False):
-    """What raising a rule's fence writes into its pool; no partitions is a tombstone."""
+    """What raising a rule's fence writes into its pool; no partitions is a tombstone.
+
+    `retry_permille` is the share of requests, in thousandths, that may be retried.
+    """
 
     rule: str
     revision: int
+    retry_permille: int = 200
     partitions: tuple[PartitionDefinition, ...] = ()
     windows: tuple[WindowsDefinition, ...] = ()
+    providers: tuple[ProviderDefinition, ...] = ()

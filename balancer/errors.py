@@ -104,10 +104,27 @@ class NotSupportedError(RequestError):
 
 
 class NoServiceError(BalancerError):
-    """The rule has no service that may be picked."""
+    """The rule has no service that may be picked.
+
+    `cause` is `inactive` (none is switched on), `tried` (each that may serve was tried for this request), `budget` (the
+    rule's retries are used up), `broken` (open breakers), or one of RateLimitedError's. `retry_after_s` is when it is
+    worth to ask again, None when nobody knows.
+    """
 
     status = 503
     code = "no_service_available"
+
+    def __init__(self, message: str, *, cause: str = "inactive", retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.cause = cause
+        self.retry_after_s = retry_after_s
+
+
+class RateLimitedError(NoServiceError):
+    """All services are at their limits (`limited`), or wait until their upstream takes requests again (`cooling`)."""
+
+    status = 429
+    code = "rate_limit_exceeded"
 
 
 class StoreUnavailableError(BalancerError):
