@@ -24,7 +24,7 @@
 -- include: provider
 -- include: breaker
 -- include: limits
--- include: candidates
+-- include: partition
 -- include: tactic/*
 
 local services_key, partitions_key, holdings_key = KEYS[1], KEYS[2], KEYS[3]
@@ -86,37 +86,9 @@ local function load_rule(name)
   return rules[name]
 end
 
-local function load_part(id)
-  if not parts[id] then
-    local values = redis.call('HMGET', partitions_key, 'tactic:' .. id, 'params:' .. id, 'cursor:' .. id, 'line:' .. id,
-      'streak:' .. id, 'top:' .. id, 'tier:' .. id, 'hold:' .. id, 'memory:' .. id)
-    local part = {
-      id = id, tactic = values[1], params = {}, cursor = values[3] or '', streak = tonumber(values[5] or 0),
-      top = tonumber(values[6] or -1), tier = tonumber(values[7] or -1), hold = tonumber(values[8] or 0),
-      memory = values[9] or '', line_text = values[4] or '',
-    }
-    part.current = parse_current(part.cursor, part.line_text)
-    for name, value in string.gmatch(values[2] or '', '([%l_]+) (%d+)') do part.params[name] = tonumber(value) end
-    parts[id] = part
-  end
+local function part_of(id)
+  parts[id] = parts[id] or load_partition(partitions_key, id)
   return parts[id]
-end
-
-local function services_text(part)
-  return redis.call('HGET', partitions_key, 'services:' .. part.id) or ''
-end
-
-local function lines_of(part)
-  if not part.lines then part.lines = parse_services(services_text(part)) end
-  return part.lines
-end
-
-local function find_line(part, id)
-  if part.current and id == part.cursor then return part.current end
-  for _, line in ipairs(lines_of(part)) do
-    if line.id == id then return line end
-  end
-  return nil
 end
 
 local function state_of(line)
@@ -180,28 +152,12 @@ local function choose(part, selection, may_serve)
   }
 end
 
-local function of_tier(may_serve, tier)
-  return function(line) return line.tier == tier and may_serve(line) end
-end
-
--- The least tier of those that may serve, nil without one, and whether one of `tier` may.
-local function least_tier(part, may_serve, tier)
-  local least, has_tier = nil, false
-  for _, line in ipairs(lines_of(part)) do
-    if may_serve(line) then
-      least = math.min(least or line.tier, line.tier)
-      has_tier = has_tier or line.tier == tier
-    end
-  end
-  return least, has_tier
-end
-
 -- The tactic's choice among the candidates of the tier that serves now. A lower one serves only while no higher has a
 -- candidate, and for a minute at least.
 local function choose_candidate(part, selection)
   local function may_serve(line) return status_of(selection, line) == '' end
   if part.top < 0 then return choose(part, selection, may_serve) end
-  local tier, hold = part.tier >= 0 and part.tier or part.top, part.hold
+  local tier, hold = serving_tier(part), part.hold
   local is_at_top = tier == part.top and part.current and part.current.tier == tier and may_serve(part.current)
   if not is_at_top then
     local least, has_tier = least_tier(part, may_serve, tier)
@@ -221,9 +177,9 @@ end
 local function find_probe(part, selection)
   local is_due_id = {}
   for until_ms, id in string.gmatch(pool.broken, '(%d+) ([^\n]+)\n') do is_due_id[id] = tonumber(until_ms) <= now end
-  local tier = part.tier >= 0 and part.tier or part.top
+  local tier = serving_tier(part)
   for _, line in ipairs(lines_of(part)) do
-    if is_due_id[line.id] and (part.top < 0 or line.tier <= tier) and status_of(selection, line) == 'broken' then
+    if is_due_id[line.id] and (not tier or line.tier <= tier) and status_of(selection, line) == 'broken' then
       local service = state_of(line)
       if is_due(read_breaker(service.breaker), now) and service.cooldown <= now then return line end
     end
@@ -242,9 +198,9 @@ local function seen_by_tactic(part, view)
       whole(service.first_token), whole(service.per_token),
     }, ' ')
   end
-  local params = redis.call('HGET', partitions_key, 'params:' .. part.id) or ''
   return {
-    'params', params, 'memory', part.memory, 'services', services_text(part), 'counts', table.concat(lines, '\n'),
+    'params', part.params_text, 'memory', part.memory, 'services', services_text(part),
+    'counts', table.concat(lines, '\n'),
   }
 end
 
@@ -355,7 +311,7 @@ local function without_candidate(selection, rule, part)
   if open == 0 then return {'none', selection.is_retry and has_active and 'tried' or 'inactive', 0} end
   if not next(within) then return {'none', 'limited', is_never and LIMIT_NEVER or wait} end
   if selection.is_retry then return {'none', 'tried', 0} end
-  if redis.call('HGET', partitions_key, 'refuses:' .. part.id) == '1' then
+  if refuses(part) then
     local due, cooled
     for _, line in pairs(within) do
       local service = state_of(line)
@@ -422,7 +378,7 @@ for i, selection in ipairs(selections) do
     answers[i] = {'abandoned'}
   else
     local rule = load_rule(selection.rule)
-    local part = load_part(selection.partition)
+    local part = part_of(selection.partition)
     if rule.revision > selection.revision then
       answers[i] = {'stale', rule.revision}
     elseif rule.revision < selection.revision or not tactic_table[part.tactic] then
@@ -444,24 +400,8 @@ for name, rule in pairs(rules) do
     end
   end
 end
-for id, part in pairs(parts) do
-  if part.is_changed then
-    part.line = current_text(part.current)
-    for _, name in ipairs({'cursor', 'line', 'streak'}) do
-      set[#set + 1] = name .. ':' .. id
-      set[#set + 1] = part[name]
-    end
-    if part.top >= 0 then
-      for _, name in ipairs({'tier', 'hold'}) do
-        set[#set + 1] = name .. ':' .. id
-        set[#set + 1] = whole(part[name])
-      end
-    end
-    if part.memory ~= '' then
-      set[#set + 1] = 'memory:' .. id
-      set[#set + 1] = part.memory
-    end
-  end
+for _, part in pairs(parts) do
+  if part.is_changed then save_partition(part, set) end
 end
 if #set > 0 then redis.call('HSET', partitions_key, unpack(set)) end
 if #held > 0 then redis.call('HSET', holdings_key, unpack(held)) end
