@@ -41,7 +41,7 @@ end
 for at = 5, #ARGV do
   local id = ARGV[at]
   local service = load_service(services, services_key, id, ledger_fields)
-  local provider = load_provider(providers, services_key, provider_of(id))
+  local provider = provider_numbers(providers, service)
   advance(pool)
   local before = event_text(service)
   set_breaker(pool, service, id, breaker_noted(service.breaker, provider))

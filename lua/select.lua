@@ -102,7 +102,7 @@ local function counts(line)
 end
 
 local function provider_at(line)
-  return load_provider(providers, services_key, provider_of(line.id))
+  return provider_numbers(providers, state_of(line))
 end
 
 local function meter_at(line)
@@ -231,11 +231,11 @@ local function count_pick(selection, line, service)
   service.picks = service.picks + 1
   service.is_changed = true
   if line.rpm ~= 0 or line.tpm ~= 0 then
-    service.minute, service.is_minute_changed, metered = count_minute(service.minute, now, 1, 0), true, 1
+    service.minute, metered = count_minute(service.minute, now, 1, 0), 1
   end
   if provider and has_limits(provider) then
     local meter = meter_at(line)
-    meter.minute, meter.is_minute_changed = count_minute(meter.minute, now, 1, 0), true
+    meter.minute = count_minute(meter.minute, now, 1, 0)
     meter.in_flight, meter.reserved = meter.in_flight + 1, meter.reserved + selection.reserved
     meter.is_changed, metered = true, metered + 2
   end

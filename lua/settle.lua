@@ -110,7 +110,7 @@ local function apply(entry, place)
     end
   end
   if service then
-    local provider = load_provider(providers, services_key, provider_of(id))
+    local provider = provider_numbers(providers, service)
     local verdict = entry.age_ms == 0 and verdicts[entry.outcome] or ''
     local probe = holding and holding.probe or 0
     set_breaker(pool, service, id, breaker_after(service.breaker, provider, verdict, now, pool.position, probe))

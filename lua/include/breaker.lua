@@ -92,7 +92,7 @@ end
 -- Gives a service another breaker, and keeps the pool's list of those that are not closed: `until id` by line.
 local function set_breaker(pool, service, id, text)
   local was_open, is_open = string.sub(service.breaker, 1, 1) == '1', string.sub(text, 1, 1) == '1'
-  if text ~= service.breaker then service.breaker, service.is_breaker_changed, service.is_changed = text, true, true end
+  if text ~= service.breaker then service.breaker, service.is_changed = text, true end
   if not (was_open or is_open) then return end
   local until_of, ids, lines = {}, {}, {}
   for until_ms, other in string.gmatch(pool.broken, '(%d+) ([^\n]+)\n') do until_of[other] = until_ms end

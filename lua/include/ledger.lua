@@ -40,10 +40,9 @@ end
 -- Counts tokens in the minutes that the attempt was let through by.
 local function add_minute_tokens(service, meter, holding, tokens, now)
   if holding.meters_service then
-    service.minute, service.is_minute_changed = count_minute(service.minute, now, 0, tokens), true
-    service.is_changed = true
+    service.minute, service.is_changed = count_minute(service.minute, now, 0, tokens), true
   end
-  if meter then meter.minute, meter.is_minute_changed = count_minute(meter.minute, now, 0, tokens), true end
+  if meter then meter.minute = count_minute(meter.minute, now, 0, tokens) end
 end
 
 -- Gives back what a live holding held; `meter` is its provider's, or nil.
