@@ -114,13 +114,13 @@ end
 local function find_status(selection, line)
   if not line.is_active then return 'inactive' end
   if selection.excluded[line.id] or (selection.only ~= '' and selection.only ~= line.id) then return 'excluded' end
-  local service, provider = state_of(line), provider_at(line)
+  local service = state_of(line)
   local wait = limit_wait(line, service, selection.reserved, now)
-  if provider and has_limits(provider) then
-    wait = longer(wait, limit_wait(provider, meter_at(line), selection.reserved, now))
+  if has_provider_limits(service) then
+    wait = longer(wait, limit_wait(provider_at(line), meter_at(line), selection.reserved, now))
   end
   if wait then return 'limited', wait end
-  if is_broken(service.breaker, provider) then return 'broken' end
+  if is_open(service.breaker) and has_breaker(provider_at(line)) then return 'broken' end
   if service.cooldown > now then return 'cooling' end
   return ''
 end
@@ -223,7 +223,7 @@ end
 -- Counts a request on a service and its provider; which of their minutes counts it: 0 none, 1 the service's, 2 the
 -- provider's, 3 both.
 local function count_pick(selection, line, service)
-  local provider, metered = provider_at(line), 0
+  local metered = 0
   roll_windows(service.windows, now)
   for _, w in ipairs(service.windows) do w.requests = w.requests + 1 end
   service.in_flight = service.in_flight + 1
@@ -233,7 +233,7 @@ local function count_pick(selection, line, service)
   if line.rpm ~= 0 or line.tpm ~= 0 then
     service.minute, metered = count_minute(service.minute, now, 1, 0), 1
   end
-  if provider and has_limits(provider) then
+  if has_provider_limits(service) then
     local meter = meter_at(line)
     meter.minute = count_minute(meter.minute, now, 1, 0)
     meter.in_flight, meter.reserved = meter.in_flight + 1, meter.reserved + selection.reserved

@@ -2,6 +2,7 @@
 
 -- `window weight tier rpm tpm in_flight cost` as a line's numbers.
 local LINE = '(%d+) (%d+) (%d+) (-?%d+) (-?%d+) (-?%d+) (%d+)'
+local CURRENT_LINE, SERVICE_LINE = '^' .. LINE .. '$', '(%d) ' .. LINE .. ' ([^\n]+)\n'
 
 local function service_line(id, is_active, window, weight, tier, rpm, tpm, in_flight, cost)
   return {
@@ -11,8 +12,8 @@ local function service_line(id, is_active, window, weight, tier, rpm, tpm, in_fl
 end
 
 local function parse_services(text)
-  local list, pattern = {}, '(%d) ' .. LINE .. ' ([^\n]+)\n'
-  for active, window, weight, tier, rpm, tpm, in_flight, cost, id in string.gmatch(text, pattern) do
+  local list = {}
+  for active, window, weight, tier, rpm, tpm, in_flight, cost, id in string.gmatch(text, SERVICE_LINE) do
     list[#list + 1] = service_line(id, active == '1', window, weight, tier, rpm, tpm, in_flight, cost)
   end
   return list
@@ -21,7 +22,7 @@ end
 -- The cursor's line, nil when it stands on nothing that is active.
 local function parse_current(id, text)
   if text == '' then return nil end
-  return service_line(id, true, string.match(text, '^' .. LINE .. '$'))
+  return service_line(id, true, string.match(text, CURRENT_LINE))
 end
 
 local function current_text(line)
