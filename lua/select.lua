@@ -95,6 +95,13 @@ local function state_of(line)
   return load_service(services, services_key, line.id, read_fields)
 end
 
+-- Loads all services of a partition at once, for who looks at each.
+local function load_all(part)
+  local ids = {}
+  for i, line in ipairs(lines_of(part)) do ids[i] = line.id end
+  load_services(services, services_key, ids, read_fields)
+end
+
 local function counts(line)
   local service = state_of(line)
   local requests, tokens = window_counts(service.windows, line.window, now)
@@ -136,7 +143,10 @@ local function choose(part, selection, may_serve)
   local turn = {
     cursor = part.cursor, current = part.current, streak = part.streak, params = part.params, memory = part.memory,
   }
-  local function list() return lines_of(part) end
+  local function list(all)
+    if all then load_all(part) end
+    return lines_of(part)
+  end
   local view = view_of(turn.current, list, may_serve, state_of, counts)
   if turn.cursor == '' then
     local first = view.after('')
@@ -160,6 +170,7 @@ local function choose_candidate(part, selection)
   local tier, hold = serving_tier(part), part.hold
   local is_at_top = tier == part.top and part.current and part.current.tier == tier and may_serve(part.current)
   if not is_at_top then
+    load_all(part)
     local least, has_tier = least_tier(part, may_serve, tier)
     if not least then return nil end
     if least > tier then
@@ -295,6 +306,7 @@ end
 -- or why there is none.
 local function without_candidate(selection, rule, part)
   local open, has_active, within, wait, is_never = 0, false, {}, nil, true
+  load_all(part)
   for _, line in ipairs(lines_of(part)) do
     local status = status_of(selection, line)
     has_active = has_active or status ~= 'inactive'

@@ -31,8 +31,9 @@ local function current_text(line)
   return table.concat(values, ' ')
 end
 
--- What a tactic sees. `list()` gives all services, `may_serve(line)` says which are candidates, `state_of(line)` a
--- service's state, `counts(line)` its window requests and tokens (reserved ones included). `current` is the cursor's.
+-- What a tactic sees. `list(all)` gives all services, and with `all` makes ready to look at each; `may_serve(line)`
+-- says which are candidates, `state_of(line)` gives a service's state, `counts(line)` its window requests and tokens
+-- (reserved ones included). `current` is the cursor's line.
 local function view_of(current, list, may_serve, state_of, counts)
   local view = {state_of = state_of, counts = counts, list = list}
 
@@ -51,7 +52,7 @@ local function view_of(current, list, may_serve, state_of, counts)
 
   -- Calls visit(line) for each candidate in the rule's order.
   function view.each(visit)
-    for _, line in ipairs(list()) do
+    for _, line in ipairs(list(true)) do
       if may_serve(line) then visit(line) end
     end
   end
