@@ -14,12 +14,9 @@ from balancer.domain import (
     Selection,
     ServiceDefinition,
     WindowsDefinition,
-    tactic_name,
 )
 from balancer.store import keys
-
-_HIGHEST = 2**53
-"""Above this a threshold is never reached; Lua's numbers end there."""
+from balancer.tactics import tactic_name, tactic_params
 
 
 def selection_arguments(selection: Selection) -> tuple[str | int, ...]:
@@ -69,8 +66,7 @@ def rule_definition(
     partition = PartitionDefinition(
         id=keys.partition(rule.uuid),
         tactic=tactic_name(rule.lb_tactic),
-        request_threshold=min(getattr(rule.lb_tactic, "request_threshold", 0), _HIGHEST),
-        token_threshold=min(getattr(rule.lb_tactic, "token_threshold", 0), _HIGHEST),
+        params=tactic_params(rule.lb_tactic),
         cursor=cursor,
         is_edit=int(is_edited),
         services=tuple(
