@@ -36,7 +36,7 @@ class _StreamOptions(msgspec.Struct):
 
 
 class _Metadata(msgspec.Struct):
-    user_id: Any = None
+    user_id: str = ""
 
 
 _NULL = msgspec.Raw(b"null")
@@ -77,7 +77,7 @@ class Peek(msgspec.Struct):
     def user_id(self) -> str:
         """Anthropic's `metadata.user_id`, empty when there is none."""
         try:
-            return _text(lenient.decode(_metadata, self.raw_metadata).user_id)
+            return lenient.decode(_metadata, self.raw_metadata).user_id
         except lenient.UNREADABLE:
             return ""
 
@@ -98,16 +98,10 @@ class Peek(msgspec.Struct):
 
 
 def _read_text(raw: msgspec.Raw) -> str:
-    if bytes(raw[:1]) != b'"':
-        return ""
     try:
-        return _text(lenient.decode(_any, raw))
+        return lenient.decode(_string, raw)
     except lenient.UNREADABLE:
         return ""
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
 
 
 class _Raw(msgspec.Struct):
@@ -121,6 +115,7 @@ class _Raw(msgspec.Struct):
 _peek = msgspec.json.Decoder(Peek)
 _raw = msgspec.json.Decoder(_Raw)
 _metadata = msgspec.json.Decoder(_Metadata)
+_string = msgspec.json.Decoder(str)
 _any = msgspec.json.Decoder()
 
 
@@ -374,6 +369,10 @@ def response_id_of_event(data: bytes) -> str:
         return _text(lenient.decode(_answer, event.response).id)
     except lenient.UNREADABLE:
         return ""
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
 
 
 # -- forms -------------------------------------------------------------------------------------------------------------
