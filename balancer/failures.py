@@ -114,8 +114,9 @@ _OVERFLOW_MESSAGE = re.compile(
 
 _TEXT_BYTES = 64 * 1024
 _MESSAGE_LENGTH = 4096
-_CUT_WORD = re.compile(r'(?<!\\)"(?:type|code|status|reason)"\s*+:\s*+"([^"\\]{1,64})"')
-_CUT_MESSAGE = re.compile(r'(?<!\\)"(?:message|error|detail)"\s*+:\s*+"((?:[^"\\]|\\.)*+)')
+# A quote within a string has its backslash before it: what a message quotes matches neither.
+_CUT_WORD = re.compile(r'"(?:type|code|status|reason)"\s*+:\s*+"([^"\\]{1,64})"')
+_CUT_MESSAGE = re.compile(r'"(?:message|error|detail)"\s*+:\s*+"((?:[^"\\]|\\.)*+)')
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
@@ -333,7 +334,7 @@ def _asked_ms(headers: Headers, now_ms: int, cap_ms: int) -> int | None:
         return in_s
     try:
         return _until_ms(parsedate_to_datetime(text), now_ms, cap_ms)
-    except (ValueError, TypeError, IndexError, OverflowError):
+    except (ValueError, OverflowError):
         return None
 
 
@@ -381,7 +382,7 @@ def _moment_ms(text: str, now_ms: int, cap_ms: int) -> int | None:
         return duration
     try:
         return _until_ms(datetime.fromisoformat(text), now_ms, cap_ms)
-    except (ValueError, OverflowError):
+    except ValueError:
         return None
 
 

@@ -388,6 +388,7 @@ def test_an_overload_is_not_held_to_limits_that_it_has_not_reached() -> None:
         ({"retry-after": "1e3"}, None),
         ({"retry-after": "٣"}, None),
         ({"retry-after": "Tue, 99 Nov 2026 99:00:30 GMT"}, None),
+        ({"retry-after": "Tue, 24 Nov 202020202026 12:00:30 GMT"}, None),
         ({"retry-after": "Tue"}, None),
         ({"retry-after": "soon", "x-ratelimit-reset-tokens": "3s"}, 3000),
     ],
