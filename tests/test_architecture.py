@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
                 "limits",
                 "reference",
                 "routing",
+                "sessions",
                 "sse",
                 "tactics",
                 "usage",
