@@ -95,6 +95,13 @@ local function state_of(line)
   return load_service(services, services_key, line.id, read_fields)
 end
 
+-- Loads all services of a partition at once, for who looks at each.
+local function load_all(part)
+  local ids = {}
+  for i, line in ipairs(lines_of(part)) do ids[i] = line.id end
+  load_services(services, services_key, ids, read_fields)
+end
+
 local function counts(line)
   local service = state_of(line)
   local requests, tokens = window_counts(service.windows, line.window, now)
@@ -114,13 +121,13 @@ end
 local function find_status(selection, line)
   if not line.is_active then return 'inactive' end
   if selection.excluded[line.id] or (selection.only ~= '' and selection.only ~= line.id) then return 'excluded' end
-  local service, provider = state_of(line), provider_at(line)
+  local service = state_of(line)
   local wait = limit_wait(line, service, selection.reserved, now)
-  if provider and has_limits(provider) then
-    wait = longer(wait, limit_wait(provider, meter_at(line), selection.reserved, now))
+  if has_provider_limits(service) then
+    wait = longer(wait, limit_wait(provider_at(line), meter_at(line), selection.reserved, now))
   end
   if wait then return 'limited', wait end
-  if is_broken(service.breaker, provider) then return 'broken' end
+  if is_open(service.breaker) and has_breaker(provider_at(line)) then return 'broken' end
   if service.cooldown > now then return 'cooling' end
   return ''
 end
@@ -136,7 +143,10 @@ local function choose(part, selection, may_serve)
   local turn = {
     cursor = part.cursor, current = part.current, streak = part.streak, params = part.params, memory = part.memory,
   }
-  local function list() return lines_of(part) end
+  local function list(all)
+    if all then load_all(part) end
+    return lines_of(part)
+  end
   local view = view_of(turn.current, list, may_serve, state_of, counts)
   if turn.cursor == '' then
     local first = view.after('')
@@ -160,6 +170,7 @@ local function choose_candidate(part, selection)
   local tier, hold = serving_tier(part), part.hold
   local is_at_top = tier == part.top and part.current and part.current.tier == tier and may_serve(part.current)
   if not is_at_top then
+    load_all(part)
     local least, has_tier = least_tier(part, may_serve, tier)
     if not least then return nil end
     if least > tier then
@@ -223,7 +234,7 @@ end
 -- Counts a request on a service and its provider; which of their minutes counts it: 0 none, 1 the service's, 2 the
 -- provider's, 3 both.
 local function count_pick(selection, line, service)
-  local provider, metered = provider_at(line), 0
+  local metered = 0
   roll_windows(service.windows, now)
   for _, w in ipairs(service.windows) do w.requests = w.requests + 1 end
   service.in_flight = service.in_flight + 1
@@ -233,7 +244,7 @@ local function count_pick(selection, line, service)
   if line.rpm ~= 0 or line.tpm ~= 0 then
     service.minute, metered = count_minute(service.minute, now, 1, 0), 1
   end
-  if provider and has_limits(provider) then
+  if has_provider_limits(service) then
     local meter = meter_at(line)
     meter.minute = count_minute(meter.minute, now, 1, 0)
     meter.in_flight, meter.reserved = meter.in_flight + 1, meter.reserved + selection.reserved
@@ -295,6 +306,7 @@ end
 -- or why there is none.
 local function without_candidate(selection, rule, part)
   local open, has_active, within, wait, is_never = 0, false, {}, nil, true
+  load_all(part)
   for _, line in ipairs(lines_of(part)) do
     local status = status_of(selection, line)
     has_active = has_active or status ~= 'inactive'

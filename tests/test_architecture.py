@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
                 "lenient",
                 "reference",
                 "routing",
+                "sessions",
                 "sse",
                 "tactics",
                 "usage",

@@ -26,9 +26,9 @@ local function has_breaker(provider)
   return provider and (provider.failures > 0 or provider.ratio_permille > 0)
 end
 
--- True for a breaker that is not closed.
-local function is_broken(text, provider)
-  return string.sub(text, 1, 1) == '1' and has_breaker(provider)
+-- True for the text of a breaker that is not closed.
+local function is_open(text)
+  return string.sub(text, 1, 1) == '1'
 end
 
 -- True for one that is half-open, and nobody tries it.
@@ -91,12 +91,12 @@ end
 
 -- Gives a service another breaker, and keeps the pool's list of those that are not closed: `until id` by line.
 local function set_breaker(pool, service, id, text)
-  local was_open, is_open = string.sub(service.breaker, 1, 1) == '1', string.sub(text, 1, 1) == '1'
+  local was_open, opens = is_open(service.breaker), is_open(text)
   if text ~= service.breaker then service.breaker, service.is_changed = text, true end
-  if not (was_open or is_open) then return end
+  if not (was_open or opens) then return end
   local until_of, ids, lines = {}, {}, {}
   for until_ms, other in string.gmatch(pool.broken, '(%d+) ([^\n]+)\n') do until_of[other] = until_ms end
-  until_of[id] = is_open and whole(read_breaker(text).until_ms) or nil
+  until_of[id] = opens and whole(read_breaker(text).until_ms) or nil
   for other in pairs(until_of) do ids[#ids + 1] = other end
   table.sort(ids, is_before)
   for i, other in ipairs(ids) do lines[i] = until_of[other] .. ' ' .. other .. '\n' end

@@ -2,6 +2,7 @@
 
 -- `window weight tier rpm tpm in_flight cost` as a line's numbers.
 local LINE = '(%d+) (%d+) (%d+) (-?%d+) (-?%d+) (-?%d+) (%d+)'
+local CURRENT_LINE, SERVICE_LINE = '^' .. LINE .. '$', '(%d) ' .. LINE .. ' ([^\n]+)\n'
 
 local function service_line(id, is_active, window, weight, tier, rpm, tpm, in_flight, cost)
   return {
@@ -11,8 +12,8 @@ local function service_line(id, is_active, window, weight, tier, rpm, tpm, in_fl
 end
 
 local function parse_services(text)
-  local list, pattern = {}, '(%d) ' .. LINE .. ' ([^\n]+)\n'
-  for active, window, weight, tier, rpm, tpm, in_flight, cost, id in string.gmatch(text, pattern) do
+  local list = {}
+  for active, window, weight, tier, rpm, tpm, in_flight, cost, id in string.gmatch(text, SERVICE_LINE) do
     list[#list + 1] = service_line(id, active == '1', window, weight, tier, rpm, tpm, in_flight, cost)
   end
   return list
@@ -21,7 +22,7 @@ end
 -- The cursor's line, nil when it stands on nothing that is active.
 local function parse_current(id, text)
   if text == '' then return nil end
-  return service_line(id, true, string.match(text, '^' .. LINE .. '$'))
+  return service_line(id, true, string.match(text, CURRENT_LINE))
 end
 
 local function current_text(line)
@@ -30,8 +31,9 @@ local function current_text(line)
   return table.concat(values, ' ')
 end
 
--- What a tactic sees. `list()` gives all services, `may_serve(line)` says which are candidates, `state_of(line)` a
--- service's state, `counts(line)` its window requests and tokens (reserved ones included). `current` is the cursor's.
+-- What a tactic sees. `list(all)` gives all services, and with `all` makes ready to look at each; `may_serve(line)`
+-- says which are candidates, `state_of(line)` gives a service's state, `counts(line)` its window requests and tokens
+-- (reserved ones included). `current` is the cursor's line.
 local function view_of(current, list, may_serve, state_of, counts)
   local view = {state_of = state_of, counts = counts, list = list}
 
@@ -50,7 +52,7 @@ local function view_of(current, list, may_serve, state_of, counts)
 
   -- Calls visit(line) for each candidate in the rule's order.
   function view.each(visit)
-    for _, line in ipairs(list()) do
+    for _, line in ipairs(list(true)) do
       if may_serve(line) then visit(line) end
     end
   end

@@ -3,6 +3,12 @@
 -- A provider's limits in the pool and its services' breaker numbers, and the meter that its limits are held against.
 local meter_fields = {'minute', 'in_flight', 'reserved'}
 
+-- True when the provider of a loaded service has limits. Costs no reading of its other numbers.
+local function has_provider_limits(service)
+  local text = service.provider_text
+  return text ~= '' and string.sub(text, 1, 6) ~= '0 0 0 '
+end
+
 -- The numbers of a loaded service's provider, false when none are known. Read once a call.
 local function provider_numbers(cache, service)
   local text = service.provider_text

@@ -5,29 +5,46 @@ local function provider_of(id)
   return string.match(id, '^[^:]*')
 end
 
--- Loads the named fields of a service once a call, and what its provider says; absent numbers are 0, texts empty.
-local function load_service(cache, key, id, names)
-  local service = cache[id]
-  if service then return service end
-  local fields, count = {}, #names
-  for i, name in ipairs(names) do fields[i] = name .. ':' .. id end
-  fields[count + 1] = 'provider:' .. provider_of(id)
-  local values = redis.call('HMGET', key, unpack(fields))
-  service = {provider_text = values[count + 1] or ''}
-  local loaded = {}
+-- A service out of the values of the named fields, and what its provider says; absent numbers are 0, texts empty.
+local function service_of(names, values, at)
+  local service, loaded = {provider_text = values[at + #names + 1] or ''}, {}
   for i, name in ipairs(names) do
+    local value = values[at + i]
     if name == 'windows' then
-      service.windows = parse_windows(values[i])
+      service.windows = parse_windows(value)
     elseif name == 'minute' or name == 'breaker' then
-      service[name] = values[i] or ''
+      service[name] = value or ''
     else
-      service[name] = tonumber(values[i] or 0)
+      service[name] = tonumber(value or 0)
     end
     loaded[name] = service[name]
   end
   service.loaded = loaded
-  cache[id] = service
   return service
+end
+
+-- Loads the named fields of services that the cache has not, fifty at a time.
+local function load_services(cache, key, ids, names)
+  local missing = {}
+  for _, id in ipairs(ids) do
+    if not cache[id] then missing[#missing + 1] = id end
+  end
+  for first = 1, #missing, 50 do
+    local fields, last = {}, math.min(first + 49, #missing)
+    for i = first, last do
+      local id = missing[i]
+      for _, name in ipairs(names) do fields[#fields + 1] = name .. ':' .. id end
+      fields[#fields + 1] = 'provider:' .. provider_of(id)
+    end
+    local values = redis.call('HMGET', key, unpack(fields))
+    for i = first, last do cache[missing[i]] = service_of(names, values, (i - first) * (#names + 1)) end
+  end
+end
+
+-- One service, loaded once a call.
+local function load_service(cache, key, id, names)
+  if not cache[id] then load_services(cache, key, {id}, names) end
+  return cache[id]
 end
 
 -- Writes back what changed of the services that did.
