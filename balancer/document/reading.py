@@ -18,8 +18,6 @@ import msgspec
 
 from balancer.document import links, ranges
 from balancer.domain import (
-    TACTIC_NAMES,
-    TACTICS,
     BreakerSettings,
     Configuration,
     Health,
@@ -38,10 +36,9 @@ from balancer.domain import (
     SmartRoute,
     Tactic,
     Timeouts,
-    is_valid_tactic,
-    tactic_from_map,
 )
 from balancer.errors import ConfigurationError
+from balancer.tactics import TACTIC_NAMES, TACTICS, is_valid_tactic, tactic_from_map
 
 Door = Literal["strict", "lenient", "stored"]
 

@@ -368,6 +368,7 @@ def test_get_stats_of_a_rule_that_nobody_asked_for_is_zeros(on_store: Run, write
     for service in pool["services"]:
         assert service.pop("windows") == [{"seconds": 300, "requests": 0, "tokens": 0}]
         assert service.pop("id")
+        assert service.pop("breaker") == "closed"
         assert set(service.values()) == {0}
 
 

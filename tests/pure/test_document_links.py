@@ -59,7 +59,10 @@ def mended(raw: Any) -> tuple[Configuration, list[str]]:
         (["eu", "us"], {"rpm": 10, "split": {"eu": 0.9, "us": 0.1}}),
         (["eu", "us"], {"rpm": 100, "split": {"eu": 0.01, "us": 0.29}}),
         (["eu", "us", "asia"], {"rpm": 10, "split": {"eu": 1 / 3, "us": 1 / 3, "asia": 1 / 3}}),
-        (["x", "y", "z"], {"rpm": 10, "split": {"x": 0.7, "y": 0.1, "z": 0.2}}),  # In floats a bit more than 1.
+        (
+            ["w", "x", "y", "z"],
+            {"rpm": 10, "split": {"w": 0.2, "x": 0.4, "y": 0.3, "z": 0.1}},
+        ),  # In floats > 1.
         (["eu"], {"rpm": 10, "split": {"eu": 0.5, "later": 0.5}}),
         (["eu", "us"], {}),
     ],

@@ -35,8 +35,7 @@ def a_definition(revision: int = 1, request_threshold: int = 1) -> RuleDefinitio
             PartitionDefinition(
                 id=keys.partition("chat"),
                 tactic="round_robin",
-                request_threshold=request_threshold,
-                token_threshold=0,
+                params={"request_threshold": request_threshold},
                 cursor="",
                 services=tuple(ServiceDefinition(id=s, active=1, window=300, weight=1) for s in SERVICES),
             ),

@@ -34,8 +34,7 @@ def a_definition(rule: str, services: Sequence[str], *, threshold: int = 1, leng
             PartitionDefinition(
                 id=keys.partition(rule),
                 tactic="round_robin",
-                request_threshold=threshold,
-                token_threshold=0,
+                params={"request_threshold": threshold},
                 cursor="",
                 services=tuple(ServiceDefinition(id=s, active=1, window=lengths[0], weight=1) for s in services),
             ),
