@@ -24,8 +24,8 @@ async def start(url: str) -> AsyncIterator[Start]:
     await start.close()
 
 
-def limited(id_: str = "a:m", **limits: int) -> Service:
-    return a_service(id_, limits=Limits(**limits))
+def limited(id_: str = "a:m", *, rpm: int = 0, tpm: int = 0, in_flight: int = 0) -> Service:
+    return a_service(id_, limits=Limits(rpm=rpm, tpm=tpm, in_flight=in_flight))
 
 
 async def refusal(balance: Balance, **options: Any) -> NoServiceError:
