@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 
-import msgspec
-
 from balancer.domain import (
     Configuration,
     Entry,
@@ -21,16 +19,10 @@ from balancer.domain import (
     Selection,
     Service,
     ServiceDefinition,
-    Tactic,
     WindowsDefinition,
-    tactic_name,
 )
 from balancer.store import keys
-
-_HIGHEST = 2**53
-"""Above this a threshold is never reached; Lua's numbers end there."""
-_NOT_PARAMS = ("reserve", "reserve_cap")
-"""Of a tactic's numbers those that the gateway reads, not the scripts."""
+from balancer.tactics import tactic_name, tactic_params
 
 
 def selection_arguments(selection: Selection) -> tuple[str | int, ...]:
@@ -90,7 +82,7 @@ def rule_definition(
     partition = PartitionDefinition(
         id=keys.partition(rule.uuid),
         tactic=tactic_name(rule.lb_tactic),
-        params=_params(rule.lb_tactic),
+        params=tactic_params(rule.lb_tactic),
         cursor=cursor,
         is_edit=int(is_edited),
         refuses=int(rule.on_exhausted == "refuse"),
@@ -118,11 +110,6 @@ def needs_estimate(rule: Rule, provider_of: Callable[[str], Provider | None]) ->
         return True
     providers = map(provider_of, dict.fromkeys(service.provider for service in rule.services))
     return any(provider.limits.tpm for provider in providers if provider)
-
-
-def _params(tactic: Tactic) -> dict[str, int]:
-    numbers = {name: value for name, value in msgspec.structs.asdict(tactic).items() if name not in _NOT_PARAMS}
-    return {name: min(value, _HIGHEST) for name, value in numbers.items()}
 
 
 def _service(service: Service, provider: Provider | None) -> ServiceDefinition:

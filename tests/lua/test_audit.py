@@ -216,19 +216,22 @@ def test_a_wrong_script_is_found_out_by_its_history(new_pool: NewPool, tmp_path:
     assert verdict.violations[0].context or verdict.violations[0].message
 
 
-TIGHT = {"round_robin": (3, 0), "token_based": (0, 10), "hybrid": (1, 2**53)}
+TIGHT = {
+    "round_robin": {"request_threshold": 3},
+    "token_based": {"token_threshold": 10},
+    "hybrid": {"request_threshold": 1, "token_threshold": 2**53},
+}
 """Thresholds at which ties and exact hits are common."""
 
 
 def be_busy(pool: LuaPool) -> None:
     """Some hundred attempts, each settled with ten tokens, under rules whose thresholds are hit all the time."""
     services = ("a:m", "b:m", "c:m")
-    for rule, (requests, tokens) in TIGHT.items():
+    for rule, params in TIGHT.items():
         partition = PartitionDefinition(
             id=keys.partition(rule),
             tactic=rule,
-            request_threshold=requests,
-            token_threshold=tokens,
+            params=params,
             cursor="",
             services=tuple(ServiceDefinition(id=f"{rule}{s}", active=1, window=300, weight=1) for s in services),
         )

@@ -93,8 +93,10 @@ class Trace:
         partition = PartitionDefinition(
             id=keys.partition(rule),
             tactic=tactic,
-            request_threshold=self.random.choice((1, 2, 3, 7, 2**53)),
-            token_threshold=self.random.choice((10, 50, 400, 2000, 2**53)),
+            params={
+                "request_threshold": self.random.choice((1, 2, 3, 7, 2**53)),
+                "token_threshold": self.random.choice((10, 50, 400, 2000, 2**53)),
+            },
             cursor=self.random.choice((*(s.id for s in services), "", "", "", "")),
             services=services,
         )

@@ -12,22 +12,13 @@ import pytest
 
 from balancer import audit
 from balancer.config import load
-from balancer.domain import (
-    Configuration,
-    Outcome,
-    Pick,
-    PoolSettings,
-    RoundRobin,
-    Rule,
-    RuleDefinition,
-    TokenBased,
-    Usage,
-)
+from balancer.domain import Configuration, Outcome, Pick, PoolSettings, Rule, RuleDefinition, Usage
 from balancer.errors import NoServiceError, StoreUnavailableError
 from balancer.store import connection, keys
 from balancer.store.balance import Balance, BalanceEvents
 from balancer.store.prober import Probe
 from balancer.store.registry import Registry
+from balancer.tactics import RoundRobin, TokenBased
 from tests.store.conftest import eventually
 from tests.store.test_registry import (
     NEVER_S,

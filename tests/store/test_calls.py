@@ -14,15 +14,14 @@ from balancer.domain import (
     Price,
     ProviderDefinition,
     Retry,
-    RoundRobin,
     Rule,
     Selection,
     ServiceDefinition,
-    TokenBased,
     Usage,
 )
 from balancer.store import keys
 from balancer.store.calls import entry_arguments, needs_estimate, pin_keys, rule_definition, selection_arguments
+from balancer.tactics import RoundRobin, TokenBased
 from tests.builders import a_configuration, a_provider, a_rule, a_service
 
 
