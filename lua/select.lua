@@ -291,15 +291,17 @@ local function take(selection, rule, part, choice)
   return {'pick', id, choice.reason, rule.seq, pool.epoch, pool.position, choice.streak, choice.is_switch}
 end
 
--- The service that the session is pinned to, when it may be picked. selection.keeps_pin tells that the pin stands
--- although it may not: a limit or a cooldown passes.
+-- The service that the session is pinned to, when it may be picked. A limit or a cooldown passes, and the pin stands
+-- meanwhile (selection.keeps_pin); all else ends it.
 local function pinned(part, selection)
   selection.pin = redis.call('GET', selection.pin_key) or ''
-  local line = selection.pin ~= '' and find_line(part, selection.pin)
-  if not line then return nil end
-  local status = status_of(selection, line)
+  if selection.pin == '' then return nil end
+  local line = find_line(part, selection.pin)
+  local status = line and status_of(selection, line) or 'inactive'
+  if status == '' then return line end
   selection.keeps_pin = status == 'limited' or status == 'cooling'
-  return status == '' and line or nil
+  if not selection.keeps_pin then redis.call('DEL', selection.pin_key) end
+  return nil
 end
 
 -- The answer when there is no candidate: the tactic's choice among those that only a cooldown or a breaker keeps back,

@@ -109,7 +109,7 @@ local function apply(entry, place)
       add_minute_tokens(service, meter, holding, entry.input + entry.output, now)
     end
   end
-  if service then
+  if service and not lost_reserved then
     local provider = provider_numbers(providers, service)
     local verdict = entry.age_ms == 0 and verdicts[entry.outcome] or ''
     local probe = holding and holding.probe or 0
