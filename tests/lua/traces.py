@@ -34,7 +34,8 @@ SERVICES = tuple(f"p{i % 3}:model {i}" for i in range(6))
 AFFINITIES = {"one": 20_000, "two": 40_000, "three": 600_000}
 """For how long each session is pinned."""
 OUTCOMES = (
-    *(Outcome.SUCCESS, Outcome.SUCCESS, Outcome.SUCCESS, Outcome.FAILED, Outcome.FAILED, Outcome.OVERLOADED),
+    *((Outcome.SUCCESS,) * 9),
+    *(Outcome.FAILED, Outcome.FAILED, Outcome.OVERLOADED),
     *(Outcome.UNAUTHORIZED, Outcome.RATE_LIMITED, Outcome.REJECTED, Outcome.CANCELLED, Outcome.ABANDONED),
 )
 LEASE_MS = 30_000
@@ -56,6 +57,7 @@ class Trace:
         self.picked: dict[tuple[str, int], str] = {}
         self.revisions: dict[str, int] = {}
         self.rules = ("chat", "org/embed", "a:b|c")
+        self.partitions: dict[str, PartitionDefinition] = {}
         self.met: Counter[str] = Counter()
 
     def run(self, steps: int) -> None:
@@ -96,17 +98,10 @@ class Trace:
         """A new revision, or now and then an old one again, or a tombstone."""
         revision = self.revisions.get(rule, 0) + self.random.choice((0, 1, 1, 2))
         self.revisions[rule] = max(revision, self.revisions.get(rule, 0), 1)
-        services = tuple(self.draw_service(id_) for id_ in self.random.sample(SERVICES, self.random.randint(1, 5)))
-        tactic = self.random.choice(TACTIC_NAMES)
-        known = tactic_params(tactic_from_map(tactic))
-        partition = PartitionDefinition(
-            id=keys.partition(rule),
-            tactic=tactic,
-            params={name: self.random.choice(TINY.get(name, (1, 200))) for name in known},
-            cursor=self.random.choice((*(s.id for s in services), "", "", "", "")),
-            refuses=self.random.choice((0, 0, 1)),
-            services=services,
-        )
+        known = self.partitions.get(rule)
+        partition = self.edited(known) if known and self.random.random() < 0.4 else self.draw_partition(rule)
+        self.partitions[rule] = partition
+        services = partition.services
         named = sorted({s.id.partition(":")[0] for s in services})
         definition = RuleDefinition(
             rule=rule,
@@ -118,32 +113,70 @@ class Trace:
         )
         self.both("fence", self.now_ms, [definition], self.seen())
 
-    def draw_service(self, id_: str) -> ServiceDefinition:
-        """A service, now and then inactive, limited, or of another tier."""
+    def draw_partition(self, rule: str) -> PartitionDefinition:
+        """Any services under any tactic."""
+        chosen = self.random.sample(SERVICES, self.random.randint(1, 6))
+        is_limited, is_tiered = self.random.random() < 0.3, self.random.random() < 0.3
+        tactic = self.random.choice(TACTIC_NAMES)
+        return PartitionDefinition(
+            id=keys.partition(rule),
+            tactic=tactic,
+            params=self.draw_params(tactic),
+            cursor=self.random.choice((*chosen, "", "", "", "")),
+            refuses=self.random.choice((0, 0, 1)),
+            services=tuple(self.draw_service(id_, is_limited, is_tiered) for id_ in chosen),
+        )
+
+    def draw_params(self, tactic: str) -> dict[str, int]:
+        """Numbers for all that the tactic has."""
+        known = tactic_params(tactic_from_map(tactic))
+        return {name: self.random.choice(TINY.get(name, (1, 200))) for name in known}
+
+    def edited(self, partition: PartitionDefinition) -> PartitionDefinition:
+        """The partition with one service switched, weighed or limited anew, or other numbers for its tactic."""
+        place = self.random.randrange(len(partition.services))
+        service = partition.services[place]
+        changed = self.random.choice(
+            (
+                msgspec.structs.replace(service, active=1 - service.active),
+                msgspec.structs.replace(service, weight=service.weight + 1),
+                msgspec.structs.replace(service, rpm=4),
+                service,
+            )
+        )
+        services = (*partition.services[:place], changed, *partition.services[place + 1 :])
+        params = self.draw_params(partition.tactic) if changed is service else partition.params
+        is_edit = self.random.choice((0, 1))
+        return msgspec.structs.replace(partition, services=services, params=params, is_edit=is_edit)
+
+    def draw_service(self, id_: str, is_limited: bool, is_tiered: bool) -> ServiceDefinition:
+        """A service, now and then inactive; of a rule with limits or tiers where it says so."""
+        some = int(is_limited)
         return ServiceDefinition(
             id=id_,
             active=int(self.random.random() < 0.85),
             window=self.random.choice((5, 300)),
             weight=self.random.choice((0, 0, 1, 5)),
-            tier=self.random.choice((0, 0, 0, 1, 2)),
-            rpm=self.random.choice((0, 0, 0, 0, 0, 0, 2, 9, -1)),
-            tpm=self.random.choice((0, 0, 0, 0, 0, 0, 60, 900)),
-            in_flight=self.random.choice((0, 0, 0, 0, 0, 0, 1, 5)),
+            tier=self.random.choice((0, 1, 1, 2)) * int(is_tiered),
+            rpm=self.random.choice((0, 0, 0, 2, 9, -1)) * some,
+            tpm=self.random.choice((0, 0, 0, 60, 900)) * some,
+            in_flight=self.random.choice((0, 0, 0, 1, 5)) * some,
             cost=self.random.choice((0, 300, 300, 12_500)),
         )
 
     def draw_provider(self, id_: str) -> ProviderDefinition:
         """A provider with any limits and breaker, or none of them."""
+        some = int(self.random.random() < 0.3)
         return ProviderDefinition(
             id=id_,
-            rpm=self.random.choice((0, 0, 0, 0, 5, 30)),
-            tpm=self.random.choice((0, 0, 0, 0, 200, 3000)),
-            in_flight=self.random.choice((0, 0, 0, 0, 3, 9, -1)),
-            failures=self.random.choice((0, 1, 2, 4)),
-            ratio_permille=self.random.choice((0, 300, 1000)),
+            rpm=self.random.choice((0, 0, 5, 30)) * some,
+            tpm=self.random.choice((0, 0, 200, 3000)) * some,
+            in_flight=self.random.choice((0, 0, 3, 9, -1)) * some,
+            failures=self.random.choice((0, 0, 1, 3, 6)),
+            ratio_permille=self.random.choice((0, 0, 300, 700)),
             min_requests=self.random.choice((1, 3, 8)),
             window_ms=self.random.choice((1000, 60_000)),
-            open_ms=self.random.choice((500, 4000, 30_000)),
+            open_ms=self.random.choice((500, 500, 4000, 30_000)),
             successes=self.random.choice((1, 2, 3)),
         )
 
@@ -151,7 +184,7 @@ class Trace:
         """One call of a few selections."""
         worker = self.random.choice(WORKERS)
         selections = []
-        for _ in range(self.random.choice((1, 1, 2, 5, 64))):
+        for _ in range(self.random.choice((1, 1, 1, 2, 2, 5, 20, 64))):
             self.numbers[worker] += 1
             rule = self.random.choice(self.rules)
             session = self.random.choice((*AFFINITIES, "", "", "", ""))
@@ -197,7 +230,7 @@ class Trace:
                         cache_creation=self.random.randrange(3),
                         reasoning=self.random.randrange(3),
                     ),
-                    cooldown_ms=self.random.choice((0, 0, 0, 0, 1, 3000, 60_000)),
+                    cooldown_ms=self.random.choice((0, 0, 0, 0, 0, 0, 0, 1, 900, 5000, 60_000)),
                     first_token_us=self.random.choice((0, 250_000, self.random.randrange(10**7))),
                     stream_us=self.random.choice((0, 3_000_000, self.random.randrange(10**9))),
                 )
@@ -241,7 +274,7 @@ class Trace:
 
     def pass_time(self) -> None:
         """From nothing to past every window, deadline and lease."""
-        self.now_ms += self.random.choice((0, 1, 40, 700, 1000, 4999, 5000, 12_000, 31_000, 70_000, 300_000))
+        self.now_ms += self.random.choice((0, 1, 40, 700, 1000, 4999, 5000, 12_000, 31_000, 60_000, 70_000, 300_000))
 
     def rewind(self) -> None:
         """The server's clock steps back."""
