@@ -191,11 +191,11 @@ class _Reader:
 
     def _within(self, struct: _STRUCT, path: str) -> _STRUCT:
         """The struct with its numbers in their ranges."""
-        defaults = {field.name: field.default for field in msgspec.structs.fields(struct)}
-        for name, allowed in ranges.outside(struct):
+        for name, allowed in list(ranges.outside(struct)):
+            default = next(field.default for field in msgspec.structs.fields(struct) if field.name == name)
             message = f"expected {allowed}, not {getattr(struct, name)}"
-            if self._mend(_join(path, name), message, f"{defaults[name]} is taken"):
-                struct = msgspec.structs.replace(struct, **{name: defaults[name]})
+            if self._mend(_join(path, name), message, f"{default} is taken"):
+                struct = msgspec.structs.replace(struct, **{name: default})
         return struct
 
     def _part(self, kind: type[_STRUCT], table: dict[str, Any], name: str, path: str) -> _STRUCT:
@@ -451,6 +451,8 @@ class _Reader:
             and self._mend(_join(path, "session_header"), "expected the name of a header", "left out")
         ):
             rule = msgspec.structs.replace(rule, session_header="")
+        if rule.session_header and not rule.session_affinity:
+            self._warn(_join(path, "session_header"), "not looked at: session_affinity is 0")
         return rule
 
     def _default_uuid(self, base: str) -> str:

@@ -370,6 +370,14 @@ def test_what_makes_no_sense_is_refused_or_left_out(place: str, part: dict[str, 
     assert (lenient(raw)[0], paths(lenient(raw)[1])) == (strict(a_document()), [path])
 
 
+@pytest.mark.parametrize(("affinity", "warned"), [(0, ["rules[0].session_header"]), (60, [])])
+def test_a_session_header_that_nobody_looks_at_gets_a_warning(door: Any, affinity: int, warned: list[str]) -> None:
+    reading = read(a_document(rule={"session_header": "x-session", "session_affinity": affinity}), door=door)
+
+    assert reading.configuration.rules[0].session_header == "x-session"
+    assert paths(reading.warnings) == warned
+
+
 def test_a_health_probe_of_less_than_a_second_is_refused_or_off() -> None:
     raw = a_document(provider={"health": {"path": "/health", "interval_s": 0.5}})
 
@@ -1007,8 +1015,8 @@ def configurations(draw: st.DrawFn) -> Configuration:
                     SmartRoute(uuid=draw(st.sampled_from(("", "u"))), ops=(draw(ops),), services=a_list_of_services())
                     for _ in range(draw(st.integers(0, 1)))
                 ),
-                session_affinity=draw(st.integers(0, 30 * 86400)),
-                session_header=draw(st.sampled_from(("", "x-session"))),
+                session_affinity=(affinity := draw(st.integers(0, 30 * 86400))),
+                session_header=draw(st.sampled_from(("", "x-session") if affinity else ("",))),
                 on_exhausted=draw(st.sampled_from(("try", "refuse"))),
                 queue_timeout_ms=draw(st.integers(0, 600_000)),
                 retry=draw(retries),
