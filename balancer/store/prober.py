@@ -71,6 +71,7 @@ class Prober:
         self._claim_at = float("-inf")
         self._due: dict[str, float] = {}
         self._is_alive: dict[str, bool] = {}
+        self._faults: dict[str, str] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -131,7 +132,9 @@ class Prober:
         except StoreUnavailableError as exc:
             log.debug("cannot note a provider's health", pool=self._pool.pool, reason=exc.message)
         except BalancerError as exc:
-            log.warning("a provider cannot be asked for its health", provider=provider.name, reason=exc.message)
+            if self._faults.get(provider.uuid) != exc.message:  # Once, not once an interval.
+                self._faults[provider.uuid] = exc.message
+                log.warning("a provider cannot be asked for its health", provider=provider.name, reason=exc.message)
         except Exception as exc:  # noqa: BLE001 - a task's root: the next interval asks again.
             log.error("asking a provider for its health broke", exc=exc, provider=provider.name)
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+from balancer import audit
 from balancer.domain import BreakerSettings, Limits, Outcome, Pick, Retry, Service, Usage
 from balancer.errors import NoServiceError, RateLimitedError, StoreUnavailableError
 from balancer.store import keys
 from balancer.store.balance import Balance, Recalled
 from tests.store.conftest import eventually
-from tests.store.test_balance import Start, are_ready, is_away, pick, settled, started, the_rule
+from tests.store.test_balance import Start, are_ready, history, is_away, pick, settled, started, the_rule
 from tests.store.test_registry import a_configuration, a_door, a_provider, a_rule, a_service
 
 
@@ -24,8 +25,8 @@ async def start(url: str) -> AsyncIterator[Start]:
     await start.close()
 
 
-def limited(id_: str = "a:m", **limits: int) -> Service:
-    return a_service(id_, limits=Limits(**limits))
+def limited(id_: str = "a:m", *, rpm: int = 0, tpm: int = 0, in_flight: int = 0) -> Service:
+    return a_service(id_, limits=Limits(rpm=rpm, tpm=tpm, in_flight=in_flight))
 
 
 async def refusal(balance: Balance, **options: Any) -> NoServiceError:
@@ -125,10 +126,12 @@ async def test_at_a_limit_in_flight_all_wait_their_turn_and_no_more_than_it_are_
     for worker in workers:
         assert await settled(worker)
     in_flight = highest = 0
-    for _, fields in await control.xrange(keys.decisions("default")):
-        in_flight += {b"pick": 1, b"settle": -1}.get(fields[b"event"], 0)
+    for event in await history(control):
+        in_flight += {"pick": 1, "settle": -1}.get(event["event"], 0)
         highest = max(highest, in_flight)
     assert (highest, in_flight) == (most, 0)
+    verdict = audit.check(await history(control))
+    assert (verdict.violations, verdict.picks) == ([], count)
 
 
 async def test_a_request_that_has_waited_in_vain_is_told_what_is_left(start: Start) -> None:
@@ -164,6 +167,7 @@ async def test_a_session_stays_with_its_service_over_all_workers_and_moves_no_cu
     found = [key.decode() async for key in control.scan_iter("balancer:{default}:pin:*")]
     assert found == [keys.pin("default", keys.session("|chat", "secret-1"))]
     assert 590_000 < await control.pttl(found[0]) <= 600_000
+    assert audit.check(await history(control)).violations == []
 
 
 async def test_sessions_of_two_rules_are_apart_and_without_an_affinity_there_is_none(
