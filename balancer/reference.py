@@ -394,6 +394,7 @@ class Pool:
         lost = self._open(seen)
         asking = self._worker(worker)
         asking.lease_end_ms = now_ms + lease_ms
+        self.pins = {session: pin for session, pin in self.pins.items() if pin[1] > now_ms}
         answers = [self._select(now_ms, asking, selection) for selection in selections]
         return [*answers, ["pool", self.epoch, self.position, lost]]
 
@@ -485,8 +486,8 @@ class Pool:
     def _pinned(self, situation: Situation) -> ServiceDefinition | None:
         """The service that the session is pinned to; a pin on one that cannot serve for long is dropped."""
         session = situation.selection.session
-        pinned, until_ms = self.pins.get(session, ("", 0))
-        if not situation.selection.affinity_ms or until_ms <= situation.now_ms:
+        pinned, _ = self.pins.get(session, ("", 0))
+        if not situation.selection.affinity_ms or not pinned:
             return None
         line = situation.find(pinned)
         if line and situation.status(line) in ("", "limited", "cooling"):
