@@ -14,18 +14,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import msgspec
 
 from balancer import checkpoint
-from balancer.domain import Candidate, Entry, Outcome, PartitionDefinition, RuleDefinition, Selection, Usage
-from balancer.reference import (
-    CLEAR_COUNTERS,
-    LEDGER_COUNTERS,
-    PICK_COUNTERS,
-    Held,
-    Pool,
-    Reply,
-    ServiceState,
-    tactic_of,
-)
-from balancer.tactics import choose
+from balancer.domain import Candidate, Entry, Outcome, RuleDefinition, Selection, Usage
+from balancer.ledger import CLEAR_COUNTERS, LEDGER_COUNTERS, PICK_COUNTERS, ServiceState
+from balancer.reference import BY_SERVICE, Held, Pool, Reply
+from balancer.tactics import choose, tactic_of
 
 Event = Mapping[str, str]
 """One entry of the decision stream, as the scripts write it."""
@@ -34,6 +26,8 @@ _KEPT_VIOLATIONS = 100
 _CONTEXT = 5
 _EVERY = 2**31
 """As a place in a batch: all of it."""
+_SESSION = "session"
+"""Stands for every session: which it was is not recorded, only where it was pinned to."""
 
 
 class Violation(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,6 +207,8 @@ class Checker:
         wrong = checkpoint.broken_invariants(state.pool)
         if self._pool is not None:
             wrong += checkpoint.differences(self._pool, state.pool)
+        if state.broken != state.pool.broken:
+            wrong.append(f"breakers are listed as {state.broken!r}, and are {state.pool.broken!r}")
         if wrong:
             self._violate(event, "; ".join(wrong[:_CONTEXT]))
         if state.record == "full":
@@ -230,8 +226,7 @@ class Checker:
         verdict, rule = self.verdict, event["rule"]
         verdict.picks += 1
         verdict.picks_by_rule[rule] = verdict.picks_by_rule.get(rule, 0) + 1
-        is_retry = event["reason"] == "retry"
-        if not is_retry and event["cursor"] not in ("", event["service"]):
+        if event["is_switch"] == "1" and event["reason"] != "pinned":
             verdict.switches += 1
         if self._pool is not None:
             self._replay_pick(self._pool, event)
@@ -240,6 +235,10 @@ class Checker:
             self._check_sampled_choice(event)
         state = _state(event["before"], PICK_COUNTERS)
         state.pick(int(event["now_ms"]), int(event["reserved"]))
+        if int(event["meters"]) & BY_SERVICE:
+            state.minute.count(int(event["now_ms"]), 1, 0)
+        if event["reason"] == "probe":
+            state.breaker.probe = int(event["position"])
         self._compare(event, state, PICK_COUNTERS)
 
     def _replay_pick(self, pool: Pool, event: Event) -> None:
@@ -252,32 +251,32 @@ class Checker:
             draw=int(event["draw"]),
             reserved=int(event["reserved"]),
             deadline_ms=int(event["deadline_ms"]) - now_ms,
+            session=_SESSION,
+            affinity_ms=int(event["affinity_ms"]),
+            only=event["only"],
             excluded=tuple(filter(None, event["excluded"].split("\n"))),
         )
         if not self._agrees_before(event, PICK_COUNTERS):
             return
+        pool.pins = {_SESSION: (event["pin"], now_ms + 1)} if event["pin"] else {}
         answer: Reply = pool.select(now_ms, worker, [selection], 1)[0]
         given = [
             *("pick", event["service"], event["reason"], int(event["seq"])),
-            *(int(event["epoch"]), int(event["position"]), int(event["streak"])),
+            *(int(event["epoch"]), int(event["position"]), int(event["streak"]), int(event["is_switch"])),
         ]
-        if answer[:7] != given:
-            self._violate(event, f"rule {event['rule']}: {given} was picked, the reference says {answer[:7]}")
+        if answer != given:
+            self._violate(event, f"rule {event['rule']}: {given} was picked, the reference says {answer}")
+            return
+        held = pool.workers[worker].names[number]
+        assert isinstance(held, Held), "it was picked"
+        if held.meters != int(event["meters"]):
+            self._violate(event, f"meters {event['meters']} count it, the reference says {held.meters}")
         else:
             self._compare(event, pool.services[event["service"]], PICK_COUNTERS)
 
     def _check_sampled_choice(self, event: Event) -> None:
         services = checkpoint.read_services(event["services"])
-        excluded = set(event["excluded"].split("\n"))
-        definition = PartitionDefinition(
-            id=event["partition"],
-            tactic=event["tactic"],
-            request_threshold=int(event["request_threshold"]),
-            token_threshold=int(event["token_threshold"]),
-            cursor="",
-            services=services,
-        )
-        tactic = tactic_of(definition)
+        tactic = tactic_of(event["tactic"], checkpoint.read_params(event["params"]))
         counts = [tuple(map(int, line.split(" "))) for line in event["counts"].split("\n") if line]
         if tactic is None:
             self._violate(event, f"rule {event['rule']}: {event['tactic']!r} is no tactic")
@@ -288,22 +287,31 @@ class Checker:
             streak=int(event["streak_before"]),
             order=[service.id for service in services],
             candidates=[
-                Candidate(service=service.id, weight=service.weight, requests=requests, tokens=tokens)
-                for service, (requests, tokens) in zip(services, counts, strict=True)
-                if service.active and service.id not in excluded
+                Candidate(
+                    service=service.id,
+                    weight=service.weight,
+                    cost=service.cost,
+                    requests=requests,
+                    tokens=tokens,
+                    in_flight=in_flight,
+                    first_token=first_token,
+                    per_token=per_token,
+                )
+                for service, (is_candidate, requests, tokens, in_flight, first_token, per_token) in zip(
+                    services, counts, strict=True
+                )
+                if is_candidate
             ],
             draw=int(event["draw"]),
+            memory=event["memory"],
         )
         given = (event["service"], event["reason"], int(event["streak"]))
         if choice is None:
             self._violate(event, f"rule {event['rule']}: {given} was picked without a candidate")
             return
-        is_retry = event["reason"] == "retry"
-        expected = (
-            choice.service,
-            "retry" if is_retry else choice.reason,
-            int(event["streak_before"]) if is_retry else choice.streak,
-        )
+        expected = (choice.service, choice.reason, choice.streak)
+        if event["reason"] in ("retry", "exhausted"):  # They leave the streak alone.
+            expected = (choice.service, event["reason"], int(event["streak_before"]))
         if given != expected:
             self._violate(event, f"rule {event['rule']}: {given} was picked, by what it saw it had to be {expected}")
 
@@ -325,16 +333,15 @@ class Checker:
                 cache_creation=int(event["cache_creation"]),
                 reasoning=int(event["reasoning"]),
             ),
+            cooldown_ms=int(event["cooldown_ms"]),
+            first_token_us=int(event["first_token_us"]),
+            stream_us=int(event["stream_us"]),
         )
         if not event["service"]:
             if self._pool is not None:
                 self._pool.apply_settle(int(event["now_ms"]), worker, entry)
         elif self._pool is not None:
-            before = self._pool.services.get(event["service"], ServiceState()).text(LEDGER_COUNTERS)
-            if before != event["before"]:
-                self._violate(
-                    event, f"{event['service']} counted {event['before']} before, the reference says {before}"
-                )
+            if not self._agrees_before(event, LEDGER_COUNTERS):
                 return
             self._pool.apply_settle(int(event["now_ms"]), worker, entry)
             self._compare(event, self._pool.services.get(event["service"], ServiceState()), LEDGER_COUNTERS)
@@ -351,16 +358,20 @@ class Checker:
         if entry.outcome is Outcome.ABANDONED:
             state.abandoned += 1
         else:
-            state.count(int(event["now_ms"]), entry)
-        self._compare(event, state, LEDGER_COUNTERS)
+            now_ms = int(event["now_ms"])
+            state.count(now_ms, entry)
+            state.cool_down(now_ms, entry)
+            state.measure(now_ms, entry)
+        self._compare_loosely(event, state, entry.usage.input + entry.usage.output)
 
     def _on_reap(self, event: Event) -> None:
         self.verdict.lost += 1
         now_ms, worker, number = int(event["now_ms"]), event["worker"], int(event["number"])
         if self._pool is None:
             state = _state(event["before"], LEDGER_COUNTERS)
+            state.release(int(event["reserved"]))
             state.lose(now_ms, int(event["reserved"]))
-            self._compare(event, state, LEDGER_COUNTERS)
+            self._compare_loosely(event, state, int(event["reserved"]))
             return
         held = self._pool.workers[worker].names.get(number) if worker in self._pool.workers else None
         if not isinstance(held, Held):
@@ -383,6 +394,13 @@ class Checker:
             state.clear(int(event["position"]))
         self._compare(event, state, CLEAR_COUNTERS)
 
+    def _on_health(self, event: Event) -> None:
+        if self._pool is None:
+            self._compare_loosely(event, _state(event["before"], LEDGER_COUNTERS), 0)
+        elif self._agrees_before(event, LEDGER_COUNTERS):
+            self._pool.health(int(event["now_ms"]), [event["service"]], event["is_alive"] == "1")
+            self._compare(event, self._pool.services[event["service"]], LEDGER_COUNTERS)
+
     def _agrees_before(self, event: Event, names: Sequence[str]) -> bool:
         """True when the counters before an event are the reference's."""
         assert self._pool is not None
@@ -396,15 +414,29 @@ class Checker:
         """The counters after an event against what they must be."""
         expected = state.text(names)
         if event["after"] != expected:
-            told = ", ".join(names)
-            self._violate(event, f"{event['service']} counts {event['after']}, expected {expected} ({told} | windows)")
+            told = ", ".join(names) + " | windows | minute | breaker"
+            self._violate(event, f"{event['service']} counts {event['after']}, expected {expected} ({told})")
+
+    def _compare_loosely(self, event: Event, state: ServiceState, tokens: int) -> None:
+        """As `_compare`, where neither meters nor breaker numbers are known: the minute may have counted the tokens."""
+        after = _state(event["after"], LEDGER_COUNTERS)
+        state.breaker = after.breaker
+        if after.minute != state.minute:
+            state.minute.count(int(event["now_ms"]), 0, tokens)
+        self._compare(event, state, LEDGER_COUNTERS)
 
 
 def _state(text: str, names: Sequence[str]) -> ServiceState:
-    """A service from the counters that an event tells."""
-    counters, _, windows = text.partition("|")
-    values = dict(zip(names, map(int, counters.split(" ")), strict=True))
-    return ServiceState(windows=checkpoint.read_windows(windows), **values)
+    """A service from what an event tells of it."""
+    counters, windows, minute, breaker = text.split("|")
+    state = ServiceState(
+        windows=checkpoint.read_windows(windows),
+        minute=checkpoint.read_minute(minute),
+        breaker=checkpoint.read_breaker(breaker),
+    )
+    for name, value in zip(names, counters.split(" "), strict=True):
+        setattr(state, name, int(value))
+    return state
 
 
 def _shortened(event: Event) -> Event:
@@ -421,4 +453,5 @@ _HANDLERS: dict[str, Callable[[Checker, Event], None]] = {
     "settle": Checker._on_settle,
     "reap": Checker._on_reap,
     "clear": Checker._on_clear,
+    "health": Checker._on_health,
 }

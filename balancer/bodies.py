@@ -35,8 +35,18 @@ class _StreamOptions(msgspec.Struct):
     include_usage: Any = None
 
 
+class _Metadata(msgspec.Struct):
+    user_id: str = ""
+
+
+_NULL = msgspec.Raw(b"null")
+
+
 class Peek(msgspec.Struct):
-    """The fields of a request that we read; all others pass unseen."""
+    """The fields of a request that we read; all others pass unseen.
+
+    Those that are raw are read when somebody asks, and of any type: a wrong one is the upstream's to refuse.
+    """
 
     model: str
     stream: bool | None = False
@@ -45,6 +55,10 @@ class Peek(msgspec.Struct):
     max_completion_tokens: Any = None
     max_output_tokens: Any = None
     previous_response_id: Any = None
+    raw_metadata: msgspec.Raw = msgspec.field(default=_NULL, name="metadata")
+    raw_prompt_cache_key: msgspec.Raw = msgspec.field(default=_NULL, name="prompt_cache_key")
+    raw_user: msgspec.Raw = msgspec.field(default=_NULL, name="user")
+    raw_store: msgspec.Raw = msgspec.field(default=_NULL, name="store")
 
     @property
     def asks_for_usage(self) -> bool:
@@ -59,6 +73,36 @@ class Peek(msgspec.Struct):
                 return value
         return 0
 
+    @property
+    def user_id(self) -> str:
+        """Anthropic's `metadata.user_id`, empty when there is none."""
+        try:
+            return lenient.decode(_metadata, self.raw_metadata).user_id
+        except lenient.UNREADABLE:
+            return ""
+
+    @property
+    def prompt_cache_key(self) -> str:
+        """OpenAI's key for requests that share a prompt's beginning, empty when there is none."""
+        return _read_text(self.raw_prompt_cache_key)
+
+    @property
+    def user(self) -> str:
+        """OpenAI's name for the end user, empty when there is none."""
+        return _read_text(self.raw_user)
+
+    @property
+    def store(self) -> bool:
+        """True unless the client asks that its answer is not kept; by default Responses are."""
+        return bytes(self.raw_store).strip() != b"false"
+
+
+def _read_text(raw: msgspec.Raw) -> str:
+    try:
+        return lenient.decode(_string, raw)
+    except lenient.UNREADABLE:
+        return ""
+
 
 class _Raw(msgspec.Struct):
     """The same fields of any type, so that a wrong one can be named."""
@@ -70,6 +114,8 @@ class _Raw(msgspec.Struct):
 
 _peek = msgspec.json.Decoder(Peek)
 _raw = msgspec.json.Decoder(_Raw)
+_metadata = msgspec.json.Decoder(_Metadata)
+_string = msgspec.json.Decoder(str)
 _any = msgspec.json.Decoder()
 
 
@@ -273,6 +319,60 @@ def _with_member(body: bytes, member: bytes) -> bytes:
     start = body.index(b"{")
     comma = b"" if _EMPTY_OBJECT.match(body, start) else b","
     return b"%b%b%b%b" % (body[: start + 1], member, comma, body[start + 1 :])
+
+
+# -- ids of answers ----------------------------------------------------------------------------------------------------
+
+_RESPONSE_HEAD = re.compile(rb'\s*+\{\s*+"id"\s*+:\s*+"([^"\\]++)"\s*+,\s*+"object"\s*+:\s*+"response"\s*+[,}]')
+
+
+class _Answer(msgspec.Struct):
+    id: Any = None
+    object: Any = None
+
+
+class _AnswerEvent(msgspec.Struct):
+    type: Any = None
+    response: msgspec.Raw = _NULL
+
+
+_answer = msgspec.json.Decoder(_Answer)
+_answer_event = msgspec.json.Decoder(_AnswerEvent)
+
+
+def response_id_of_json(body: bytes) -> str:
+    """The id of an answer of the Responses API, empty when the body is none.
+
+    The first bytes are enough where the id stands at the front, as OpenAI writes it.
+    """
+    head = _RESPONSE_HEAD.match(body)
+    if head:
+        return head[1].decode("utf-8", "replace")
+    try:
+        answer = lenient.decode(_answer, body)
+    except lenient.UNREADABLE:
+        return ""
+    return _text(answer.id) if answer.object == "response" else ""
+
+
+def response_id_of_event(data: bytes) -> str:
+    """The id of the answer that an event of the Responses API speaks of, empty when it names none.
+
+    `response.created` is the first that does; each that tells of the whole answer does.
+    """
+    if b'"response"' not in data:
+        return ""
+    try:
+        event = lenient.decode(_answer_event, data)
+        if not _text(event.type).startswith("response."):
+            return ""
+        return _text(lenient.decode(_answer, event.response).id)
+    except lenient.UNREADABLE:
+        return ""
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
 
 
 # -- forms -------------------------------------------------------------------------------------------------------------

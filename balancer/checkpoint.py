@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
 
-from balancer.domain import PartitionDefinition, ServiceDefinition
+from balancer.breaker import Breaker
+from balancer.domain import PartitionDefinition, ProviderDefinition, ServiceDefinition
+from balancer.ledger import ServiceState, Window
+from balancer.limits import Bucket, Meter, Minute
 from balancer.reference import (
+    BY_PROVIDER,
     Abandoned,
     Held,
     Lost,
     PartitionState,
     Pool,
+    ProviderState,
     RuleState,
-    ServiceState,
-    Window,
     WorkerState,
+    provider_of,
 )
 
-_SERVICE_LINE = re.compile(r"(\d) (\d+) (\d+) ([^\n]+)\n")
-_HELD = re.compile(r"h (\d+) (\d+) (.+)", re.DOTALL)
+_SERVICE_LINE = re.compile(r"(\d) (\d+) (-?\d+) (-?\d+) (-?\d+) (-?\d+) (-?\d+) (\d+) ([^\n]+)\n")
+_HELD = re.compile(r"h (\d+) (\d+) (\d+) (\d+) (.+)", re.DOTALL)
 _LOST = re.compile(r"l (\d+) (\d+) (\d+) (.+)", re.DOTALL)
 _ABANDONED = re.compile(r"x (\d+)")
 _COUNTERS = frozenset(ServiceState.__struct_fields__)
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
-    """What a checkpoint holds: the pool, and whether every one of its events is recorded."""
+    """What a checkpoint holds: the pool, whether every one of its events is recorded, and its list of open breakers."""
 
     pool: Pool
     record: str
+    broken: str
 
 
 class _Raw(msgspec.Struct):
@@ -51,35 +56,79 @@ def read(text: str | bytes) -> State:
     partitions = dict(_pairs(raw.partitions))
     pool.epoch = int(partitions.get("epoch", "1"))
     pool.position = int(partitions.get("position", "0"))
-    for field, value in _pairs(raw.services):
-        name, _, service = field.partition(":")
-        if name in _COUNTERS:
-            state = pool.services.setdefault(service, ServiceState())
-            setattr(state, name, read_windows(value) if name == "windows" else int(value))
-    for field, value in partitions.items():
+    fields = dict(_pairs(raw.services))
+    for field, value in fields.items():
+        name, _, key = field.partition(":")
+        if name == "provider":
+            revision = int(fields[f"provider_revision:{key}"])
+            pool.providers[key] = ProviderState(read_provider(key, value), revision)
+        elif name in _COUNTERS:
+            measured = pool.service(key) if ":" in key else pool.meters.setdefault(key, Meter())
+            setattr(measured, name, _READERS.get(name, int)(value))
+    for field in partitions:
         name, _, key = field.partition(":")
         if name == "revision":
-            ids = tuple(filter(None, partitions.get(f"partitions:{key}", "").split("\n")))
-            pool.rules[key] = RuleState(revision=int(value), seq=int(partitions.get(f"seq:{key}", "0")), partitions=ids)
+            pool.rules[key] = _rule(key, partitions)
         elif name == "tactic":
             pool.partitions[key] = _partition(key, partitions)
     for worker, flat in raw.holdings or ():
         pool.workers[worker] = _worker(_pairs(flat))
     for worker, end_ms in _pairs(raw.leases):
         pool.workers.setdefault(worker, WorkerState()).lease_end_ms = int(float(end_ms))
-    return State(pool=pool, record=partitions.get("record", "off"))
+    return State(pool=pool, record=partitions.get("record", "off"), broken=partitions.get("broken", ""))
 
 
 def read_windows(text: str) -> list[Window]:
-    """Windows from `length start requests tokens` joined by `;`."""
+    """Windows from `length start requests tokens output` joined by `;`."""
     return [Window(*map(int, part.split(" "))) for part in text.split(";") if part]
 
 
+def read_minute(text: str) -> Minute:
+    """A minute from `bucket requests tokens` joined by `;`."""
+    return Minute([Bucket(*map(int, part.split(" "))) for part in text.split(";") if part])
+
+
+def read_breaker(text: str) -> Breaker:
+    """A breaker from its numbers, empty for one that never saw anything."""
+    return Breaker(*map(int, text.split()))
+
+
+def read_params(text: str) -> dict[str, int]:
+    """A tactic's numbers from `name value` joined by `;`."""
+    pairs = (part.split(" ") for part in text.split(";") if part)
+    return {name: int(value) for name, value in pairs}
+
+
+def read_provider(id_: str, text: str) -> ProviderDefinition:
+    """A provider's limits and breaker numbers from those numbers in order."""
+    names = ProviderDefinition.__struct_fields__[1:]
+    return ProviderDefinition(id=id_, **dict(zip(names, map(int, text.split(" ")), strict=True)))
+
+
 def read_services(text: str) -> tuple[ServiceDefinition, ...]:
-    """A partition's services from its lines `active window weight id`."""
+    """A partition's services from its lines `active window weight tier rpm tpm in_flight cost id`."""
+    names = ServiceDefinition.__struct_fields__[1:]
     return tuple(
-        ServiceDefinition(id=id_, active=int(active), window=int(window), weight=int(weight))
-        for active, window, weight, id_ in _SERVICE_LINE.findall(text)
+        ServiceDefinition(id=id_, **dict(zip(names, map(int, numbers), strict=True)))
+        for *numbers, id_ in _SERVICE_LINE.findall(text)
+    )
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "windows": read_windows,
+    "minute": read_minute,
+    "breaker": read_breaker,
+}
+
+
+def _rule(key: str, fields: dict[str, str]) -> RuleState:
+    budget = fields.get(f"budget:{key}")
+    return RuleState(
+        revision=int(fields[f"revision:{key}"]),
+        seq=int(fields.get(f"seq:{key}", "0")),
+        partitions=tuple(filter(None, fields.get(f"partitions:{key}", "").split("\n"))),
+        retry_permille=int(fields.get(f"retry_permille:{key}", "0")),
+        budget=None if budget is None else int(budget),
     )
 
 
@@ -91,12 +140,18 @@ def _partition(key: str, fields: dict[str, str]) -> PartitionState:
     definition = PartitionDefinition(
         id=key,
         tactic=fields[f"tactic:{key}"],
-        request_threshold=int(fields[f"request_threshold:{key}"]),
-        token_threshold=int(fields[f"token_threshold:{key}"]),
-        cursor="",
+        params=read_params(fields[f"params:{key}"]),
+        refuses=int(fields[f"refuses:{key}"]),
         services=read_services(fields[f"services:{key}"]),
     )
-    return PartitionState(definition=definition, cursor=fields[f"cursor:{key}"], streak=int(fields[f"streak:{key}"]))
+    return PartitionState(
+        definition=definition,
+        cursor=fields[f"cursor:{key}"],
+        streak=int(fields[f"streak:{key}"]),
+        tier=int(fields[f"tier:{key}"]),
+        hold=int(fields[f"hold:{key}"]),
+        memory=fields[f"memory:{key}"],
+    )
 
 
 def _worker(fields: Iterable[tuple[str, str]]) -> WorkerState:
@@ -105,7 +160,8 @@ def _worker(fields: Iterable[tuple[str, str]]) -> WorkerState:
         if name == "last":
             worker.last = int(value)
         elif match := _HELD.fullmatch(value):
-            worker.names[int(name)] = Held(match[3], int(match[1]), int(match[2]))
+            reserved, deadline_ms, meters, probe = map(int, match.groups()[:4])
+            worker.names[int(name)] = Held(match[5], reserved, deadline_ms, meters, probe)
         elif match := _LOST.fullmatch(value):
             worker.names[int(name)] = Lost(match[4], int(match[1]), int(match[2]), int(match[3]))
         elif match := _ABANDONED.fullmatch(value):
@@ -119,27 +175,42 @@ def _worker(fields: Iterable[tuple[str, str]]) -> WorkerState:
 
 
 def broken_invariants(pool: Pool) -> list[str]:
-    """What cannot be, whatever the events were: holdings that do not add up, counters below zero."""
-    found = []
-    held: dict[str, tuple[int, int]] = {}
-    for worker in pool.workers.values():
-        for name in worker.names.values():
-            if isinstance(name, Held):
-                count, reserved = held.get(name.service, (0, 0))
-                held[name.service] = count + 1, reserved + name.reserved
-    for service, state in pool.services.items():
-        count, reserved = held.get(service, (0, 0))
-        if state.in_flight != count:
-            found.append(f"{service}: {state.in_flight} in flight, {count} holdings")
+    """What cannot be, whatever the events were: holdings that do not add up, probes without one, numbers below 0."""
+    found: list[str] = []
+    held = [name for worker in pool.workers.values() for name in worker.names.values() if isinstance(name, Held)]
+    measured: dict[str, ServiceState | Meter] = {**pool.services, **pool.meters}
+    holdings: dict[str, list[Held]] = {}
+    for name in held:
+        holdings.setdefault(name.service, []).append(name)
+        if name.meters & BY_PROVIDER:
+            holdings.setdefault(provider_of(name.service), []).append(name)
+    for id_, state in measured.items():
+        own = holdings.get(id_, [])
+        reserved = sum(name.reserved for name in own)
+        if state.in_flight != len(own):
+            found.append(f"{id_}: {state.in_flight} in flight, {len(own)} holdings")
         if state.reserved != reserved:
-            found.append(f"{service}: {state.reserved} tokens reserved, holdings of {reserved}")
-        values = {name: value for name, value in msgspec.structs.asdict(state).items() if isinstance(value, int)}
-        values |= {
-            f"window {w.length} {name}": getattr(w, name) for w in state.windows for name in ("requests", "tokens")
-        }
-        found += [f"{service}: {name} is {value}" for name, value in values.items() if value < 0]
-    found += [f"{service}: holdings, but no counters" for service in held.keys() - pool.services.keys()]
+            found.append(f"{id_}: {state.reserved} tokens reserved, holdings of {reserved}")
+        found += [f"{id_}: {name} is {value}" for name, value in _numbers(state) if value < 0]
+    for id_, service in pool.services.items():
+        probes = sum(name.probe == service.breaker.probe for name in holdings.get(id_, []))
+        if service.breaker.probe > 0 and probes != 1:
+            found.append(f"{id_}: a probe is out from position {service.breaker.probe}, {probes} holdings of it")
+    found += [f"rule {id_}: its budget is {r.budget}" for id_, r in pool.rules.items() if r.budget and r.budget < 0]
+    found += [f"{id_}: holdings, but no counters" for id_ in holdings.keys() - measured.keys()]
     return found
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """All whole numbers in a struct, with what they are called."""
+    if isinstance(value, int):
+        yield name, value
+    elif isinstance(value, msgspec.Struct):
+        for field in value.__struct_fields__:
+            yield from _numbers(getattr(value, field), f"{name} {field}".strip())
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(item, name)
 
 
 def differences(expected: Pool, actual: Pool) -> list[str]:
@@ -147,8 +218,10 @@ def differences(expected: Pool, actual: Pool) -> list[str]:
     found = []
     for kind, before, after in (
         ("service", _services(expected), _services(actual)),
+        ("provider", _builtins(expected.providers), _builtins(actual.providers)),
+        ("meter", _meters(expected), _meters(actual)),
         ("rule", _rules(expected), _rules(actual)),
-        ("partition", _partitions(expected), _partitions(actual)),
+        ("partition", _builtins(expected.partitions), _builtins(actual.partitions)),
         ("holding", _holdings(expected), _holdings(actual)),
     ):
         found += [
@@ -160,15 +233,19 @@ def differences(expected: Pool, actual: Pool) -> list[str]:
 
 
 def _services(pool: Pool) -> dict[Any, Any]:
-    return {k: msgspec.to_builtins(v) for k, v in pool.services.items() if any(msgspec.structs.astuple(v))}
+    return _builtins({k: v for k, v in pool.services.items() if v != ServiceState()})
+
+
+def _meters(pool: Pool) -> dict[Any, Any]:
+    return _builtins({k: v for k, v in pool.meters.items() if v != Meter()})
 
 
 def _rules(pool: Pool) -> dict[Any, Any]:
-    return {k: msgspec.to_builtins(v) for k, v in pool.rules.items() if v.revision}
+    return _builtins({k: v for k, v in pool.rules.items() if v.revision})
 
 
-def _partitions(pool: Pool) -> dict[Any, Any]:
-    return {k: msgspec.to_builtins(v) for k, v in pool.partitions.items()}
+def _builtins(structs: Mapping[str, msgspec.Struct]) -> dict[Any, Any]:
+    return {k: msgspec.to_builtins(v) for k, v in structs.items()}
 
 
 def _holdings(pool: Pool) -> dict[Any, Any]:

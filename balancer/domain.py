@@ -1,4 +1,4 @@
-"""The vocabulary: providers, services, rules, tactics, scenarios, and what a request leaves behind.
+"""The vocabulary: providers, services, rules, scenarios, and what a request leaves behind.
 
 Every struct is frozen and says what the configuration says (the JSON names are those of tingly-box configurations).
 How a document becomes these structs, and what is refused on the way, is `document`.
@@ -9,14 +9,11 @@ from __future__ import annotations
 import enum
 import hashlib
 import re
-from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 import msgspec
 
-DEFAULT_REQUEST_THRESHOLD = 10
-DEFAULT_TOKEN_THRESHOLD = 10_000
 DEFAULT_RESERVE_CAP = 200_000
 DEFAULT_TIME_WINDOW_S = 300
 DEFAULT_TIMEOUT_S = 1800
@@ -164,89 +161,11 @@ class Provider(Struct, frozen=True, kw_only=True):
 # -- tactics -----------------------------------------------------------------------------------------------------------
 
 
-class _Tactic(Struct, frozen=True, kw_only=True, tag_field="type"):
-    """What all tactics share: how many tokens a request in flight holds on its service."""
+class Tactic(Struct, frozen=True, kw_only=True, tag_field="type"):
+    """What all tactics share: how many tokens a request in flight holds on its service. The rest is `tactics`."""
 
     reserve: Reserve = "input"
     reserve_cap: int = DEFAULT_RESERVE_CAP
-
-
-class RoundRobin(_Tactic, frozen=True, kw_only=True, tag="round_robin"):
-    """Stay for `request_threshold` consecutive picks, then take the next candidate."""
-
-    request_threshold: int = DEFAULT_REQUEST_THRESHOLD
-
-
-class TokenBased(_Tactic, frozen=True, kw_only=True, tag="token_based"):
-    """Stay below `token_threshold` window tokens, then take the candidate with the fewest."""
-
-    token_threshold: int = DEFAULT_TOKEN_THRESHOLD
-
-
-class Hybrid(_Tactic, frozen=True, kw_only=True, tag="hybrid"):
-    """Stay below both thresholds of the window, then take the candidate with the least requests × 10 + tokens."""
-
-    request_threshold: int = DEFAULT_REQUEST_THRESHOLD
-    token_threshold: int = DEFAULT_TOKEN_THRESHOLD
-
-
-class Random(_Tactic, frozen=True, kw_only=True, tag="random"):
-    """Draw by weight."""
-
-
-Tactic = RoundRobin | TokenBased | Hybrid | Random
-TACTICS: tuple[type[RoundRobin] | type[TokenBased] | type[Hybrid] | type[Random], ...] = (
-    RoundRobin,
-    TokenBased,
-    Hybrid,
-    Random,
-)
-"""In the order of the legacy integers 0…3."""
-TACTIC_NAMES: tuple[str, ...] = ("round_robin", "token_based", "hybrid", "random")
-
-
-def tactic_name(tactic: Tactic) -> str:
-    """The tactic's word, as in `lb_tactic.type`."""
-    return TACTIC_NAMES[TACTICS.index(type(tactic))]
-
-
-def is_valid_tactic(name: object) -> bool:
-    """True for the four names in any letter case, and for the legacy integers 0…3."""
-    if isinstance(name, bool):
-        return False
-    if isinstance(name, int):
-        return 0 <= name < len(TACTIC_NAMES)
-    return isinstance(name, str) and name.lower() in TACTIC_NAMES
-
-
-def tactic_from_map(name: str | int, params: Mapping[str, Any] | None = None) -> Tactic:
-    """The tactic of that name with these parameters; absent, null or ≤ 0 thresholds take their defaults.
-
-    An unknown name means round_robin. Unknown parameters are dropped. Raises msgspec.ValidationError for a parameter
-    of the wrong type.
-    """
-    if not is_valid_tactic(name):
-        name = TACTIC_NAMES[0]
-    kind = TACTICS[name if isinstance(name, int) else TACTIC_NAMES.index(name.lower())]
-    known = {f.name for f in msgspec.structs.fields(kind)}
-    given = {k: v for k, v in (params or {}).items() if k in known and v is not None}
-    for key in ("request_threshold", "token_threshold", "reserve_cap"):
-        value = given.get(key)
-        if isinstance(value, float) and value.is_integer():
-            given[key] = value = int(value)
-        if isinstance(value, int) and not isinstance(value, bool) and value <= 0:
-            del given[key]
-    return msgspec.convert({"type": TACTIC_NAMES[TACTICS.index(kind)], **given}, kind)
-
-
-def tactic_to_map(tactic: Tactic) -> dict[str, Any]:
-    """The tactic in the shape of a configuration: {type, params}, thresholds always there."""
-    params: dict[str, Any] = {}
-    for field in msgspec.structs.fields(type(tactic)):
-        value = getattr(tactic, field.name)
-        if field.name.endswith("_threshold") or value != field.default:
-            params[field.name] = value
-    return {"type": tactic_name(tactic), "params": params}
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------
@@ -310,7 +229,7 @@ class Rule(Struct, frozen=True, kw_only=True):
     description: str = ""
     active: bool = True
     pool: str = DEFAULT_POOL
-    lb_tactic: Tactic = RoundRobin()
+    lb_tactic: Tactic
     services: tuple[Service, ...] = ()
     current_service_index: int | None = None
     smart_enabled: bool = False
@@ -440,12 +359,19 @@ class Outcome(enum.StrEnum):
 
 
 class Candidate(Struct, frozen=True, kw_only=True):
-    """A service as a tactic sees it: its weight, and what its window counts (reserved tokens included)."""
+    """A service as a tactic sees it: what its window counts (reserved tokens included), and what is known of it.
+
+    `first_token` and `per_token` are how long it takes, in µs; `cost` is its price.
+    """
 
     service: str
     weight: int = 1
     requests: int = 0
     tokens: int = 0
+    in_flight: int = 0
+    cost: int = 0
+    first_token: int = 0
+    per_token: int = 0
 
 
 class Pick(Struct, frozen=True, kw_only=True):

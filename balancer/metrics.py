@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 import prometheus_client.values
@@ -24,6 +24,7 @@ from balancer.domain import Configuration, Outcome, Pick, Usage
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 SHORT_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+_BREAKER_STATES = ("closed", "half_open", "open")
 
 
 class _Window(Protocol):
@@ -33,10 +34,15 @@ class _Window(Protocol):
 
 
 class ServiceGauges(msgspec.Struct, frozen=True, kw_only=True):
-    """What a pool knows of a service at the scrape; windows as (seconds, requests, tokens)."""
+    """What a pool knows of a service at the scrape; windows as (seconds, requests, tokens).
+
+    `breaker` is 0 for closed, 1 for half-open, 2 for open.
+    """
 
     in_flight: int
     reserved: int
+    breaker: int = 0
+    cooldown_s: float = 0
     windows: tuple[tuple[int, int, int], ...]
 
 
@@ -133,12 +139,16 @@ class _Fleet(Collector):
         reserved = family("reserved_tokens", "Tokens held by attempts in flight.", "pool", "service")
         requests = family("window_requests", "Picks in the window.", "pool", "service", "window")
         tokens = family("window_tokens", "Settled tokens in the window.", "pool", "service", "window")
+        breaker = family("breaker_state", "0 closed, 1 half-open, 2 open.", "pool", "service")
+        cooldown = family("cooldown_seconds", "How much longer the service is left alone.", "pool", "service")
         cursor = family("current_service_index", "The cursor's place among the rule's services.", "pool", "rule")
         store_up = family("store_up", "1 while the pool's Redis answers this worker.", "pool")
         for pool in self._pools:
             for service, state in pool.services.items():
                 in_flight.add_metric([pool.pool, service], state.in_flight)
                 reserved.add_metric([pool.pool, service], state.reserved)
+                breaker.add_metric([pool.pool, service], state.breaker)
+                cooldown.add_metric([pool.pool, service], state.cooldown_s)
                 for seconds, window_requests, window_tokens in state.windows:
                     requests.add_metric([pool.pool, service, str(seconds)], window_requests)
                     tokens.add_metric([pool.pool, service, str(seconds)], window_tokens)
@@ -146,7 +156,7 @@ class _Fleet(Collector):
                 cursor.add_metric([pool.pool, rule], index)
         for name, is_up in self._stores_up.items():
             store_up.add_metric([name], int(is_up))
-        yield from (in_flight, reserved, requests, tokens, cursor, store_up)
+        yield from (in_flight, reserved, requests, tokens, breaker, cooldown, cursor, store_up)
 
 
 class _Settled(Protocol):
@@ -175,6 +185,8 @@ class _Pool(Protocol):
     @property
     def services(self) -> Mapping[str, _Service]: ...
     def cursor(self, rule: str) -> str: ...
+    def breaker_state(self, service: str) -> Literal["closed", "half_open", "open"]: ...
+    def cooldown_ms(self, service: str) -> int: ...
 
 
 def pool_gauges(view: _Pool, configuration: Configuration) -> PoolGauges:
@@ -187,6 +199,8 @@ def pool_gauges(view: _Pool, configuration: Configuration) -> PoolGauges:
             name: ServiceGauges(
                 in_flight=state.in_flight,
                 reserved=state.reserved,
+                breaker=_BREAKER_STATES.index(view.breaker_state(name)),
+                cooldown_s=view.cooldown_ms(name) / 1000,
                 windows=tuple((w.length_s, *w.counts(view.now_ms)) for w in state.windows),
             )
             for name, state in view.services.items()

@@ -1,7 +1,7 @@
 """What recording costs: microseconds of Redis' CPU for a selection and for a settle, by how the pool records.
 
 `python -m benchmarks.record` prints the table. The figures are the server's own (`INFO commandstats`), for calls of 16
-selections and of 16 entries over rules of all four tactics and three services each; modes are interleaved.
+selections and of 16 entries over rules of four tactics and three services each; modes are interleaved.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from balancer.domain import (
     RuleDefinition,
     Selection,
     ServiceDefinition,
+    Tactic,
     Usage,
     WindowsDefinition,
 )
 from balancer.store import keys
 from balancer.store.calls import entry_arguments, fence_arguments, selection_arguments
 from balancer.store.scripts import load
+from balancer.tactics import Hybrid, Random, RoundRobin, TokenBased, tactic_name, tactic_params
 from tests import servers
 
-_TACTICS = {"round_robin": (10, 0), "token_based": (0, 10_000), "hybrid": (10, 10_000), "random": (0, 0)}
+_TACTICS: dict[str, Tactic] = {tactic_name(t): t for t in (RoundRobin(), TokenBased(), Hybrid(), Random())}
 _BATCH = 16
 _ROUNDS = 5
 _CALLS = 1000
@@ -54,7 +56,7 @@ class Pool:
         script = load("fence")
         names = {name: self._names[name] for name in script.keys}
         arguments: dict[str, str | int] = {"now_ms": 0, "epoch": 0, "position": 0, **fence_arguments(settings, 1)}
-        rules = [_encoded(rule, *thresholds) for rule, thresholds in _TACTICS.items()]
+        rules = [_encoded(rule, tactic) for rule, tactic in _TACTICS.items()]
         client.execute_command("EVAL", script.source, *script.command(names, arguments, rules))
         for name in ("select", "settle"):
             client.script_load(load(name).source)
@@ -109,7 +111,7 @@ class Pool:
         self._client.execute_command("EVALSHA", script.sha, *script.command(self._names, names, arguments))
 
 
-def _encoded(rule: str, requests: int, tokens: int) -> str:
+def _encoded(rule: str, tactic: Tactic) -> str:
     services = tuple(ServiceDefinition(id=f"{p}:{rule}", active=1, window=300, weight=1) for p in "abc")
     definition = RuleDefinition(
         rule=rule,
@@ -118,8 +120,7 @@ def _encoded(rule: str, requests: int, tokens: int) -> str:
             PartitionDefinition(
                 id=keys.partition(rule),
                 tactic=rule,
-                request_threshold=requests,
-                token_threshold=tokens,
+                params=tactic_params(tactic),
                 cursor="",
                 services=services,
             ),

@@ -12,8 +12,12 @@
 -- include: ledger
 
 local services_key, partitions_key, decisions_key = KEYS[1], KEYS[2], KEYS[3]
-local fields = {'windows', 'in_flight', 'reserved', 'picks', unpack(ledger_fields, 4)}
-local kept = {windows = true, in_flight = true, reserved = true, cleared = true}
+local counters = {'in_flight', 'reserved', 'picks', unpack(ledger_counters, 3)}
+local fields = {'windows', 'minute', 'breaker', unpack(counters)}
+local kept = {
+  in_flight = true, reserved = true, cleared = true, cooldown = true, first_token = true, per_token = true,
+  measured = true,
+}
 
 local now_arg, seen_epoch, seen_position = to_whole(ARGV[1], 0), to_whole(ARGV[2], 0), to_whole(ARGV[3], 0)
 if not (now_arg and seen_epoch and seen_position) then
@@ -27,14 +31,14 @@ for at = 4, #ARGV do
   local id = ARGV[at]
   local service = load_service(services, services_key, id, fields)
   advance(pool)
-  local before = counters_text(service, fields)
-  for _, name in ipairs(fields) do
+  local before = counters_text(service, counters)
+  for _, name in ipairs(counters) do
     if not kept[name] then service[name] = 0 end
   end
   for _, w in ipairs(service.windows) do w.start, w.requests, w.tokens, w.output = 0, 0, 0, 0 end
   service.cleared = pool.position
   service.is_changed = true
-  record_event(pool, 'clear', {'service', id, 'before', before, 'after', counters_text(service, fields)})
+  record_event(pool, 'clear', {'service', id, 'before', before, 'after', counters_text(service, counters)})
 end
 save_services(services, services_key, fields)
 close_pool(pool, partitions_key, {services_key, decisions_key}, nil)

@@ -9,18 +9,25 @@
 -- ARGV[4] record        how events are recorded: off, sampled or full; empty leaves that as it is
 -- ARGV[5] keep          events to keep in the stream, about
 -- ARGV[6] revision      that says so: an older one than the last changes nothing
--- ARGV[7…] rules        JSON, one argument a rule: {rule, revision, partitions: [{id, tactic, request_threshold,
---   token_threshold, cursor, is_edit, services: [{id, active, window, weight}]}], windows: [{id, lengths}]}; no
---   partitions is a tombstone; a cursor that is not empty is set by an edit (is_edit 1), or where nothing is known of
---   the partition, and starts a new streak, as a changed tactic does; `windows` are all lengths that the rule's
---   services have in the pool, in seconds
+-- ARGV[7…] rules        JSON, one argument a rule: {rule, revision, retry_permille, partitions: [{id, tactic, params:
+--   {name: number}, cursor, is_edit, refuses, services: [{id, active, window, weight, tier, rpm, tpm, in_flight,
+--   cost}]}], windows: [{id, lengths}], providers: [{id, rpm, tpm, in_flight, failures, ratio_permille, min_requests,
+--   window_ms, open_ms, successes}]}; no partitions is a tombstone; a cursor that is not empty is set by an edit
+--   (is_edit 1), or where nothing is known of the partition, and starts a new streak, as a changed tactic does;
+--   `windows` are all lengths that the rule's services have in the pool, in seconds
 -- Returns {'raised', how many, epoch, position, lost}.
 -- include: clock
 -- include: pool
 -- include: window
 
 local services_key, partitions_key, decisions_key = KEYS[1], KEYS[2], KEYS[3]
-local part_fields = {'tactic', 'request_threshold', 'token_threshold', 'cursor', 'window', 'streak', 'services'}
+local part_fields = {
+  'tactic', 'params', 'cursor', 'line', 'streak', 'services', 'top', 'refuses', 'tier', 'hold', 'memory',
+}
+local line_fields = {'window', 'weight', 'tier', 'rpm', 'tpm', 'in_flight', 'cost'}
+local provider_fields = {
+  'rpm', 'tpm', 'in_flight', 'failures', 'ratio_permille', 'min_requests', 'window_ms', 'open_ms', 'successes',
+}
 
 local now_arg, seen_epoch, seen_position = to_whole(ARGV[1], 0), to_whole(ARGV[2], 0), to_whole(ARGV[3], 0)
 local record, keep, revision = ARGV[4], to_whole(ARGV[5], 1), to_whole(ARGV[6], 0)
@@ -45,13 +52,24 @@ local function all(list, passes)
   return true
 end
 
+-- True when the value has an id, and whole numbers under these names.
+local function has_numbers(value, names)
+  return has(value, {id = 'string'}) and all(names, function(name)
+    return type(value[name]) == 'number' and value[name] % 1 == 0
+  end)
+end
+
 local function is_service(value)
-  return has(value, {id = 'string', active = 'number', window = 'number', weight = 'number'})
+  return has_numbers(value, line_fields) and type(value.active) == 'number'
 end
 
 local function is_partition(value)
-  return has(value, {id = 'string', tactic = 'string', request_threshold = 'number', token_threshold = 'number',
-    cursor = 'string', is_edit = 'number', services = 'table'}) and all(value.services, is_service)
+  if not has(value, {id = 'string', tactic = 'string', params = 'table', cursor = 'string', is_edit = 'number',
+    refuses = 'number', services = 'table'}) then return false end
+  for name, number in pairs(value.params) do
+    if type(name) ~= 'string' or type(number) ~= 'number' then return false end
+  end
+  return all(value.services, is_service)
 end
 
 local function is_windows(value)
@@ -59,11 +77,20 @@ local function is_windows(value)
     and all(value.lengths, function(length) return type(length) == 'number' end)
 end
 
+local function is_provider(value)
+  return has_numbers(value, provider_fields)
+end
+
+local function is_rule(value)
+  return has(value, {rule = 'string', revision = 'number', retry_permille = 'number', partitions = 'table',
+    windows = 'table', providers = 'table'}) and all(value.partitions, is_partition)
+    and all(value.windows, is_windows) and all(value.providers, is_provider)
+end
+
 local rules = {}
 for at = 7, #ARGV do
   local is_json, rule = pcall(cjson.decode, ARGV[at])
-  if not (is_json and has(rule, {rule = 'string', revision = 'number', partitions = 'table', windows = 'table'})
-      and all(rule.partitions, is_partition) and all(rule.windows, is_windows)) then
+  if not (is_json and is_rule(rule)) then
     return redis.error_reply('BALANCER fence: malformed rule ' .. (at - 6))
   end
   rules[#rules + 1] = rule
@@ -98,25 +125,55 @@ local function forget_partition(id)
   for _, name in ipairs(part_fields) do redis.call('HDEL', partitions_key, name .. ':' .. id) end
 end
 
-local function define_partition(part)
-  local stored = redis.call('HMGET', partitions_key, 'tactic:' .. part.id, 'request_threshold:' .. part.id,
-    'token_threshold:' .. part.id, 'cursor:' .. part.id, 'streak:' .. part.id)
-  local cursor, streak = stored[4] or '', tonumber(stored[5] or 0)
-  local is_same_tactic = stored[1] == part.tactic and tonumber(stored[2] or -1) == part.request_threshold
-    and tonumber(stored[3] or -1) == part.token_threshold
-  if not is_same_tactic then streak = 0 end
-  if part.cursor ~= '' and (part.is_edit == 1 or not stored[1]) then cursor, streak = part.cursor, 0 end
-  local window, is_member, lines = 0, false, {}
-  for _, service in ipairs(part.services) do
-    lines[#lines + 1] = service.active .. ' ' .. service.window .. ' ' .. service.weight .. ' ' .. service.id .. '\n'
-    if service.id == cursor then
-      is_member = true
-      if service.active == 1 then window = service.window end
-    end
+-- The numbers of a table under these names, joined by blanks.
+local function numbers_text(value, names)
+  local numbers = {}
+  for i, name in ipairs(names) do numbers[i] = whole(value[name]) end
+  return table.concat(numbers, ' ')
+end
+
+local function params_text(params)
+  local parts = {}
+  for name, value in pairs(params) do parts[#parts + 1] = name .. ' ' .. whole(value) end
+  table.sort(parts, is_before)
+  return table.concat(parts, ';')
+end
+
+-- The services as lines; the line of `cursor` ('' if it is not active, nil if it is none of them); the least tier, -1
+-- when all are of one.
+local function lines_of(services, cursor)
+  local lines, current, least, most = {}, nil, math.huge, -1
+  for i, service in ipairs(services) do
+    local line = numbers_text(service, line_fields)
+    lines[i] = service.active .. ' ' .. line .. ' ' .. service.id .. '\n'
+    if service.id == cursor then current = service.active == 1 and line or '' end
+    least, most = math.min(least, service.tier), math.max(most, service.tier)
   end
-  if not is_member then cursor, streak = '', 0 end
+  return table.concat(lines), current, least < most and least or -1
+end
+
+-- What the tactic remembers is of services in their order: ids, weights and tiers.
+local function shape_of(text)
+  local parts = {}
+  for weight, tier, id in string.gmatch(text, '%d %d+ (%d+) (%d+) %S+ %S+ %S+ %d+ ([^\n]+)\n') do
+    parts[#parts + 1] = weight .. ' ' .. tier .. ' ' .. id
+  end
+  return table.concat(parts, '\n')
+end
+
+local function define_partition(part)
+  local stored = redis.call('HMGET', partitions_key, 'tactic:' .. part.id, 'params:' .. part.id, 'cursor:' .. part.id,
+    'streak:' .. part.id, 'services:' .. part.id, 'tier:' .. part.id, 'hold:' .. part.id, 'memory:' .. part.id)
+  local params = params_text(part.params)
+  local cursor, streak = stored[3] or '', tonumber(stored[4] or 0)
+  if stored[1] ~= part.tactic or stored[2] ~= params then streak = 0 end
+  if part.cursor ~= '' and (part.is_edit == 1 or not stored[1]) then cursor, streak = part.cursor, 0 end
+  local services, current, top = lines_of(part.services, cursor)
+  if not current then cursor, streak = '', 0 end
+  local tier, hold, memory = stored[6] or -1, stored[7] or 0, stored[8] or ''
+  if stored[1] ~= part.tactic or shape_of(stored[5] or '') ~= shape_of(services) then tier, hold, memory = -1, 0, '' end
   local values = {
-    part.tactic, part.request_threshold, part.token_threshold, cursor, window, streak, table.concat(lines),
+    part.tactic, params, cursor, current or '', streak, services, top, part.refuses, tier, hold, memory,
   }
   local set = {}
   for i, name in ipairs(part_fields) do
@@ -124,6 +181,20 @@ local function define_partition(part)
     set[#set + 1] = values[i]
   end
   redis.call('HSET', partitions_key, unpack(set))
+end
+
+-- A provider's numbers, unless a later definition stands.
+local function set_provider(provider, as_of)
+  local field = 'provider_revision:' .. provider.id
+  if as_of < tonumber(redis.call('HGET', services_key, field) or 0) then return end
+  redis.call('HSET', services_key, field, whole(as_of), 'provider:' .. provider.id,
+    numbers_text(provider, provider_fields))
+end
+
+-- How much of its requests the rule may try again, and what is left of that.
+local function set_budget(rule)
+  redis.call('HSET', partitions_key, 'retry_permille:' .. rule.rule, whole(rule.retry_permille))
+  if rule.retry_permille == 0 then redis.call('HSET', partitions_key, 'budget:' .. rule.rule, 0) end
 end
 
 -- Gives a service exactly these windows; those that it has already keep what they count. A definition that is older
@@ -163,6 +234,8 @@ for at, rule in ipairs(rules) do
     end
     for _, part in ipairs(rule.partitions) do define_partition(part) end
     for _, windows in ipairs(rule.windows) do set_windows(windows.id, windows.lengths, rule.revision) end
+    for _, provider in ipairs(rule.providers) do set_provider(provider, rule.revision) end
+    set_budget(rule)
     redis.call('HSET', partitions_key, 'revision:' .. rule.rule, rule.revision, 'partitions:' .. rule.rule,
       table.concat(ids, '\n'))
     raised = raised + 1

@@ -33,19 +33,22 @@ local pool = open_pool(partitions_key, decisions_key, seen_epoch, seen_position,
 redis.call('ZADD', leases_key, whole(now + lease_ms), worker)
 local lease_end = tonumber(redis.call('ZSCORE', leases_key, target) or 0)
 local is_ended = lease_end <= now
-local services, lost = {}, 0
+local services, meters, lost = {}, {}, 0
 
-local function reap(number, reserved, id)
+local function reap(number, holding)
+  local id = holding.id
   local service = load_service(services, services_key, id, ledger_fields)
+  local meter = holding.meters_provider and load_service(meters, services_key, provider_of(id), meter_fields) or nil
   advance(pool)
-  local before = counters_text(service, ledger_fields)
-  count_lost(service, reserved, now)
+  local before = event_text(service)
+  count_lost(service, meter, holding, now)
+  set_breaker(pool, service, id, breaker_after(service.breaker, false, '', now, pool.position, holding.probe))
   redis.call('HSET', holdings_key, number,
-    'l ' .. whole(reserved) .. ' ' .. whole(now) .. ' ' .. whole(pool.position) .. ' ' .. id)
+    'l ' .. whole(holding.reserved) .. ' ' .. whole(now) .. ' ' .. whole(pool.position) .. ' ' .. id)
   lost = lost + 1
   record_event(pool, 'reap', {
-    'worker', target, 'number', number, 'service', id, 'reserved', whole(reserved), 'by', worker,
-    'before', before, 'after', counters_text(service, ledger_fields),
+    'worker', target, 'number', number, 'service', id, 'reserved', whole(holding.reserved), 'by', worker,
+    'before', before, 'after', event_text(service),
   })
 end
 
@@ -64,13 +67,14 @@ for _, number in ipairs(numbers) do
   if until_ms then
     if tonumber(until_ms) <= now then redis.call('HDEL', holdings_key, whole(number)) end
   elseif lost < limit then
-    local reserved, deadline, id = string.match(value, '^h (%d+) (%d+) (.+)$')
-    if reserved and (is_ended or tonumber(deadline) <= now) then reap(whole(number), tonumber(reserved), id) end
+    local holding = read_holding(value)
+    if holding and (is_ended or holding.deadline <= now) then reap(whole(number), holding) end
   end
 end
 -- A worker that is reaped stays listed for as long as its holdings are kept, with the time of that below zero.
 if is_ended and lost < limit and lease_end >= 0 then redis.call('ZADD', leases_key, '-' .. whole(now), target) end
 redis.call('ZREMRANGEBYSCORE', leases_key, '-' .. whole(math.max(0, now - 604800000)), 0)
 save_services(services, services_key, ledger_fields)
+save_services(meters, services_key, meter_fields)
 close_pool(pool, partitions_key, {services_key, leases_key, decisions_key}, worker == target and holdings_key or nil)
 return {'reaped', is_ended and 1 or 0, lost, pool.epoch, pool.position, pool.lost}

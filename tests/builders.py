@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from balancer.domain import Configuration, Provider, Rule, Service
+from balancer.tactics import RoundRobin
 
 
 def a_provider(uuid: str = "a", **more: Any) -> Provider:
@@ -22,7 +23,7 @@ def a_service(id_: str = "a:m", **more: Any) -> Service:
 
 def a_rule(uuid: str = "chat", services: Sequence[str | Service] = ("a:m", "b:m"), **more: Any) -> Rule:
     """A rule with these services, ids or structs."""
-    options: dict[str, Any] = {"request_model": uuid} | more
+    options: dict[str, Any] = {"request_model": uuid, "lb_tactic": RoundRobin()} | more
     made = tuple(a_service(service) if isinstance(service, str) else service for service in services)
     return Rule(uuid=uuid, services=made, **options)
 

@@ -17,7 +17,7 @@ from balancer import checkpoint
 from balancer.admin.routing import Call, Route
 from balancer.admin.stats import at
 from balancer.errors import NotFoundError, RequestError
-from balancer.reference import LEDGER_COUNTERS, PICK_COUNTERS
+from balancer.ledger import LEDGER_COUNTERS, PICK_COUNTERS
 from balancer.store import history
 from balancer.store.balance import Balance
 

@@ -12,20 +12,13 @@ import msgspec
 from balancer import document
 from balancer.admin.routing import Call, Route
 from balancer.admin.stats import Stats, added_up, stats_of
-from balancer.domain import (
-    DEFAULT_TIME_WINDOW_S,
-    TACTIC_NAMES,
-    Configuration,
-    Rule,
-    Service,
-    is_valid_tactic,
-    tactic_name,
-)
+from balancer.domain import DEFAULT_TIME_WINDOW_S, Configuration, Rule, Service
 from balancer.errors import ConfigurationError, NotFoundError, RequestError
 from balancer.store import keys
 from balancer.store.balance import Balance
 from balancer.store.publishing import publish_edit
 from balancer.store.views import PartitionView, PoolView, RuleView
+from balancer.tactics import TACTIC_NAMES, is_valid_tactic, tactic_name
 
 _PREFIX = "/api/v1/load-balancer"
 

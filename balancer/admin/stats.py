@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from balancer.store.views import PoolView, ServiceView
+from balancer.store.views import BreakerState, PoolView, ServiceView
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,6 +37,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     lost: int = 0
     lost_tokens: int = 0
     abandoned: int = 0
+    breaker: BreakerState = "closed"
+    cooling_until: str | None = None
 
 
 def stats_of(view: PoolView, service_id: str, window_s: int) -> Stats:
@@ -69,11 +71,16 @@ def stats_of(view: PoolView, service_id: str, window_s: int) -> Stats:
         lost=state.lost,
         lost_tokens=state.lost_tokens,
         abandoned=state.abandoned,
+        breaker=view.breaker_state(service_id),
+        cooling_until=at(state.cooldown) if view.cooldown_ms(service_id) else None,
     )
 
 
 def added_up(several: Sequence[Stats]) -> Stats:
-    """The counters of one service in several pools as one: sums, the latest use, the earliest start of a window."""
+    """The counters of one service in several pools as one: sums, the latest use, the earliest start of a window.
+
+    Of breakers the one that is furthest from closed, of cooldowns the longest.
+    """
     values = [msgspec.structs.asdict(stats) for stats in several]
     total = {name: sum(value[name] for value in values) for name, first in values[0].items() if isinstance(first, int)}
     return Stats(
@@ -82,6 +89,8 @@ def added_up(several: Sequence[Stats]) -> Stats:
             "service_id": several[0].service_id,
             "time_window": several[0].time_window,
             "last_used": max((s.last_used for s in several if s.last_used), default=None),
+            "breaker": max((s.breaker for s in several), key=("closed", "half_open", "open").index),
+            "cooling_until": max((s.cooling_until for s in several if s.cooling_until), default=None),
             "window_start": min((s.window_start for s in several if s.window_start), default=None),
         }
     )

@@ -186,7 +186,7 @@ class _Demo:
         folder = self._folder / "lua"
         shutil.copytree(scripts.folder(), folder)
         file = folder / "include" / "tactic" / "round_robin.lua"
-        right = "part.streak < part.request_threshold"
+        right = "turn.streak < turn.params.request_threshold"
         source = file.read_text(encoding="utf-8")
         if right not in source:
             raise BalancerError("the script to break is not what the demo expects")

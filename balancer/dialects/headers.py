@@ -5,6 +5,8 @@ A client's credentials never go upstream; an upstream account's never come down.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Mapping
 
 from balancer.dialects import Headers
@@ -60,6 +62,7 @@ _FROM_UPSTREAM = frozenset(
 )
 _OURS = "x-balancer-"
 _FORWARDED = "x-forwarded-"
+_SECONDS = re.compile(r"[0-9]+(?:\.[0-9]*)?")
 
 
 def request_headers(
@@ -93,6 +96,19 @@ def response_headers(upstream: Headers) -> Headers:
 def value_of(headers: Iterable[tuple[str, str]], name: str) -> str:
     """The first value of a header (its name in lower case), empty when it is absent."""
     return next((value for key, value in headers if key.lower() == name), "")
+
+
+def client_timeout_s(headers: Headers) -> float | None:
+    """Seconds that a client waits for the first byte, None when it does not say, or says no limit.
+
+    The SDKs of OpenAI and Anthropic tell it: `x-stainless-timeout`, those in Python `x-stainless-read-timeout` (openai
+    3.54 only that, anthropic 2.12 both).
+    """
+    for name in ("x-stainless-timeout", "x-stainless-read-timeout"):
+        text = value_of(headers, name).strip()
+        if _SECONDS.fullmatch(text) and 0 < (seconds := float(text)) < math.inf:
+            return seconds
+    return None
 
 
 def _listed(headers: Headers) -> frozenset[str]:

@@ -17,8 +17,6 @@ from urllib.parse import SplitResult, urlsplit
 import msgspec
 
 from balancer.domain import (
-    TACTIC_NAMES,
-    TACTICS,
     BreakerSettings,
     Configuration,
     Health,
@@ -37,10 +35,9 @@ from balancer.domain import (
     SmartRoute,
     Tactic,
     Timeouts,
-    is_valid_tactic,
-    tactic_from_map,
 )
 from balancer.errors import ConfigurationError
+from balancer.tactics import TACTIC_NAMES, TACTICS, is_valid_tactic, tactic_from_map
 
 Door = Literal["strict", "lenient", "stored"]
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import msgspec
 
-from balancer.domain import Configuration, Hybrid, Random, RoundRobin, Rule, TokenBased, is_secret_name, tactic_to_map
+from balancer.domain import Configuration, Rule, Tactic, is_secret_name
+from balancer.tactics import tactic_to_map
 
 _SECRET_PATHS = ("token", "oauth_detail.access_token", "oauth_detail.refresh_token", "proxy_url")
 _OPEN_PATHS = re.compile(r"(?:headers|query|oauth_detail\.extra_fields)\.")
 _MASK = "***"
-_ALWAYS = ("lb_tactic",)  # so that a difference shows the threshold that it had
 
 
 def write(configuration: Configuration) -> dict[str, Any]:
@@ -24,14 +24,14 @@ def write(configuration: Configuration) -> dict[str, Any]:
 
 def _written(value: Any) -> Any:
     match value:
-        case RoundRobin() | TokenBased() | Hybrid() | Random():
+        case Tactic():
             return tactic_to_map(value)
         case msgspec.Struct():
             # msgspec's own omit_defaults takes an equal value that is another object for no default.
             return {
                 field.name: _written(getattr(value, field.name))
                 for field in msgspec.structs.fields(value)
-                if field.required or field.name in _ALWAYS or getattr(value, field.name) != _default(field)
+                if field.required or getattr(value, field.name) != _default(field)
             }
         case tuple() | list():
             return [_written(item) for item in value]

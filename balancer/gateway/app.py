@@ -19,6 +19,7 @@ from balancer.gateway.attempts import Forwarder
 from balancer.gateway.front import AiohttpStream, Front
 from balancer.gateway.front_server import QUIET, Answer, Server, drop_server_header
 from balancer.gateway.handlers import Handlers
+from balancer.gateway.health import HealthProbe
 from balancer.gateway.messages import ClientRequest
 from balancer.gateway.upstream import AiohttpUpstream
 from balancer.metrics import CONTENT_TYPE, Metrics, pool_gauges
@@ -59,6 +60,7 @@ class Gateway:
         forwarder = Forwarder(
             self.balance, providers, self._upstream, self.metrics, decision_headers=settings.decision_headers
         )
+        self._probe = HealthProbe(providers, self._upstream)
         self._handlers = Handlers(settings, self.balance, forwarder, self.metrics)
         self._runners: list[web.BaseRunner] = []
         self._ticker: asyncio.Task[None] | None = None
@@ -86,7 +88,7 @@ class Gateway:
         self, sockets: list[socket.socket], planes: Sequence[tuple[web.Application, socket.socket]] = ()
     ) -> None:
         """Serves on the first socket; on the second, if there is one, the metrics alone; other planes on their own."""
-        await self.balance.start()
+        await self.balance.start(self._probe)
         self._ticker = asyncio.create_task(self._tick())
         data, *metrics = sockets
         server = Server(self._front(with_metrics=not metrics).answer)

@@ -14,16 +14,22 @@ import msgspec
 from balancer import log
 from balancer.config import Settings
 from balancer.domain import Entry, Outcome, Pick, Rule, Selection, Usage
-from balancer.errors import NoServiceError, NotFoundError, StoreUnavailableError
+from balancer.errors import NoServiceError, NotFoundError, RateLimitedError, StoreUnavailableError
 from balancer.store import holds, keys, spill
 from balancer.store.connection import Commands
 from balancer.store.history import Send
 from balancer.store.pool import PoolClient, PoolEvents
+from balancer.store.prober import Probe, Probed, Prober, probed
+from balancer.store.queue import Queues
 from balancer.store.registry import Directory, Follower, Registry
 from balancer.store.topology import Topology
 from balancer.store.views import PoolView
 
 _TRIES = 5
+_RESPONSE_MS = 30 * 86_400_000
+"""So long an answer is found by its id; the vendors keep theirs no longer."""
+_ASIDE = frozenset({"pinned", "probe", "exhausted", "retry"})
+"""Reasons of picks that leave the cursor alone."""
 
 
 class BalanceEvents(msgspec.Struct, kw_only=True):
@@ -32,6 +38,14 @@ class BalanceEvents(msgspec.Struct, kw_only=True):
     stale: Callable[[str], None] = lambda pool: None
     selected: Callable[[str, float], None] = lambda pool, seconds: None
     pool: PoolEvents = msgspec.field(default_factory=PoolEvents)
+
+
+class Recalled(msgspec.Struct, frozen=True, kw_only=True):
+    """Who gave an answer: the rule, in its pool, and the service."""
+
+    pool: str
+    rule: str
+    service: str
 
 
 class Balance:
@@ -48,16 +62,22 @@ class Balance:
         self._pools: dict[str, PoolClient] = {}
         self._numbers = itertools.count(1)
         self._cursors: dict[str, str] = {}
+        self._queues = Queues()
+        self._probe: Probe | None = None
+        self._probers: list[asyncio.Task[None]] = []
         self._opener: asyncio.Task[None] | None = None
         self._outbox_dir = Path(settings.outbox_dir).expanduser() if settings.outbox_dir else None
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
+    async def start(self, probe: Probe | None = None) -> None:
         """Reads the configuration and connects to its pools; goes on trying in the background where Redis is away.
+
+        `probe` asks a provider for its health; without one this worker asks none.
 
         Raises ConfigurationError when the folder for the outbox cannot be used.
         """
+        self._probe = probe
         if self._outbox_dir:
             spill.prepare(self._outbox_dir)
         await self._follower.start()
@@ -71,8 +91,10 @@ class Balance:
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Waits for the settles under way, at most that long, and disconnects."""
-        if self._opener:
-            self._opener.cancel()
+        tasks = [*self._probers, *filter(None, [self._opener])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(pool.close(timeout_s) for pool in self._pools.values()))
         await self._follower.close()
         await self._commands.aclose()
@@ -112,7 +134,14 @@ class Balance:
                 outbox_max_entries=self._settings.outbox_max_entries,
             )
             pool.start()
+            if self._probe:
+                prober = Prober(pool, self.worker, lambda: self._probed(name), self._probe)
+                self._probers.append(asyncio.create_task(prober.run()))
         return pool
+
+    def _probed(self, pool: str) -> list[Probed]:
+        directory = self._follower.directory
+        return probed(directory.configuration, pool) if directory else []
 
     # -- readiness -----------------------------------------------------------------------------------------------------
 
@@ -191,28 +220,70 @@ class Balance:
     # -- selections and settles ----------------------------------------------------------------------------------------
 
     async def select(
-        self, rule: Rule, *, reserved: int, deadline_ms: int, excluded: tuple[str, ...] = (), holder: str = ""
+        self,
+        rule: Rule,
+        *,
+        reserved: int,
+        deadline_ms: int,
+        excluded: tuple[str, ...] = (),
+        session: str = "",
+        only: str = "",
+        holder: str = "",
     ) -> tuple[Pick, Rule]:
         """The pick for a rule, and the rule as it stood at the pick: an edit in between is followed.
 
-        A `holder` is a worker id of its own for this one pick (see `holds`).
+        A `session` (as the client names it) stays with its service for the rule's `session_affinity`; `only` asks for
+        one service or none; a `holder` is a worker id of its own for this one pick (see `holds`). At its limits, a
+        first attempt waits in the rule's queue for up to `queue_timeout_ms`.
 
-        Raises NoServiceError when no service may serve, or the rule is gone; StoreUnavailableError when Redis does not
-        answer in time.
+        Raises NoServiceError when no service may serve, or the rule is gone, RateLimitedError when that passes;
+        StoreUnavailableError when Redis does not answer in time.
         """
+
+        async def ask() -> tuple[Pick, Rule]:
+            return await self._select(
+                rule,
+                reserved=reserved,
+                deadline_ms=deadline_ms,
+                excluded=excluded,
+                session=session,
+                only=only,
+                holder=holder,
+            )
+
+        if not rule.queue_timeout_ms or excluded:
+            return await ask()
+        return await self._queues.wait(rule, only, ask)
+
+    async def _select(
+        self,
+        rule: Rule,
+        *,
+        reserved: int,
+        deadline_ms: int,
+        excluded: tuple[str, ...],
+        session: str,
+        only: str,
+        holder: str,
+    ) -> tuple[Pick, Rule]:
         current: Rule | None = rule
         for _ in range(_TRIES):
             if current is None or not current.active:
                 raise NoServiceError(f"rule {rule.uuid} is no longer there")
             directory = self.directory
+            partition = keys.partition(current.uuid)
+            is_pinned = bool(session) and current.session_affinity > 0
             selection = Selection(
                 number=1 if holder else next(self._numbers),
                 rule=current.uuid,
-                partition=keys.partition(current.uuid),
+                partition=partition,
                 revision=directory.snapshot.rule_revision(current.uuid),
                 draw=secrets.randbits(32),
                 reserved=reserved,
                 deadline_ms=deadline_ms,
+                session=keys.session(partition, session) if is_pinned else "",
+                affinity_ms=current.session_affinity * 1000 if is_pinned else 0,
+                only=only,
                 excluded=excluded,
             )
             pool = self._pool(current.pool)
@@ -225,7 +296,7 @@ class Balance:
                 case "pick":
                     return self._picked(current, selection, answer), current
                 case "none":
-                    raise NoServiceError(f"no service of rule {current.uuid} may be picked")
+                    raise no_service(current.uuid, str(answer[1]), int(answer[2]), only)
                 case "stale":
                     self._events.stale(current.pool)
                     await self._follower.reach(int(answer[1]), timeout_s=3.0)
@@ -240,6 +311,7 @@ class Balance:
 
     def _picked(self, rule: Rule, selection: Selection, answer: list[object]) -> Pick:
         _, service, reason, seq, epoch, position, streak, is_switch = answer
+        is_pinned = reason == "pinned"
         pick = msgspec.convert(
             {
                 "pool": rule.pool,
@@ -253,12 +325,13 @@ class Balance:
                 "epoch": epoch,
                 "position": position,
                 "streak": streak,
-                "is_switch": bool(is_switch),
+                "is_switch": bool(is_switch) and not is_pinned,
+                "is_saved": bool(is_switch) and is_pinned,
                 "reserved": selection.reserved,
             },
             Pick,
         )
-        if not selection.excluded:
+        if pick.reason not in _ASIDE:
             self._cursors[rule.uuid] = pick.service
         return pick
 
@@ -270,10 +343,31 @@ class Balance:
             definitions = [directory.snapshot.definition(current)]
             await self._pool(current.pool).raise_fence(definitions, settings, directory.revision)
 
-    def settle(self, pick: Pick, outcome: Outcome, usage: Usage | None) -> None:
-        """Queues the end of an attempt; it is written to Redis with the other commands of this tick."""
-        entry = Entry(number=pick.number, service=pick.service, outcome=outcome, usage=usage or Usage())
+    def settle(
+        self,
+        pick: Pick,
+        outcome: Outcome,
+        usage: Usage | None,
+        *,
+        cooldown_ms: int = 0,
+        first_token_us: int = 0,
+        stream_us: int = 0,
+    ) -> None:
+        """Queues the end of an attempt; it is written to Redis with the other commands of this tick.
+
+        `cooldown_ms`: so long the service asks to be left alone. The times are an Entry's.
+        """
+        entry = Entry(
+            number=pick.number,
+            service=pick.service,
+            outcome=outcome,
+            usage=usage or Usage(),
+            cooldown_ms=cooldown_ms,
+            first_token_us=first_token_us,
+            stream_us=stream_us,
+        )
         self._pool(pick.pool).settle(entry)
+        self._queues.settled(pick.pool, pick.service)
 
     async def pick_held(
         self, rule: Rule, *, reserved: int, hold_ms: int, excluded: tuple[str, ...] = ()
@@ -300,6 +394,72 @@ class Balance:
         """Returns once everything settled before is applied, or the deadline has passed."""
         await self._pool(pick.pool).acknowledged(self._settings.redis_deadline_ms / 1000)
 
+    # -- answers by id -------------------------------------------------------------------------------------------------
+
+    async def remember(self, pick: Pick, response_id: str) -> None:
+        """Keeps for 30 days who gave the answer of that id; returns when that is written to Redis' socket.
+
+        Raises StoreUnavailableError when the pool is away.
+        """
+        pool = self._pool(pick.pool)
+        pool.put(keys.response(pick.pool, response_id), f"{pick.rule}\n{pick.service}", _RESPONSE_MS)
+
+    async def recall(self, response_id: str) -> Recalled | None:
+        """Who gave the answer of that id, None when no pool knows it. All pools are asked at once.
+
+        Raises StoreUnavailableError when it was not found, and a pool that may know it did not answer in time.
+        """
+        asked = [asyncio.create_task(self._recall(name, response_id)) for name in self.directory.pools]
+        away: StoreUnavailableError | None = None
+        try:
+            for answer in asyncio.as_completed(asked):
+                try:
+                    if found := await answer:
+                        return found
+                except StoreUnavailableError as exc:
+                    away = exc
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+        if away:
+            raise away
+        return None
+
+    async def _recall(self, name: str, response_id: str) -> Recalled | None:
+        value = await (await self._up(name)).get(keys.response(name, response_id))
+        if value is None:
+            return None
+        rule, _, service = value.decode().partition("\n")
+        return Recalled(pool=name, rule=rule, service=service)
+
     def cursor(self, rule: Rule) -> str:
         """The service where this worker last saw the rule's cursor, empty if never."""
         return self._cursors.get(rule.uuid, "")
+
+
+def no_service(rule: str, cause: str, retry_ms: int, only: str = "") -> NoServiceError:
+    """Why select has found none, as an error for the client; `retry_ms` is what it says of when to ask again."""
+    whose = f"rule {rule}"
+    which = f"service {only} of {whose}" if only else f"every service of {whose}"
+    retry_after_s = retry_ms / 1000
+    match cause:
+        case "limited" if retry_ms < 0:
+            message = f"{whose}: this request alone is larger than the limit of tokens a minute"
+            return RateLimitedError(message, cause=cause)
+        case "limited":
+            return RateLimitedError(f"{which} is at its limit", cause=cause, retry_after_s=retry_after_s)
+        case "cooling":
+            message = f"{which} waits until its upstream takes requests again"
+            return RateLimitedError(message, cause=cause, retry_after_s=retry_after_s)
+        case "broken":
+            return NoServiceError(
+                f"{which} has failed too often: a breaker is open", cause=cause, retry_after_s=retry_after_s
+            )
+        case "tried":
+            return NoServiceError(f"{which} that may serve was tried for this request", cause=cause)
+        case "budget":
+            return NoServiceError(f"the retries of {whose} are used up", cause=cause)
+        case _:
+            none = f"service {only} of {whose} is not active" if only else f"no service of {whose} is active"
+            return NoServiceError(none, cause=cause)

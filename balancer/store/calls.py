@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
+from fractions import Fraction
 
 from balancer.domain import (
     Configuration,
     Entry,
+    Limits,
     PartitionDefinition,
     PoolSettings,
+    Provider,
+    ProviderDefinition,
     Rule,
     RuleDefinition,
     Selection,
+    Service,
     ServiceDefinition,
     WindowsDefinition,
-    tactic_name,
 )
 from balancer.store import keys
-
-_HIGHEST = 2**53
-"""Above this a threshold is never reached; Lua's numbers end there."""
+from balancer.tactics import tactic_name, tactic_params
 
 
 def selection_arguments(selection: Selection) -> tuple[str | int, ...]:
@@ -32,9 +35,16 @@ def selection_arguments(selection: Selection) -> tuple[str | int, ...]:
         selection.draw,
         selection.reserved,
         selection.deadline_ms,
+        selection.affinity_ms,
+        selection.only,
         len(selection.excluded),
         *selection.excluded,
     )
+
+
+def pin_keys(pool: str, selections: Iterable[Selection]) -> list[str]:
+    """The keys that select takes beside the pool's own: a pin for each selection with an affinity, in their order."""
+    return [keys.pin(pool, selection.session) for selection in selections if selection.affinity_ms]
 
 
 def entry_arguments(entry: Entry, extra_age_ms: int = 0) -> tuple[str | int, ...]:
@@ -50,6 +60,9 @@ def entry_arguments(entry: Entry, extra_age_ms: int = 0) -> tuple[str | int, ...
         usage.cached,
         usage.cache_creation,
         usage.reasoning,
+        entry.cooldown_ms,
+        entry.first_token_us,
+        entry.stream_us,
     )
 
 
@@ -62,33 +75,80 @@ def rule_definition(
     configuration: Configuration, rule: Rule, revision: int, *, is_edited: bool = True
 ) -> RuleDefinition:
     """What raising the fence of a rule writes into its pool; a configured cursor is set only by an edit of the rule."""
-    enabled = {provider.uuid for provider in configuration.providers if provider.enabled}
+    providers = {provider.uuid: provider for provider in configuration.providers}
     cursor = ""
     if rule.current_service_index is not None and rule.services:
         cursor = rule.services[rule.current_service_index % len(rule.services)].id
     partition = PartitionDefinition(
         id=keys.partition(rule.uuid),
         tactic=tactic_name(rule.lb_tactic),
-        request_threshold=min(getattr(rule.lb_tactic, "request_threshold", 0), _HIGHEST),
-        token_threshold=min(getattr(rule.lb_tactic, "token_threshold", 0), _HIGHEST),
+        params=tactic_params(rule.lb_tactic),
         cursor=cursor,
         is_edit=int(is_edited),
-        services=tuple(
-            ServiceDefinition(
-                id=service.id,
-                active=int(service.active and service.provider in enabled),
-                window=service.time_window,
-                weight=max(service.weight, 0),
-            )
-            for service in rule.services
-        ),
+        refuses=int(rule.on_exhausted == "refuse"),
+        services=tuple(_service(service, providers.get(service.provider)) for service in rule.services),
     )
     lengths = _window_lengths(configuration.rules, rule.pool)
     windows = tuple(
         WindowsDefinition(id=service.id, lengths=tuple(sorted(lengths.get(service.id, {service.time_window}))))
         for service in rule.services
     )
-    return RuleDefinition(rule=rule.uuid, revision=revision, partitions=(partition,), windows=windows)
+    named = dict.fromkeys(service.provider for service in rule.services)
+    return RuleDefinition(
+        rule=rule.uuid,
+        revision=revision,
+        retry_permille=round(rule.retry.budget_ratio * 1000) if rule.retry.attempts > 1 else 0,
+        partitions=(partition,),
+        windows=windows,
+        providers=tuple(_provider(providers[uuid], rule.pool) for uuid in named if uuid in providers),
+    )
+
+
+def needs_estimate(rule: Rule, provider_of: Callable[[str], Provider | None]) -> bool:
+    """True when tokens a minute are limited, so that a request must hold its estimate though its tactic holds none."""
+    if any(service.limits.tpm for service in rule.services):
+        return True
+    providers = map(provider_of, dict.fromkeys(service.provider for service in rule.services))
+    return any(provider.limits.tpm for provider in providers if provider)
+
+
+def _service(service: Service, provider: Provider | None) -> ServiceDefinition:
+    price = provider.price if provider else None
+    return ServiceDefinition(
+        id=service.id,
+        active=int(service.active and provider is not None and provider.enabled),
+        window=service.time_window,
+        weight=max(service.weight, 0),
+        tier=service.tier,
+        rpm=service.limits.rpm,
+        tpm=service.limits.tpm,
+        in_flight=service.limits.in_flight,
+        cost=round(1000 * (price.input * 3 + price.output)) if price else 0,
+    )
+
+
+def _provider(provider: Provider, pool: str) -> ProviderDefinition:
+    limits, breaker = provider.limits, provider.breaker
+    return ProviderDefinition(
+        id=provider.uuid,
+        rpm=_share(limits.rpm, limits, pool),
+        tpm=_share(limits.tpm, limits, pool),
+        in_flight=_share(limits.in_flight, limits, pool),
+        failures=breaker.failures,
+        ratio_permille=round(breaker.ratio * 1000),
+        min_requests=breaker.min_requests,
+        window_ms=round(breaker.window_s * 1000),
+        open_ms=round(breaker.open_s * 1000),
+        successes=breaker.successes,
+    )
+
+
+def _share(limit: int, limits: Limits, pool: str) -> int:
+    """The pool's part of a limit, rounded down: -1, which lets nothing through, where that leaves none of it."""
+    if not limit or not limits.split:
+        return limit
+    # In fractions of what is written: 0.29 of 100 is 29, not 28.999….
+    return math.floor(limit * Fraction(str(limits.split.get(pool, 0)))) or -1
 
 
 def _window_lengths(rules: Iterable[Rule], pool: str) -> dict[str, set[int]]:

@@ -8,16 +8,22 @@
 | `balancer:{<pool>}:holdings:api-<random>` | hash: the same for one pick over the API | as long as it may be settled |
 | `balancer:{<pool>}:leases` | sorted set: worker by the end of its lease in ms | 30 days after the last use |
 | `balancer:{<pool>}:auditor` | string: the worker that audits the pool | three intervals |
+| `balancer:{<pool>}:prober` | string: the worker that asks the pool's providers for their health | ten seconds |
+| `balancer:{<pool>}:pin:<digest>` | string: the service of a session | the rule's `session_affinity` |
+| `balancer:{<pool>}:response:<digest>` | string: the rule and service that gave an answer with an id | 30 days |
 | `balancer:{<pool>}:decisions` | stream: events, when recorded | 30 days after the last use, bounded by length |
 | `balancer:{registry}:head` | hash: revision, digest, and a publication in progress | permanent |
 | `balancer:{registry}:snapshot:<revision>` | string: JSON | the last 200 |
 | `balancer:{registry}:digests` | hash: digest of a file to its revision | the last 200 |
 | `balancer:{registry}:feed` | channel: announces the head's revision | – |
 
-A Cluster hashes only what stands between the braces, so all keys of a pool lie in one slot.
+A Cluster hashes only what stands between the braces, so all keys of a pool lie in one slot. What clients name, sessions
+and the ids of answers, stands in no key as it is: a digest does.
 """
 
 from __future__ import annotations
+
+import hashlib
 
 _PREFIX = "balancer:"
 
@@ -50,6 +56,31 @@ def decisions(pool: str) -> str:
 def auditor(pool: str) -> str:
     """The string that names the worker that audits the pool."""
     return f"{_PREFIX}{{{pool}}}:auditor"
+
+
+def prober(pool: str) -> str:
+    """The string that names the worker that asks the pool's providers for their health."""
+    return f"{_PREFIX}{{{pool}}}:prober"
+
+
+def pin(pool: str, session: str) -> str:
+    """The string that names the service of a session, by its digest."""
+    return f"{_PREFIX}{{{pool}}}:pin:{session}"
+
+
+def response(pool: str, response_id: str) -> str:
+    """The string that names the rule and the service that gave the answer of that id."""
+    return f"{_PREFIX}{{{pool}}}:response:{_digest(response_id)}"
+
+
+def session(partition: str, client_session: str) -> str:
+    """The digest of a client's session in a partition: each pins its own service."""
+    return _digest(f"{partition}\0{client_session}")
+
+
+def _digest(text: str) -> str:
+    # Whatever a client sends is a name here, also what is no proper text.
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 HEAD = f"{_PREFIX}{{registry}}:head"

@@ -17,7 +17,7 @@ from balancer.domain import Entry, Outcome, PoolSettings, RuleDefinition, Select
 from balancer.errors import StoreUnavailableError
 from balancer.store import keys, views
 from balancer.store.auditor import Auditor
-from balancer.store.calls import entry_arguments, fence_arguments, selection_arguments
+from balancer.store.calls import entry_arguments, fence_arguments, pin_keys, selection_arguments
 from balancer.store.connection import AGAIN_S, Link, is_noscript
 from balancer.store.refusals import RefusedError, Then
 from balancer.store.scripts import load
@@ -26,12 +26,13 @@ from balancer.store.spiller import Replayer, Spiller
 from balancer.store.topology import Topology
 
 SELECTIONS_PER_CALL = 64
+_SCRIPTS = ("select", "settle", "reap", "fence", "clear", "health")
 _REAP_LIMIT = 500
 _RETRY_S = 0.5
 _WARN_S = 60.0
 _ASKING_S = 1.0
 """So long a fence or a reap that Redis does not execute is asked again."""
-_CLEARED_PER_CALL = 200
+_SERVICES_PER_CALL = 200
 _ABANDONED_MS = 3_600_000
 
 Answer = list[Any]
@@ -86,7 +87,7 @@ class PoolClient:
         self._lease_ms = lease_ms
         self._events = events
         self._audit_interval_s = audit_interval_s
-        self._scripts = {name: load(name, scripts_dir) for name in ("select", "settle", "reap", "fence", "clear")}
+        self._scripts = {name: load(name, scripts_dir) for name in _SCRIPTS}
         self._link = Link(topology, keys.partitions(pool), deadline_ms, self._on_up, self._on_down, name=pool)
         self._asked: list[_Asked] = []
         self._refused: list[_Asked] = []
@@ -264,7 +265,8 @@ class PoolClient:
         rest = [argument for one in asked for argument in selection_arguments(one.selection)]
         for one in asked:
             one.is_sent = True
-        reply = self._link.call(script, script.command(self._keys(self.worker), self._arguments(), rest))
+        pins = pin_keys(self.pool, (one.selection for one in asked))
+        reply = self._link.call(script, script.command(self._keys(self.worker), self._arguments(), rest, pins))
         reply.add_done_callback(lambda done: self._on_selected(asked, done))
 
     def _on_selected(self, asked: Sequence[_Asked], done: asyncio.Future[Any]) -> None:
@@ -421,10 +423,41 @@ class PoolClient:
         except ResponseError as exc:
             raise _store_error(exc) from exc
 
-    async def _ask(self, script_name: str, names: dict[str, str], arguments: dict[str, str | int], rest: Any) -> Answer:
+    async def get(self, key: str) -> bytes | None:
+        """The string at a key, within the deadline. Raises StoreUnavailableError."""
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                found: bytes | None = await self.command("GET", key)
+        except TimeoutError:
+            raise StoreUnavailableError("Redis did not answer in time") from None
+        return found
+
+    def put(self, key: str, value: str, lifetime_ms: int) -> None:
+        """Writes a string to the socket, at once. Raises StoreUnavailableError when Redis is known to be away.
+
+        Nobody waits for the answer; a refusal is logged.
+        """
+        if not self._link.is_up:
+            raise StoreUnavailableError(f"Redis is away: {self._link.failure}")
+        reply = self._link.send("SET", key, value, "PX", lifetime_ms)
+        reply.add_done_callback(self._on_put)
+        self._link.flush()
+
+    def _on_put(self, done: asyncio.Future[Any]) -> None:
+        if not done.cancelled() and (exc := done.exception()):
+            log.warning("the store did not keep a value", pool=self.pool, reason=str(_store_error(exc)))
+
+    async def _ask(
+        self,
+        script_name: str,
+        names: dict[str, str],
+        arguments: dict[str, str | int],
+        rest: Sequence[str | int],
+        rest_keys: Sequence[str] = (),
+    ) -> Answer:
         """A rare script's reply; NOSCRIPT is answered with the source, and what was not executed is asked again."""
         script = self._scripts[script_name]
-        command = script.command(names, arguments, rest)
+        command = script.command(names, arguments, rest, rest_keys)
         loop = asyncio.get_running_loop()
         asking_until = loop.time() + _ASKING_S
         has_sent_source = False
@@ -462,10 +495,21 @@ class PoolClient:
         """Sets the counters of services to zero: totals and windows, not what is in flight or reserved."""
         script = self._scripts["clear"]
         names = {name: key for name, key in self._keys("").items() if name in script.keys}
-        for start in range(0, len(services), _CLEARED_PER_CALL):
+        for start in range(0, len(services), _SERVICES_PER_CALL):
             arguments = {k: v for k, v in self._arguments().items() if k in script.arguments}
-            rest = services[start : start + _CLEARED_PER_CALL]
+            rest = services[start : start + _SERVICES_PER_CALL]
             _, _, epoch, position, lost = await self._ask("clear", names, arguments, rest)
+            self._saw(epoch, position, lost)
+
+    async def health(self, services: Sequence[str], is_alive: bool) -> None:
+        """Notes on the breakers of a provider's services whether it has answered a probe."""
+        script = self._scripts["health"]
+        names = {name: key for name, key in self._keys("").items() if name in script.keys}
+        for start in range(0, len(services), _SERVICES_PER_CALL):
+            arguments = {k: v for k, v in self._arguments().items() if k in script.arguments}
+            arguments["is_alive"] = int(is_alive)
+            rest = services[start : start + _SERVICES_PER_CALL]
+            _, _, epoch, position, lost = await self._ask("health", names, arguments, rest)
             self._saw(epoch, position, lost)
 
     # -- picks of others (holds.py) ------------------------------------------------------------------------------------
@@ -478,7 +522,11 @@ class PoolClient:
         try:
             async with asyncio.timeout(self._deadline_s):
                 answer, (_, epoch, position, lost) = await self._ask(
-                    "select", self._keys(worker), arguments, selection_arguments(selection)
+                    "select",
+                    self._keys(worker),
+                    arguments,
+                    selection_arguments(selection),
+                    pin_keys(self.pool, (selection,)),
                 )
         except TimeoutError:
             self._give_up(worker, selection)

@@ -125,6 +125,8 @@ def _expand(root: Path, text: str, done: set[str]) -> str:
     for line in text.splitlines():
         if not (match := _INCLUDE.match(line)):
             lines.append(line)
+        elif match[1].endswith("/*"):
+            lines.append(_expand_folder(root, match[1][:-2], done))
         elif match[1] not in done:
             done.add(match[1])
             path = root / "include" / f"{match[1]}.lua"
@@ -132,6 +134,13 @@ def _expand(root: Path, text: str, done: set[str]) -> str:
                 raise ConfigurationError(f"{path} is included but does not exist")
             lines.append(_expand(root, path.read_text(encoding="utf-8"), done).rstrip("\n"))
     return "\n".join(lines) + "\n"
+
+
+def _expand_folder(root: Path, name: str, done: set[str]) -> str:
+    """Every include of a folder, each a function of its file's name, and a table of them: `<folder>_table`."""
+    found = sorted(path.stem for path in (root / "include" / name).glob("*.lua"))
+    text = _expand(root, "".join(f"-- include: {name}/{one}\n" for one in found), done)
+    return text + "\n".join((f"local {name}_table = {{", *(f"  {one} = {one}," for one in found), "}"))
 
 
 def main() -> None:

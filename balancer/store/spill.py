@@ -54,6 +54,7 @@ class _Item(msgspec.Struct, frozen=True, array_like=True):
     cached: _Whole
     cache_creation: _Whole
     reasoning: _Whole
+    cooldown_ms: _Whole = 0
 
 
 class _Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -187,6 +188,7 @@ class Spill:
                 entry.usage.cached,
                 entry.usage.cache_creation,
                 entry.usage.reasoning,
+                entry.cooldown_ms,  # Latencies are left out: only fresh ones count.
             )
             for entry, made_at in batch.entries
         )
@@ -314,7 +316,13 @@ def _entry(item: _Item) -> Entry:
         cache_creation=item.cache_creation,
         reasoning=item.reasoning,
     )
-    return Entry(number=item.number, service=item.service, outcome=item.outcome, usage=usage)
+    return Entry(
+        number=item.number,
+        service=item.service,
+        outcome=item.outcome,
+        usage=usage,
+        cooldown_ms=item.cooldown_ms,
+    )
 
 
 def _locked(path: Path) -> int | None:

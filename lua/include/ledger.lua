@@ -1,10 +1,31 @@
+-- include: breaker
+-- include: minute
+-- include: provider
 -- include: service
 
--- How the end of an attempt changes its service. Shared by settle, reap and clear.
-local ledger_fields = {
-  'windows', 'in_flight', 'reserved', 'requests', 'failures', 'input', 'output', 'cached', 'cache_creation',
-  'reasoning', 'lost', 'lost_tokens', 'abandoned', 'last_used', 'cleared',
+-- How the end of an attempt changes its service. Shared by settle, reap and health.
+local ledger_counters = {
+  'in_flight', 'reserved', 'requests', 'failures', 'input', 'output', 'cached', 'cache_creation', 'reasoning', 'lost',
+  'lost_tokens', 'abandoned', 'last_used', 'cleared', 'cooldown', 'first_token', 'per_token', 'measured',
 }
+local ledger_fields = {'windows', 'minute', 'breaker', unpack(ledger_counters)}
+
+-- A service as an event of settle, reap or health tells it.
+local function event_text(service)
+  return counters_text(service, ledger_counters)
+end
+
+local LATENCY_MS, LATENCY_FORGOTTEN_MS = 10000, 600000
+
+-- What an attempt in flight holds: `h reserved deadline_ms meters probe id`; nil for any other text.
+local function read_holding(text)
+  local reserved, deadline, meters, probe, id = string.match(text, '^h (%d+) (%d+) (%d) (%d+) (.+)$')
+  if not reserved then return nil end
+  return {
+    reserved = tonumber(reserved), deadline = tonumber(deadline), probe = tonumber(probe), id = id,
+    meters_service = meters == '1' or meters == '3', meters_provider = meters == '2' or meters == '3',
+  }
+end
 
 -- Adds tokens to the windows open at `now - age_ms`; a fresh entry (age 0) opens a new one where the last has ended.
 local function add_window_tokens(service, input, output, now, age_ms)
@@ -16,20 +37,34 @@ local function add_window_tokens(service, input, output, now, age_ms)
   end
 end
 
--- Gives back what a live holding held.
-local function release(service, reserved)
+-- Counts tokens in the minutes that the attempt was let through by.
+local function add_minute_tokens(service, meter, holding, tokens, now)
+  if holding.meters_service then
+    service.minute, service.is_changed = count_minute(service.minute, now, 0, tokens), true
+  end
+  if meter then meter.minute = count_minute(meter.minute, now, 0, tokens) end
+end
+
+-- Gives back what a live holding held; `meter` is its provider's, or nil.
+local function release(service, meter, holding)
   service.in_flight = service.in_flight - 1
-  service.reserved = service.reserved - reserved
+  service.reserved = service.reserved - holding.reserved
   service.is_changed = true
+  if meter then
+    meter.in_flight = meter.in_flight - 1
+    meter.reserved = meter.reserved - holding.reserved
+    meter.is_changed = true
+  end
 end
 
 -- Counts an attempt whose worker died: one request and its reserved estimate, apart from what upstreams reported.
-local function count_lost(service, reserved, now)
-  release(service, reserved)
+local function count_lost(service, meter, holding, now)
+  release(service, meter, holding)
   service.requests = service.requests + 1
   service.lost = service.lost + 1
-  service.lost_tokens = service.lost_tokens + reserved
-  add_window_tokens(service, reserved, 0, now, 0)
+  service.lost_tokens = service.lost_tokens + holding.reserved
+  add_window_tokens(service, holding.reserved, 0, now, 0)
+  add_minute_tokens(service, meter, holding, holding.reserved, now)
 end
 
 -- Takes back count_lost: the worker was only late. What was cleared in between is not there to be taken back.
@@ -42,4 +77,20 @@ local function uncount_lost(service, reserved, reaped_ms, position)
     if reaped_ms >= w.start then w.tokens = math.max(0, w.tokens - reserved) end
   end
   service.is_changed = true
+end
+
+-- The mean of a duration after one more sample: at once up to a peak, and down again within some ten seconds.
+local function peak_mean(mean, sample, passed_ms)
+  if mean == 0 or sample >= mean then return sample end
+  return mean - math.floor((mean - sample) * passed_ms / (passed_ms + LATENCY_MS))
+end
+
+-- Notes how fast a service was; 0 is not known.
+local function add_latency(service, first_token_us, stream_us, output, now)
+  local has_rate = stream_us > 0 and output > 0
+  if first_token_us == 0 and not has_rate then return end
+  local passed = service.measured > 0 and math.min(math.max(0, now - service.measured), LATENCY_FORGOTTEN_MS) or 0
+  if first_token_us > 0 then service.first_token = peak_mean(service.first_token, first_token_us, passed) end
+  if has_rate then service.per_token = peak_mean(service.per_token, math.floor(stream_us / output), passed) end
+  service.measured, service.is_changed = now, true
 end

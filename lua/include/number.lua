@@ -10,3 +10,12 @@ local function to_whole(text, least)
   if value and value >= least and value < 9007199254740992 then return value end
   return nil
 end
+
+-- True when a comes before b, byte by byte: the server compares strings by its locale.
+local function is_before(a, b)
+  for i = 1, math.min(#a, #b) do
+    local x, y = string.byte(a, i), string.byte(b, i)
+    if x ~= y then return x < y end
+  end
+  return #a < #b
+end

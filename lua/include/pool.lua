@@ -20,10 +20,10 @@ end
 -- Reads the pool's place. When the caller has seen more than the pool remembers, acknowledged writes were lost in a
 -- failover: the epoch rises, numbers go on from the highest seen, `lost` says how many.
 local function open_pool(partitions, decisions, seen_epoch, seen_position, now)
-  local stored = redis.call('HMGET', partitions, 'epoch', 'position', 'record', 'keep')
+  local stored = redis.call('HMGET', partitions, 'epoch', 'position', 'record', 'keep', 'broken')
   local pool = {
     epoch = tonumber(stored[1] or 1), position = tonumber(stored[2] or 0), record = stored[3] or 'off',
-    keep = tonumber(stored[4] or 0), decisions = decisions, now = now, lost = 0,
+    keep = tonumber(stored[4] or 0), broken = stored[5] or '', decisions = decisions, now = now, lost = 0,
   }
   if seen_epoch > pool.epoch or (seen_epoch == pool.epoch and seen_position > pool.position) then
     local was_epoch, was_position = pool.epoch, pool.position
@@ -39,6 +39,7 @@ end
 -- Writes back the pool's place, and keeps what is in use from expiring: the pool's state for 30 days, a worker's for 7.
 local function close_pool(pool, partitions, shared, own)
   redis.call('HSET', partitions, 'epoch', pool.epoch, 'position', pool.position)
+  if pool.is_broken_changed then redis.call('HSET', partitions, 'broken', pool.broken) end
   redis.call('PEXPIRE', partitions, 2592000000)
   for _, key in ipairs(shared) do redis.call('PEXPIRE', key, 2592000000) end
   if own then redis.call('PEXPIRE', own, 604800000) end

@@ -144,6 +144,7 @@ def counters(service: str, **more: Any) -> dict[str, Any]:
     )
     length = 60 if service == SECOND else 300
     known = {"service_id": service, "last_used": None, "window_start": None, "time_window": length}
+    known |= {"breaker": "closed", "cooling_until": None}
     return dict.fromkeys(names, 0) | known | more
 
 

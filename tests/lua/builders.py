@@ -13,6 +13,7 @@ from balancer.domain import (
     Entry,
     Outcome,
     PartitionDefinition,
+    ProviderDefinition,
     RuleDefinition,
     Selection,
     ServiceDefinition,
@@ -23,6 +24,7 @@ from balancer.reference import Pool
 from balancer.store import keys
 from balancer.store.scripts import load
 from balancer.store.views import PartitionView, PoolView, ServiceView
+from balancer.tactics import tactic_from_map, tactic_params
 from tests.lua.pool import LuaPool
 
 NOW_MS = 1_800_000_000_000
@@ -33,8 +35,9 @@ A, B, C, D = "a:m", "b:m", "c:org/m 1", "d:llama3:8b"
 ABC = (A, B, C)
 
 
-def a_service(id_: str, *, active: bool = True, window_s: int = 300, weight: int = 1) -> ServiceDefinition:
-    return ServiceDefinition(id=id_, active=int(active), window=window_s, weight=weight)
+def a_service(id_: str, *, active: bool = True, window_s: int = 300, weight: int = 1, **more: int) -> ServiceDefinition:
+    """A service of a partition; `more` are its tier, limits and cost."""
+    return ServiceDefinition(id=id_, active=int(active), window=window_s, weight=weight, **more)
 
 
 def a_partition(
@@ -44,15 +47,18 @@ def a_partition(
     requests: int = 2,
     tokens: int = NEVER,
     cursor: str = "",
+    refuses: bool = False,
     id_: str = keys.partition("chat"),
 ) -> PartitionDefinition:
-    """A partition; the thresholds that its tactic has not are 0."""
+    """A partition; the thresholds that its tactic has not are left out."""
+    known = tactic_params(tactic_from_map(tactic))
+    given = {"request_threshold": requests, "token_threshold": tokens}
     return PartitionDefinition(
         id=id_,
         tactic=tactic,
-        request_threshold=requests if tactic in ("round_robin", "hybrid") else 0,
-        token_threshold=tokens if tactic in ("token_based", "hybrid") else 0,
+        params=known | {name: value for name, value in given.items() if name in known},
         cursor=cursor,
+        refuses=int(refuses),
         services=tuple(a_service(s) if isinstance(s, str) else s for s in services),
     )
 
@@ -64,13 +70,28 @@ def a_rule(
     rule: str = "chat",
     revision: int = 1,
     lengths: Mapping[str, tuple[int, ...]] | None = None,
+    providers: Sequence[ProviderDefinition] = (),
+    retry_permille: int = 200,
     **partition: Any,
 ) -> RuleDefinition:
     """A rule of one partition; `lengths` names the windows of services that have others than this rule gives them."""
     part = a_partition(tactic, services, id_=keys.partition(rule), **partition)
     known = lengths or {}
     windows = tuple(WindowsDefinition(id=s.id, lengths=known.get(s.id, (s.window,))) for s in part.services)
-    return RuleDefinition(rule=rule, revision=revision, partitions=(part,), windows=windows)
+    return RuleDefinition(
+        rule=rule,
+        revision=revision,
+        retry_permille=retry_permille,
+        partitions=(part,),
+        windows=windows,
+        providers=tuple(providers),
+    )
+
+
+def a_provider(id_: str = "a", **more: int) -> ProviderDefinition:
+    """A provider with limits or a breaker; without `more` it has neither."""
+    options = {"failures": 0, "ratio_permille": 0} | more
+    return ProviderDefinition(id=id_, **options)
 
 
 def a_tombstone(rule: str = "chat", *, revision: int) -> RuleDefinition:
@@ -85,6 +106,9 @@ def a_selection(
     draw: int = 0,
     reserved: int = 0,
     deadline_ms: int = DEADLINE_MS,
+    session: str = "",
+    affinity_ms: int = 0,
+    only: str = "",
     excluded: Sequence[str] = (),
 ) -> Selection:
     return Selection(
@@ -95,12 +119,34 @@ def a_selection(
         draw=draw,
         reserved=reserved,
         deadline_ms=deadline_ms,
+        session=session,
+        affinity_ms=affinity_ms,
+        only=only,
         excluded=tuple(excluded),
     )
 
 
-def an_entry(number: int, service: str, outcome: Outcome = Outcome.SUCCESS, *, age_ms: int = 0, **usage: int) -> Entry:
-    return Entry(number=number, service=service, outcome=outcome, age_ms=age_ms, usage=Usage(**usage))
+def an_entry(
+    number: int,
+    service: str,
+    outcome: Outcome = Outcome.SUCCESS,
+    *,
+    age_ms: int = 0,
+    cooldown_ms: int = 0,
+    first_token_us: int = 0,
+    stream_us: int = 0,
+    **usage: int,
+) -> Entry:
+    return Entry(
+        number=number,
+        service=service,
+        outcome=outcome,
+        age_ms=age_ms,
+        usage=Usage(**usage),
+        cooldown_ms=cooldown_ms,
+        first_token_us=first_token_us,
+        stream_us=stream_us,
+    )
 
 
 def an_abandoned(number: int) -> Entry:

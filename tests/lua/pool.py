@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 
 from balancer.domain import Entry, PoolSettings, Record, RuleDefinition, Selection
 from balancer.store import keys, views
-from balancer.store.calls import entry_arguments, fence_arguments, selection_arguments
+from balancer.store.calls import entry_arguments, fence_arguments, pin_keys, selection_arguments
 from balancer.store.scripts import load
 
 
@@ -21,10 +21,19 @@ class LuaPool:
         self.name = name
         self.record = record
         self.scripts = scripts
+        self.pins: dict[str, int] = {}
 
-    def _run(self, script: str, names: dict[str, str], arguments: dict[str, str | int], rest: Sequence[Any]) -> Any:
+    def _run(
+        self,
+        script: str,
+        names: dict[str, str],
+        arguments: dict[str, str | int],
+        rest: Sequence[Any],
+        more_keys: Sequence[str] = (),
+    ) -> Any:
         loaded = load(script, self.scripts)
-        return _text(self.client.execute_command("EVAL", loaded.source, *loaded.command(names, arguments, rest)))
+        command = loaded.command(names, arguments, rest, more_keys)
+        return _text(self.client.execute_command("EVAL", loaded.source, *command))
 
     def _keys(self, worker: str) -> dict[str, str]:
         return {
@@ -64,7 +73,35 @@ class LuaPool:
         seen: tuple[int, int] = (0, 0),
     ) -> Any:
         rest = [argument for selection in selections for argument in selection_arguments(selection)]
-        return self._run("select", self._keys(worker), self._arguments(now_ms, worker, lease_ms, seen), rest)
+        arguments = self._arguments(now_ms, worker, lease_ms, seen)
+        self._drop_pins(now_ms)
+        answers = self._run("select", self._keys(worker), arguments, rest, pin_keys(self.name, selections))
+        for selection in selections:
+            self._hold_pin(now_ms, selection)
+        return answers
+
+    def _drop_pins(self, now_ms: int) -> None:
+        """Drops the pins whose time has passed: the server's own clock stands nearly still in a test."""
+        for key in [key for key, until_ms in self.pins.items() if until_ms <= now_ms]:
+            self.client.delete(key)
+            del self.pins[key]
+
+    def _hold_pin(self, now_ms: int, selection: Selection) -> None:
+        """Notes until when a pin that was just set lives by the test's time, and keeps the server from dropping it."""
+        key = keys.pin(self.name, selection.session)
+        if selection.affinity_ms > 0 and 0 < self.client.pttl(key) <= selection.affinity_ms:
+            self.pins[key] = now_ms + selection.affinity_ms
+            self.client.pexpire(key, 10 * selection.affinity_ms)
+
+    def pinned(self, now_ms: int, sessions: Iterable[str]) -> dict[str, tuple[str, int]]:
+        """Those of the sessions that are pinned: to which service, and until when."""
+        found = {}
+        for session in sessions:
+            key = keys.pin(self.name, session)
+            service, until_ms = self.client.get(key), self.pins.get(key, 0)
+            if service and until_ms > now_ms:
+                found[session] = service.decode(), until_ms
+        return found
 
     def settle(
         self,
@@ -97,6 +134,12 @@ class LuaPool:
         names = self._keys("")
         del names["holdings"], names["leases"]
         return self._run("clear", names, {"now_ms": now_ms, "epoch": seen[0], "position": seen[1]}, services)
+
+    def health(self, now_ms: int, services: Sequence[str], is_alive: bool, seen: tuple[int, int] = (0, 0)) -> Any:
+        names = self._keys("")
+        del names["holdings"], names["leases"]
+        place: dict[str, str | int] = {"now_ms": now_ms, "epoch": seen[0], "position": seen[1]}
+        return self._run("health", names, place | {"is_alive": int(is_alive)}, services)
 
     def checkpoint(self, now_ms: int) -> Any:
         """What the script says, with the holdings of every worker that is listed."""

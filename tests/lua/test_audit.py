@@ -125,17 +125,17 @@ def test_recording_that_begins_in_mid_life_is_replayed_from_the_next_checkpoint(
 # -- mutants -----------------------------------------------------------------------------------------------------------
 
 MUTANTS = {
-    "a streak one too long": ("include/tactic/round_robin.lua", "part.streak < part", "part.streak <= part"),
+    "a streak one too long": ("include/tactic/round_robin.lua", "turn.streak < turn", "turn.streak <= turn"),
     "a streak that is not reset": (
         "include/tactic/round_robin.lua",
-        "return service and service.id, 1, 'next'",
-        "return service and service.id, part.streak + 1, 'next'",
+        "return line and line.id, 1, 'next'",
+        "return line and line.id, turn.streak + 1, 'next'",
     ),
     "a tie broken the other way": ("include/candidates.lua", "value < least", "value <= least"),
     "a threshold that is reached too late": (
         "include/tactic/token_based.lua",
-        "tokens < part.token_threshold",
-        "tokens <= part.token_threshold",
+        "tokens < turn.params.token_threshold",
+        "tokens <= turn.params.token_threshold",
     ),
     "a missing fence": ("select.lua", "if rule.revision > selection.revision then", "if false then"),
     "a settle that drops its tokens": ("include/ledger.lua", "w.tokens + input + output", "w.tokens"),
@@ -145,22 +145,42 @@ MUTANTS = {
         "  redis.call('HSET', holdings_key, number,",
         "  redis.call('HSET', holdings_key, number .. '0',",
     ),
-    "a reservation never released": ("include/ledger.lua", "service.reserved - reserved", "service.reserved"),
+    "a reservation never released": ("include/ledger.lua", "service.reserved - holding.reserved", "service.reserved"),
     "a window never reset": ("include/window.lua", ">= window.length * 1000", ">= window.length * 1e15"),
     "a retry that moves the cursor": (
         "select.lua",
-        "if selection.is_retry then",
-        "if selection.is_retry and false then",
+        "if selection.is_retry then\n    choice.reason",
+        "if selection.is_retry and false then\n    choice.reason",
     ),
     "a lost attempt that is never found again": (
         "settle.lua",
         "uncount_lost(service, tonumber(lost_reserved), tonumber(reaped_ms), tonumber(position))",
-        "release(service, 0)",
+        "service.is_changed = true",
     ),
     "a clear that keeps the windows": (
         "clear.lua",
         "w.start, w.requests, w.tokens, w.output = 0, 0, 0, 0",
         "w.start = w.start",
+    ),
+    "a pin that moves the cursor": (
+        "select.lua",
+        "is_switch = is_switch, pins = true}",
+        "is_switch = is_switch, pins = true, moves = true, memory = part.memory, tier = part.tier, hold = part.hold}",
+    ),
+    "a second probe": (
+        "include/breaker.lua",
+        "breaker.until_ms <= now and breaker.probe == 0",
+        "breaker.until_ms <= now",
+    ),
+    "a limit that lets one more through": (
+        "include/limits.lua",
+        "used.in_flight >= limits.in_flight",
+        "used.in_flight > limits.in_flight",
+    ),
+    "a cooldown that is not seen": (
+        "select.lua",
+        "if service.cooldown > now then return 'cooling'",
+        "if false then return ''",
     ),
     "an epoch that loses its numbers": (
         "include/pool.lua",
@@ -196,19 +216,22 @@ def test_a_wrong_script_is_found_out_by_its_history(new_pool: NewPool, tmp_path:
     assert verdict.violations[0].context or verdict.violations[0].message
 
 
-TIGHT = {"round_robin": (3, 0), "token_based": (0, 10), "hybrid": (1, 2**53)}
+TIGHT = {
+    "round_robin": {"request_threshold": 3},
+    "token_based": {"token_threshold": 10},
+    "hybrid": {"request_threshold": 1, "token_threshold": 2**53},
+}
 """Thresholds at which ties and exact hits are common."""
 
 
 def be_busy(pool: LuaPool) -> None:
     """Some hundred attempts, each settled with ten tokens, under rules whose thresholds are hit all the time."""
     services = ("a:m", "b:m", "c:m")
-    for rule, (requests, tokens) in TIGHT.items():
+    for rule, params in TIGHT.items():
         partition = PartitionDefinition(
             id=keys.partition(rule),
             tactic=rule,
-            request_threshold=requests,
-            token_threshold=tokens,
+            params=params,
             cursor="",
             services=tuple(ServiceDefinition(id=f"{rule}{s}", active=1, window=300, weight=1) for s in services),
         )

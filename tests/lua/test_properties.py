@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from balancer.domain import Candidate, Hybrid, Outcome, Random, RoundRobin, ServiceDefinition, Tactic, TokenBased
-from balancer.domain import tactic_name as name_of
+from balancer.domain import Candidate, Outcome, ServiceDefinition, Tactic
 from balancer.store.views import PoolView
-from balancer.tactics import choose
+from balancer.tactics import Hybrid, Random, RoundRobin, TokenBased, choose
+from balancer.tactics import tactic_name as name_of
 from tests.lua.builders import NEVER, A, B, C, D, Fleet, a_rule, a_selection, a_service, an_abandoned, an_entry
 from tests.lua.pool import LuaPool
 

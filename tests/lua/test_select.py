@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from balancer.domain import Configuration, Hybrid, Provider, RoundRobin, Rule, ServiceDefinition, TokenBased
+from balancer.domain import Configuration, Provider, Rule, ServiceDefinition
 from balancer.domain import Service as ConfiguredService
 from balancer.store import keys
 from balancer.store.calls import rule_definition, selection_arguments
+from balancer.tactics import Hybrid, RoundRobin, TokenBased
 from tests.lua.builders import (
     ABC,
     DEADLINE_MS,

@@ -41,7 +41,7 @@ def fleet(new_pool: NewPool) -> Fleet:
     return fleet
 
 
-def a_view(*, start_ms: int = NOW_MS, picks: int = 1, tokens: int = 0, **counters: int) -> ServiceView:
+def a_view(*, start_ms: int = NOW_MS, picks: int = 1, tokens: int = 0, **counters: Any) -> ServiceView:
     """A service with one window of 300 s in which every pick was made."""
     window = WindowView(
         length_s=300, start_ms=start_ms, requests=picks, tokens=tokens, output=counters.get("output", 0)

@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Any
 
 import msgspec
 
 from balancer import checkpoint
+from balancer.breaker import Breaker
 from balancer.domain import (
     Entry,
     Outcome,
     PartitionDefinition,
+    ProviderDefinition,
     RuleDefinition,
     Selection,
     ServiceDefinition,
     Usage,
     WindowsDefinition,
 )
+from balancer.ledger import ServiceState, Window
+from balancer.limits import Bucket, Meter, Minute
 from balancer.reference import Pool
 from balancer.store import keys
-from balancer.store.views import PoolView
+from balancer.store.views import MinuteView, PoolView, ServiceView
+from balancer.tactics import TACTIC_NAMES, tactic_from_map, tactic_params
 from tests.lua.pool import LuaPool
 
-TACTICS = ("round_robin", "token_based", "hybrid", "random")
 WORKERS = ("w1", "w2", "w3")
+SERVICES = tuple(f"p{i % 3}:model {i}" for i in range(6))
+AFFINITIES = {"one": 20_000, "two": 40_000, "three": 600_000}
+"""For how long each session is pinned."""
+OUTCOMES = (
+    *((Outcome.SUCCESS,) * 9),
+    *(Outcome.FAILED, Outcome.FAILED, Outcome.OVERLOADED),
+    *(Outcome.UNAUTHORIZED, Outcome.RATE_LIMITED, Outcome.REJECTED, Outcome.CANCELLED, Outcome.ABANDONED),
+)
 LEASE_MS = 30_000
+TINY = {"request_threshold": (1, 2, 3, 7, 2**53), "token_threshold": (10, 50, 400, 2000, 2**53)}
+"""Numbers of tactics at which something happens within a history."""
 
 
 class Trace:
@@ -42,6 +57,8 @@ class Trace:
         self.picked: dict[tuple[str, int], str] = {}
         self.revisions: dict[str, int] = {}
         self.rules = ("chat", "org/embed", "a:b|c")
+        self.partitions: dict[str, PartitionDefinition] = {}
+        self.met: Counter[str] = Counter()
 
     def run(self, steps: int) -> None:
         """Takes that many steps; raises AssertionError at the first that is answered differently."""
@@ -51,6 +68,7 @@ class Trace:
             [self.select] * 8
             + [self.settle] * 5
             + [self.pass_time] * 4
+            + [self.health] * 2
             + [self.reap, self.resend, self.rewind, self.clear]
         )
         for step in range(steps):
@@ -80,56 +98,114 @@ class Trace:
         """A new revision, or now and then an old one again, or a tombstone."""
         revision = self.revisions.get(rule, 0) + self.random.choice((0, 1, 1, 2))
         self.revisions[rule] = max(revision, self.revisions.get(rule, 0), 1)
-        services = tuple(
-            ServiceDefinition(
-                id=f"p{i}:model {i}",
-                active=int(self.random.random() < 0.8),
-                window=self.random.choice((5, 300)),
-                weight=self.random.choice((0, 0, 1, 5)),
-            )
-            for i in self.random.sample(range(6), self.random.randint(1, 5))
-        )
-        tactic = self.random.choice(TACTICS)
-        partition = PartitionDefinition(
-            id=keys.partition(rule),
-            tactic=tactic,
-            request_threshold=self.random.choice((1, 2, 3, 7, 2**53)),
-            token_threshold=self.random.choice((10, 50, 400, 2000, 2**53)),
-            cursor=self.random.choice((*(s.id for s in services), "", "", "", "")),
-            services=services,
-        )
-        windows = tuple(WindowsDefinition(id=s.id, lengths=tuple({5, s.window})) for s in services)
-        is_gone = self.random.random() < 0.1
+        known = self.partitions.get(rule)
+        partition = self.edited(known) if known and self.random.random() < 0.4 else self.draw_partition(rule)
+        self.partitions[rule] = partition
+        services = partition.services
+        named = sorted({s.id.partition(":")[0] for s in services})
         definition = RuleDefinition(
             rule=rule,
             revision=self.revisions[rule],
-            partitions=() if is_gone else (partition,),
-            windows=windows,
+            retry_permille=self.random.choice((0, 200, 200, 1000)),
+            partitions=() if self.random.random() < 0.1 else (partition,),
+            windows=tuple(WindowsDefinition(id=s.id, lengths=tuple({5, s.window})) for s in services),
+            providers=tuple(self.draw_provider(id_) for id_ in named if self.random.random() < 0.7),
         )
         self.both("fence", self.now_ms, [definition], self.seen())
+
+    def draw_partition(self, rule: str) -> PartitionDefinition:
+        """Any services under any tactic."""
+        chosen = self.random.sample(SERVICES, self.random.randint(1, 6))
+        is_limited, is_tiered = self.random.random() < 0.3, self.random.random() < 0.3
+        tactic = self.random.choice(TACTIC_NAMES)
+        return PartitionDefinition(
+            id=keys.partition(rule),
+            tactic=tactic,
+            params=self.draw_params(tactic),
+            cursor=self.random.choice((*chosen, "", "", "", "")),
+            refuses=self.random.choice((0, 0, 1)),
+            services=tuple(self.draw_service(id_, is_limited, is_tiered) for id_ in chosen),
+        )
+
+    def draw_params(self, tactic: str) -> dict[str, int]:
+        """Numbers for all that the tactic has."""
+        known = tactic_params(tactic_from_map(tactic))
+        return {name: self.random.choice(TINY.get(name, (1, 200))) for name in known}
+
+    def edited(self, partition: PartitionDefinition) -> PartitionDefinition:
+        """The partition with one service switched, weighed or limited anew, or other numbers for its tactic."""
+        place = self.random.randrange(len(partition.services))
+        service = partition.services[place]
+        changed = self.random.choice(
+            (
+                msgspec.structs.replace(service, active=1 - service.active),
+                msgspec.structs.replace(service, weight=service.weight + 1),
+                msgspec.structs.replace(service, rpm=4),
+                service,
+            )
+        )
+        services = (*partition.services[:place], changed, *partition.services[place + 1 :])
+        params = self.draw_params(partition.tactic) if changed is service else partition.params
+        is_edit = self.random.choice((0, 1))
+        return msgspec.structs.replace(partition, services=services, params=params, is_edit=is_edit)
+
+    def draw_service(self, id_: str, is_limited: bool, is_tiered: bool) -> ServiceDefinition:
+        """A service, now and then inactive; of a rule with limits or tiers where it says so."""
+        some = int(is_limited)
+        return ServiceDefinition(
+            id=id_,
+            active=int(self.random.random() < 0.85),
+            window=self.random.choice((5, 300)),
+            weight=self.random.choice((0, 0, 1, 5)),
+            tier=self.random.choice((0, 1, 1, 2)) * int(is_tiered),
+            rpm=self.random.choice((0, 0, 0, 2, 9, -1)) * some,
+            tpm=self.random.choice((0, 0, 0, 60, 900)) * some,
+            in_flight=self.random.choice((0, 0, 0, 1, 5)) * some,
+            cost=self.random.choice((0, 300, 300, 12_500)),
+        )
+
+    def draw_provider(self, id_: str) -> ProviderDefinition:
+        """A provider with any limits and breaker, or none of them."""
+        some = int(self.random.random() < 0.3)
+        return ProviderDefinition(
+            id=id_,
+            rpm=self.random.choice((0, 0, 5, 30)) * some,
+            tpm=self.random.choice((0, 0, 200, 3000)) * some,
+            in_flight=self.random.choice((0, 0, 3, 9, -1)) * some,
+            failures=self.random.choice((0, 0, 1, 3, 6)),
+            ratio_permille=self.random.choice((0, 0, 300, 700)),
+            min_requests=self.random.choice((1, 3, 8)),
+            window_ms=self.random.choice((1000, 60_000)),
+            open_ms=self.random.choice((500, 500, 4000, 30_000)),
+            successes=self.random.choice((1, 2, 3)),
+        )
 
     def select(self) -> None:
         """One call of a few selections."""
         worker = self.random.choice(WORKERS)
         selections = []
-        for _ in range(self.random.choice((1, 1, 2, 5, 64))):
+        for _ in range(self.random.choice((1, 1, 1, 2, 2, 5, 20, 64))):
             self.numbers[worker] += 1
             rule = self.random.choice(self.rules)
-            excluded = self.random.sample(range(6), 2) if self.random.random() < 0.2 else ()
+            session = self.random.choice((*AFFINITIES, "", "", "", ""))
             selections.append(
                 Selection(
                     number=self.numbers[worker],
                     rule=rule,
                     partition=keys.partition(rule),
-                    revision=max(1, self.revisions[rule] + self.random.choice((0, 0, 0, 0, 0, 0, -1, 1))),
+                    revision=max(1, self.revisions[rule] + self.random.choice((0, 0, 0, 0, 0, 0, 0, 0, -1, 1))),
                     draw=self.random.randrange(2**32),
-                    reserved=self.random.choice((0, 0, 10, 50)),
+                    reserved=self.random.choice((0, 0, 10, 50, 300)),
                     deadline_ms=self.random.choice((1000, 60_000)),
-                    excluded=tuple(f"p{i}:model {i}" for i in excluded),
+                    session=session,
+                    affinity_ms=AFFINITIES.get(session, 0),
+                    only=self.random.choice(SERVICES) if self.random.random() < 0.07 else "",
+                    excluded=tuple(self.random.sample(SERVICES, 2)) if self.random.random() < 0.2 else (),
                 )
             )
         answers = self.both("select", self.now_ms, worker, selections, LEASE_MS, self.seen())
         for selection, answer in zip(selections, answers, strict=False):
+            self.met[answer[2] if answer[0] == "pick" else " ".join(map(str, answer[:2]))] += 1
             if answer[0] == "pick":
                 self.picked[worker, selection.number] = answer[1]
                 self.open[worker].append(selection)
@@ -140,13 +216,13 @@ class Trace:
         entries = []
         for _ in range(min(len(self.open[worker]), self.random.randint(0, 6))):
             selection = self.open[worker].pop(self.random.randrange(len(self.open[worker])))
-            outcome = self.random.choice((Outcome.SUCCESS, Outcome.FAILED, Outcome.CANCELLED, Outcome.ABANDONED))
+            outcome = self.random.choice(OUTCOMES)
             entries.append(
                 Entry(
                     number=selection.number,
                     service=self.picked[worker, selection.number] if outcome is not Outcome.ABANDONED else "",
                     outcome=outcome,
-                    age_ms=self.random.choice((0, 0, 0, 4000, 400_000)),
+                    age_ms=self.random.choice((0, 0, 0, 0, 0, 4000, 60_000, 400_000)),
                     usage=Usage(
                         input=self.random.choice((0, 10, 20, 50)),
                         output=self.random.choice((0, 10, 20, 50)),
@@ -154,13 +230,16 @@ class Trace:
                         cache_creation=self.random.randrange(3),
                         reasoning=self.random.randrange(3),
                     ),
+                    cooldown_ms=self.random.choice((0, 0, 0, 0, 0, 0, 0, 1, 900, 5000, 60_000)),
+                    first_token_us=self.random.choice((0, 250_000, self.random.randrange(10**7))),
+                    stream_us=self.random.choice((0, 3_000_000, self.random.randrange(10**9))),
                 )
             )
         if self.random.random() < 0.1:
             number = self.numbers[worker] + self.random.randint(1, 3)
             entries.append(Entry(number=number, service="", outcome=Outcome.ABANDONED))
         if self.random.random() < 0.1:
-            entries.append(Entry(number=0, service="p0:model 0", outcome=Outcome.SUCCESS, usage=Usage(input=7)))
+            entries.append(Entry(number=0, service=SERVICES[0], outcome=Outcome.SUCCESS, usage=Usage(input=7)))
         self.batches[worker] += 1
         skip = False
         if self.random.random() < 0.05:
@@ -174,7 +253,7 @@ class Trace:
         """A batch that was applied before, with other entries: nothing of it may count."""
         worker = self.random.choice(WORKERS)
         if self.batches[worker]:
-            entries = [Entry(number=0, service="p1:model 1", outcome=Outcome.SUCCESS, usage=Usage(input=1000))]
+            entries = [Entry(number=0, service=SERVICES[1], outcome=Outcome.SUCCESS, usage=Usage(input=1000))]
             self.both("settle", self.now_ms, worker, self.batches[worker], entries, LEASE_MS, self.seen())
 
     def reap(self) -> None:
@@ -185,12 +264,17 @@ class Trace:
     def clear(self) -> None:
         """The counters of some services, back to zero."""
         if self.random.random() < 0.3:
-            services = [f"p{i}:model {i}" for i in self.random.sample(range(6), self.random.randint(1, 6))]
+            services = self.random.sample(SERVICES, self.random.randint(1, 6))
             self.both("clear", self.now_ms, services, self.seen())
+
+    def health(self) -> None:
+        """Some services' provider answers, or does not."""
+        services = self.random.sample(SERVICES, self.random.randint(1, 3))
+        self.both("health", self.now_ms, services, self.random.random() < 0.6, self.seen())
 
     def pass_time(self) -> None:
         """From nothing to past every window, deadline and lease."""
-        self.now_ms += self.random.choice((0, 1, 40, 1000, 4999, 5000, 31_000, 70_000, 300_000))
+        self.now_ms += self.random.choice((0, 1, 40, 700, 1000, 4999, 5000, 12_000, 31_000, 60_000, 70_000, 300_000))
 
     def rewind(self) -> None:
         """The server's clock steps back."""
@@ -205,36 +289,48 @@ class Trace:
         state = checkpoint.read(text)
         assert checkpoint.differences(self.reference, state.pool) == []
         assert checkpoint.broken_invariants(state.pool) == []
+        assert state.broken == self.reference.broken
+        pins = {session: pin for session, pin in self.reference.pins.items() if pin[1] > self.now_ms}
+        assert self.lua.pinned(self.now_ms, AFFINITIES) == pins
 
 
 def _plain(view: PoolView) -> dict[str, Any]:
-    state: dict[str, Any] = msgspec.to_builtins(view)
+    services = {name: _service(service) for name, service in view.services.items()}
+    meters = {name: Meter(_minute(p.minute), p.in_flight, p.reserved) for name, p in view.providers.items()}
     return {
-        "epoch": state["epoch"],
-        "position": state["position"],
-        "rules": {name: (rule["revision"], rule["seq"]) for name, rule in state["rules"].items() if rule["revision"]},
-        "partitions": {k: (p["tactic"], p["cursor"], p["streak"]) for k, p in state["partitions"].items()},
-        "services": {
-            name: {k: [tuple(w.values()) for w in v] if k == "windows" else v for k, v in service.items()}
-            for name, service in state["services"].items()
-            if any(service.values())
-        },
+        "epoch": view.epoch,
+        "position": view.position,
+        "rules": {name: (rule.revision, rule.seq) for name, rule in view.rules.items() if rule.revision},
+        "partitions": {k: (p.tactic, p.cursor, p.streak, p.tier) for k, p in view.partitions.items()},
+        "services": {name: service for name, service in services.items() if service != ServiceState()},
+        "meters": {name: meter for name, meter in meters.items() if meter != Meter()},
+        "providers": {name: p.provider for name, p in view.providers.items() if p.provider},
     }
 
 
+def _service(view: ServiceView) -> ServiceState:
+    values = msgspec.structs.asdict(view) | {
+        "windows": [Window(*msgspec.structs.astuple(w)) for w in view.windows],
+        "minute": _minute(view.minute),
+        "breaker": Breaker(*msgspec.structs.astuple(view.breaker)),
+    }
+    return ServiceState(**values)
+
+
+def _minute(view: MinuteView) -> Minute:
+    return Minute([Bucket(*bucket) for bucket in view.buckets])
+
+
 def _state(pool: Pool) -> dict[str, Any]:
+    services = {
+        name: msgspec.structs.replace(service, cleared=0, windows_revision=0) for name, service in pool.services.items()
+    }
     return {
         "epoch": pool.epoch,
         "position": pool.position,
         "rules": {name: (rule.revision, rule.seq) for name, rule in pool.rules.items() if rule.revision},
-        "partitions": {k: (p.definition.tactic, p.cursor, p.streak) for k, p in pool.partitions.items()},
-        "services": {
-            name: {
-                k: [msgspec.structs.astuple(w) for w in v] if k == "windows" else v
-                for k, v in msgspec.structs.asdict(service).items()
-                if k not in ("cleared", "windows_revision")
-            }
-            for name, service in pool.services.items()
-            if any(v for k, v in msgspec.structs.asdict(service).items() if k not in ("cleared", "windows_revision"))
-        },
+        "partitions": {k: (p.definition.tactic, p.cursor, p.streak, p.tier) for k, p in pool.partitions.items()},
+        "services": {name: service for name, service in services.items() if service != ServiceState()},
+        "meters": {name: meter for name, meter in pool.meters.items() if meter != Meter()},
+        "providers": {name: msgspec.structs.astuple(p.definition)[1:] for name, p in pool.providers.items()},
     }

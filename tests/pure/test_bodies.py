@@ -11,7 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.bodies import Peek, ask_for_usage, estimate_tokens, peek, replace_model, replace_string, values_at
+from balancer.bodies import (
+    Peek,
+    ask_for_usage,
+    estimate_tokens,
+    peek,
+    replace_model,
+    replace_string,
+    response_id_of_event,
+    response_id_of_json,
+    values_at,
+)
 from balancer.errors import RequestError
 
 KEYS = st.sampled_from(["model", "message", "response", "x", 'a"b', "mo\\del", "stream_options", "include_usage", "é"])
@@ -101,6 +111,28 @@ def test_a_bad_body_is_refused_with_its_reason_and_none_of_its_content(
     assert words in caught.value.message
     assert "secret" not in caught.value.message
     assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_what_names_a_conversation_is_read() -> None:
+    request = peek(b'{"model":"m","metadata":{"x":[1],"user_id":"a"},"prompt_cache_key":"b","user":"c","store":false}')
+
+    assert (request.user_id, request.prompt_cache_key, request.user, request.store) == ("a", "b", "c", False)
+
+
+@pytest.mark.parametrize("odd", [b"null", b"7", b"1e999", b"true", b'[{"user_id":"x"}]', b'{"user_id":[1e999]}', b"{}"])
+def test_a_wrong_type_there_is_absent_and_no_reason_to_refuse(odd: bytes) -> None:
+    request = peek(b'{"model":"m","metadata":%b,"prompt_cache_key":%b,"user":%b,"store":%b}' % ((odd,) * 4))
+
+    assert (request.user_id, request.prompt_cache_key, request.user, request.store) == ("", "", "", True)
+
+
+def test_an_answer_is_stored_unless_the_client_says_no() -> None:
+    stores = [
+        peek(b'{"model":"m"%b}' % more).store for more in (b"", b',"store":null', b',"store": true ', b',"store":0')
+    ]
+
+    assert stores == [True] * 4
+    assert not peek(b'{"model":"m","store": false }').store
 
 
 def test_a_character_across_two_steps_of_the_check_is_valid() -> None:
@@ -268,6 +300,56 @@ def test_asking_for_usage_says_what_setting_it_says(body: bytes, twice: bool) ->
     edited = ask_for_usage(ask_for_usage(body)) if twice else ask_for_usage(body)
 
     assert json.loads(edited) == table
+
+
+# -- ids of answers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "id_"),
+    [
+        (b'{"id":"resp_1","object":"response","output":[{"id":"msg_1"}]}', "resp_1"),
+        (b' {\n  "id" : "resp_1",\n  "object": "response",\n  "output": [{"te', "resp_1"),
+        (b'{"object":"response","output":[{"id":"msg_1","object":"x"}],"id":"resp\\u005f1"}', "resp_1"),
+        (b'{"object":"response","output":[{"id":"msg_1"', ""),
+        (b'{"id":"chatcmpl-1","object":"chat.completion"}', ""),
+        (b'{"id":"msg_1","type":"message"}', ""),
+        (b'{"id":7,"object":"response"}', ""),
+        (b'{"object":"response"}', ""),
+        (b'{"response":{"id":"resp_1","object":"response"}}', ""),
+        (b'[{"id":"resp_1","object":"response"}]', ""),
+        (b"", ""),
+        (b"\xff", ""),
+    ],
+)
+def test_an_answer_of_the_responses_api_has_its_id(body: bytes, id_: str) -> None:
+    assert response_id_of_json(body) == id_
+
+
+@pytest.mark.parametrize(
+    ("data", "id_"),
+    [
+        (b'{"type":"response.created","sequence_number":0,"response":{"id":"resp_1","object":"response"}}', "resp_1"),
+        (b'{"type":"response.in_progress","response":{"id":"resp_1"}}', "resp_1"),
+        (b'{"response":{"output":[{"id":"msg_1"}],"id":"resp_1"},"type":"response.completed"}', "resp_1"),
+        (b'{"type":"response.output_text.delta","item_id":"msg_1","delta":"\\"response\\""}', ""),
+        (b'{"type":"response.output_text.delta","delta":"response","response":7}', ""),
+        (b'{"type":"response.created","response":{"id":7}}', ""),
+        (b'{"type":"x","response":{"id":"resp_1"}}', ""),
+        (b'{"type":"response.created","response":{"id":"resp_1"}', ""),
+        (b"[DONE]", ""),
+        (b'"response"', ""),
+    ],
+)
+def test_an_event_names_the_answer_that_it_speaks_of(data: bytes, id_: str) -> None:
+    assert response_id_of_event(data) == id_
+
+
+@given(st.binary(max_size=40))
+def test_any_bytes_have_an_id_or_none(rest: bytes) -> None:
+    for start in (b"", b'{"id":"', b'{"type":"response.created","response":'):
+        response_id_of_json(start + rest)
+        response_id_of_event(start + rest)
 
 
 # -- the estimate ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 from balancer.dialects import Dialect
 from balancer.dialects.anthropic import ANTHROPIC
-from balancer.dialects.headers import request_headers, response_headers, value_of
+from balancer.dialects.headers import client_timeout_s, request_headers, response_headers, value_of
 from balancer.dialects.openai import OPENAI
 from balancer.dialects.paths import route, upstream_url
 from balancer.domain import Provider
@@ -260,6 +260,27 @@ def test_an_upstreams_connection_and_account_do_not_come_down() -> None:
 def test_a_header_is_looked_up_in_any_spelling() -> None:
     assert value_of((("X", "0"), ("Content-TYPE", "a"), ("content-type", "b")), "content-type") == "a"
     assert value_of((), "content-type") == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "timeout_s"),
+    [
+        ("600", 600),
+        (" 0.5 ", 0.5),
+        ("600.0", 600),
+        *(
+            (odd, None)
+            for odd in ("", "0", "0.0", "NaN", "inf", "None", "-1", "1e3", "1,5", "9" * 400, "٣", "not given")
+        ),
+    ],
+)
+def test_a_client_says_how_long_it_waits(value: str, timeout_s: float | None) -> None:
+    assert client_timeout_s((("X-Stainless-Timeout", value),)) == timeout_s
+    assert client_timeout_s((("X-Stainless-Timeout", value), ("x-stainless-read-timeout", "9"))) == (timeout_s or 9)
+
+
+def test_a_client_that_says_nothing_waits_for_ever() -> None:
+    assert client_timeout_s((("X-Timeout", "1"),)) is None
 
 
 # -- paths -------------------------------------------------------------------------------------------------------------

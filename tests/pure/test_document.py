@@ -15,11 +15,8 @@ from hypothesis import strategies as st
 from balancer.document import diff, digest, is_tingly_box, masked, parse, read, select_view, write
 from balancer.domain import (
     Configuration,
-    Hybrid,
     OAuthDetail,
     Provider,
-    Random,
-    RoundRobin,
     Rule,
     ScenarioConfig,
     ScenarioFlags,
@@ -29,9 +26,9 @@ from balancer.domain import (
     SmartRoute,
     Tactic,
     Timeouts,
-    TokenBased,
 )
 from balancer.errors import ConfigurationError
+from balancer.tactics import Hybrid, Random, RoundRobin, TokenBased
 from tests.builders import a_configuration, a_document, a_provider, a_rule, a_service
 
 URL = "https://upstream.invalid/v1"

@@ -12,17 +12,19 @@ from hypothesis import strategies as st
 
 from balancer.domain import (
     Configuration,
-    Hybrid,
     OAuthDetail,
     Pick,
-    Random,
-    RoundRobin,
     Rule,
     ScenarioConfig,
     ScenarioFlags,
     SmartOp,
     SmartRoute,
     Tactic,
+)
+from balancer.tactics import (
+    Hybrid,
+    Random,
+    RoundRobin,
     TokenBased,
     is_valid_tactic,
     tactic_from_map,

@@ -36,6 +36,8 @@ SERIES = {
     "balancer_reserved_tokens": {"pool", "service"},
     "balancer_window_requests": {"pool", "service", "window"},
     "balancer_window_tokens": {"pool", "service", "window"},
+    "balancer_breaker_state": {"pool", "service"},
+    "balancer_cooldown_seconds": {"pool", "service"},
     "balancer_current_service_index": {"pool", "rule"},
     "balancer_store_up": {"pool"},
     "balancer_stale_picks_total": {"pool"},
@@ -52,6 +54,8 @@ FLEET = (
     "balancer_reserved_tokens",
     "balancer_window_requests",
     "balancer_window_tokens",
+    "balancer_breaker_state",
+    "balancer_cooldown_seconds",
     "balancer_current_service_index",
 )
 
@@ -102,7 +106,9 @@ def a_pick(service: str = "a:m", *, is_switch: bool = False, reason: str = "stre
 def a_pool(pool: str = "default") -> PoolGauges:
     return PoolGauges(
         pool=pool,
-        services={"a:m": ServiceGauges(in_flight=2, reserved=70, windows=((5, 1, 10), (300, 3, 0)))},
+        services={
+            "a:m": ServiceGauges(in_flight=2, reserved=70, breaker=2, cooldown_s=1.5, windows=((5, 1, 10), (300, 3, 0)))
+        },
         cursors={"chat": 1},
     )
 
@@ -194,6 +200,8 @@ def test_the_fleets_gauges_are_those_of_the_pools_given() -> None:
         sample("balancer_window_tokens", window="5", **place): 10,
         sample("balancer_window_requests", window="300", **place): 3,
         sample("balancer_window_tokens", window="300", **place): 0,
+        sample("balancer_breaker_state", **place): 2,
+        sample("balancer_cooldown_seconds", **place): 1.5,
         sample("balancer_current_service_index", pool="default", rule="chat"): 1,
         sample("balancer_store_up", pool="default"): 1,
         sample("balancer_store_up", pool="eu"): 0,

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.domain import Candidate, Hybrid, Random, RoundRobin, Tactic, TokenBased
-from balancer.tactics import Choice, choose
+from balancer.domain import Candidate, Tactic
+from balancer.tactics import Choice, Hybrid, Random, RoundRobin, TokenBased, choose
 
 LAST_DRAW = 2**32 - 1
 
@@ -272,8 +272,8 @@ class Process:
                 if is_full or self.tokens[self.index] >= tactic.token_threshold:
                     scores = [10 * r + t for r, t in zip(self.requests, self.tokens, strict=True)]
                     self.index = scores.index(min(scores))
-            case Random():
-                raise AssertionError("draws are compared elsewhere")
+            case _:
+                raise AssertionError("other tactics are compared elsewhere")
         self.requests[self.index] += 1
         self.tokens[self.index] += used
         return self.index

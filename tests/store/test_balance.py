@@ -12,21 +12,13 @@ import pytest
 
 from balancer import audit
 from balancer.config import load
-from balancer.domain import (
-    Configuration,
-    Outcome,
-    Pick,
-    PoolSettings,
-    RoundRobin,
-    Rule,
-    RuleDefinition,
-    TokenBased,
-    Usage,
-)
+from balancer.domain import Configuration, Outcome, Pick, PoolSettings, Rule, RuleDefinition, Usage
 from balancer.errors import NoServiceError, StoreUnavailableError
 from balancer.store import connection, keys
 from balancer.store.balance import Balance, BalanceEvents
+from balancer.store.prober import Probe
 from balancer.store.registry import Registry
+from balancer.tactics import RoundRobin, TokenBased
 from tests.store.conftest import eventually
 from tests.store.test_registry import (
     NEVER_S,
@@ -55,11 +47,13 @@ class Start:
         self._url = url
         self._balances: list[Balance] = []
 
-    async def __call__(self, at: str = "", events: BalanceEvents | None = None, **settings: Any) -> Balance:
+    async def __call__(
+        self, at: str = "", events: BalanceEvents | None = None, probe: Probe | None = None, **settings: Any
+    ) -> Balance:
         values: dict[str, Any] = {"redis_deadline_ms": 5000} | settings
         balance = Balance(at or self._url, load(values, {}), events)
         self._balances.append(balance)
-        await balance.start()
+        await balance.start(probe)
         return balance
 
     async def publish(self, configuration: Configuration) -> None:

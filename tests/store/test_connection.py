@@ -253,8 +253,7 @@ def a_definition() -> RuleDefinition:
             PartitionDefinition(
                 id=keys.partition("chat"),
                 tactic="round_robin",
-                request_threshold=1,
-                token_threshold=0,
+                params={"request_threshold": 1},
                 cursor="",
                 services=(ServiceDefinition(id="a:m", active=1, window=300, weight=1),),
             ),

@@ -45,7 +45,7 @@ async def test_a_hold_stands_between_no_two_workers_of_the_ring(join: Join, cont
     one: PoolClient = await join("aa", lease_ms=1000)
     assert (await one.select_held(holds.new_worker(), a_selection(1)))[0] == "pick"
     # An attempt of b1, whose lease goes on, that is past its deadline.
-    await control.hset(keys.holdings("default", "b1"), "1", "h 5 1000 b:m")
+    await control.hset(keys.holdings("default", "b1"), "1", "h 5 1000 0 0 b:m")
     await control.expire(keys.holdings("default", "b1"), 60)
     await control.hset(keys.services("default"), mapping={"in_flight:b:m": 1, "reserved:b:m": 5})
 

@@ -12,6 +12,7 @@ from balancer.domain import (
     Entry,
     Outcome,
     PartitionDefinition,
+    ProviderDefinition,
     RuleDefinition,
     Selection,
     ServiceDefinition,
@@ -27,7 +28,9 @@ from tests.store.conftest import eventually
 SERVICES = ("a:m", "b:m")
 
 
-def a_definition(revision: int = 1, request_threshold: int = 1) -> RuleDefinition:
+def a_definition(
+    revision: int = 1, request_threshold: int = 1, providers: tuple[ProviderDefinition, ...] = ()
+) -> RuleDefinition:
     return RuleDefinition(
         rule="chat",
         revision=revision,
@@ -35,17 +38,17 @@ def a_definition(revision: int = 1, request_threshold: int = 1) -> RuleDefinitio
             PartitionDefinition(
                 id=keys.partition("chat"),
                 tactic="round_robin",
-                request_threshold=request_threshold,
-                token_threshold=0,
+                params={"request_threshold": request_threshold},
                 cursor="",
                 services=tuple(ServiceDefinition(id=s, active=1, window=300, weight=1) for s in SERVICES),
             ),
         ),
         windows=tuple(WindowsDefinition(id=s, lengths=(300,)) for s in SERVICES),
+        providers=providers,
     )
 
 
-def a_selection(number: int, revision: int = 1, reserved: int = 5) -> Selection:
+def a_selection(number: int, revision: int = 1, reserved: int = 5, **more: Any) -> Selection:
     return Selection(
         number=number,
         rule="chat",
@@ -53,6 +56,7 @@ def a_selection(number: int, revision: int = 1, reserved: int = 5) -> Selection:
         revision=revision,
         reserved=reserved,
         deadline_ms=60_000,
+        **more,
     )
 
 
@@ -93,6 +97,47 @@ async def test_selections_and_settles_of_one_tick_are_two_calls(join: Any, contr
     await asyncio.gather(*(pool.select(a_selection(n)) for n in range(41, 81)))
     assert await pool.acknowledged(5)
     assert await calls(control) - before == 2
+
+
+async def test_sessions_of_one_call_stay_where_they_were_and_the_others_go_on(join: Any, control: Any) -> None:
+    one, two = await join("w1"), await join("w2")
+    await one.raise_fence([a_definition()])
+
+    def a_pinned(number: int, name: str) -> Selection:
+        return a_selection(number, session=name, affinity_ms=60_000)
+
+    first = await asyncio.gather(one.select(a_pinned(1, "x")), one.select(a_selection(2)), one.select(a_pinned(3, "y")))
+    assert [answer[1:3] for answer in first] == [["a:m", "streak"], ["b:m", "next"], ["a:m", "next"]]
+    again = await asyncio.gather(two.select(a_pinned(1, "y")), two.select(a_selection(2)), two.select(a_pinned(3, "x")))
+    assert [answer[1:3] for answer in again] == [["a:m", "pinned"], ["b:m", "next"], ["a:m", "pinned"]]
+    assert [answer[7] for answer in again] == [0, 1, 1]
+    held = await one.select_held("api-0123456789abcdef", a_pinned(1, "x"))
+    assert held[1:3] == ["a:m", "pinned"]
+    assert await control.get(keys.pin("default", "x")) == b"a:m"
+
+
+async def test_a_string_that_is_put_is_there_for_the_next_command_of_any_worker(join: Any, control: Any) -> None:
+    one, two = await join("w1"), await join("w2")
+    key = keys.response("default", "resp_1")
+    one.put(key, "chat\na:m", 60_000)
+    assert await one.get(key) == b"chat\na:m"
+    assert await two.get(key) == b"chat\na:m"
+    assert await two.get(keys.response("default", "resp_2")) is None
+    assert 50_000 < await control.pttl(key) <= 60_000
+
+
+async def test_signs_of_life_and_death_are_noted_on_breakers(join: Any) -> None:
+    pool: PoolClient = await join("w")
+    provider = ProviderDefinition(id="a", failures=2, ratio_permille=0, open_ms=60_000)
+    await pool.raise_fence([a_definition(providers=(provider,))])
+    place = pool.seen
+    for _ in range(2):
+        await pool.health(["a:m"], False)
+    assert pool.seen == (place[0], place[1] + 2)
+    view = await pool.view()
+    assert (view.breaker_state("a:m"), view.breaker_state("b:m")) == ("open", "closed")
+    answers = [await pool.select(a_selection(number)) for number in range(1, 4)]
+    assert {answer[1] for answer in answers} == {"b:m"}
 
 
 async def test_two_workers_at_once_alternate_as_one_process_would(join: Any) -> None:

@@ -14,12 +14,13 @@ import pytest
 import redis
 import redis.asyncio
 
-from balancer.domain import Configuration, Hybrid, Provider, RoundRobin, Rule, Selection, Service
+from balancer.domain import Configuration, Provider, Rule, Selection, Service
 from balancer.errors import ConflictError, StoreUnavailableError
 from balancer.store import connection, keys
 from balancer.store.pool import PoolClient, PoolEvents
 from balancer.store.registry import KEPT_DIGESTS, KEPT_SNAPSHOTS, Follower, Head, Registry, Snapshot
 from balancer.store.topology import Topology
+from balancer.tactics import Hybrid, RoundRobin
 from tests.store.conftest import eventually
 
 NEVER_S = 3600.0
@@ -35,7 +36,7 @@ def a_service(id_: str, **more: Any) -> Service:
 
 
 def a_rule(uuid: str = "chat", services: Sequence[str | Service] = ("a:m", "b:m", "c:m"), **more: Any) -> Rule:
-    options: dict[str, Any] = {"request_model": uuid} | more
+    options: dict[str, Any] = {"request_model": uuid, "lb_tactic": RoundRobin()} | more
     made = tuple(a_service(service) if isinstance(service, str) else service for service in services)
     return Rule(uuid=uuid, services=made, **options)
 

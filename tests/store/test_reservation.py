@@ -94,8 +94,7 @@ def a_definition() -> RuleDefinition:
     partition = PartitionDefinition(
         id=keys.partition("r"),
         tactic="token_based",
-        request_threshold=0,
-        token_threshold=THRESHOLD,
+        params={"token_threshold": THRESHOLD},
         cursor="",
         services=tuple(ServiceDefinition(id=s, active=1, window=300, weight=1) for s in SERVICES),
     )

@@ -170,7 +170,8 @@ def test_what_is_read_is_what_was_written_grown_older_by_the_time_between(folder
     now = {"clock": 100.0, "wall": 5000.0}
     left = Spill(folder, "p", "w", clock=lambda: now["clock"], wall=lambda: now["wall"])
     assert left.lock()
-    left.append([a_batch(3, an_entry(8, "a:m"), made_at=98.0)])
+    entry = msgspec.structs.replace(an_entry(8, "a:m"), cooldown_ms=60_000)
+    left.append([a_batch(3, entry, made_at=98.0)])
     left.release()
 
     for wall, age_s in ((5010.0, 12.0), (4000.0, 0.0)):
@@ -178,9 +179,22 @@ def test_what_is_read_is_what_was_written_grown_older_by_the_time_between(folder
         assert other.lock()
         places = other.index()
         assert list(places) == [3]
-        assert other.read(places[3]) == {3: ((an_entry(8, "a:m"), 7.0 - age_s),)}
+        assert other.read(places[3]) == {3: ((entry, 7.0 - age_s),)}
         assert other.newest_age_s == age_s
         other.release()
+
+
+def test_a_line_of_an_older_version_is_read_though_it_knows_of_no_cooldown(folder: Path) -> None:
+    write(folder, "w", a_batch(1, an_entry(1, "a:m")))
+    (segment,) = (folder / "default.w").glob("*.jsonl")
+    line = msgspec.json.decode(segment.read_bytes())
+    line["entries"] = [item[:9] for item in line["entries"]]
+    segment.write_bytes(msgspec.json.encode(line) + b"\n")
+    spill = Spill(folder, "default", "w")
+    assert spill.lock()
+    ((entry, _),) = spill.read(spill.index()[1])[1]
+    spill.release()
+    assert entry == an_entry(1, "a:m")
 
 
 def test_only_its_owner_may_read_what_is_written(folder: Path) -> None:

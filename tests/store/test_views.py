@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 from balancer.domain import (
     Entry,
     Outcome,
     PartitionDefinition,
+    ProviderDefinition,
     RuleDefinition,
     Selection,
     ServiceDefinition,
@@ -20,7 +22,7 @@ from balancer.domain import (
 from balancer.store import keys
 from balancer.store.pool import PoolClient, PoolEvents
 from balancer.store.topology import Topology
-from balancer.store.views import PartitionView, PoolView, RuleView, ServiceView, WindowView, read_pool
+from balancer.store.views import PartitionView, PoolView, ProviderView, RuleView, ServiceView, WindowView, read_pool
 
 AWKWARD_SERVICES = ("a:llama3:8b", "b:org/model", "c:one two  three", "d:x|y;z", "e:windows:1 2 3 4", "f:模型")
 AWKWARD_RULES = ("openai/gpt-5", "a:b|c d", "|", "seq:x", "revision", "tactic:|x", " spaced out ", "规则")
@@ -34,8 +36,7 @@ def a_definition(rule: str, services: Sequence[str], *, threshold: int = 1, leng
             PartitionDefinition(
                 id=keys.partition(rule),
                 tactic="round_robin",
-                request_threshold=threshold,
-                token_threshold=0,
+                params={"request_threshold": threshold},
                 cursor="",
                 services=tuple(ServiceDefinition(id=s, active=1, window=lengths[0], weight=1) for s in services),
             ),
@@ -140,6 +141,52 @@ async def test_a_deleted_rule_shows_its_fence_and_no_partition(pool: PoolClient)
     view = await pool.view()
     assert view.rules == {"chat": RuleView(revision=5)}
     assert view.partitions == {}
+
+
+async def test_a_picture_has_minutes_breakers_cooldowns_and_latencies(pool: PoolClient) -> None:
+    definition = a_definition("chat", ("a:m", "b:m"), threshold=9)
+    limited = [msgspec.structs.replace(s, rpm=100, tpm=1000) for s in definition.partitions[0].services]
+    partition = msgspec.structs.replace(definition.partitions[0], services=tuple(limited))
+    provider = ProviderDefinition(id="a", in_flight=9, failures=1)
+    await pool.raise_fence([msgspec.structs.replace(definition, partitions=(partition,), providers=(provider,))])
+    for number in (1, 2, 3):
+        assert await pick(pool, "chat", number, reserved=5) == "a:m"
+    usage = Usage(input=10, output=4)
+    pool.settle(
+        Entry(number=1, service="a:m", outcome=Outcome.SUCCESS, usage=usage, first_token_us=300_000, stream_us=40_000)
+    )
+    pool.settle(Entry(number=2, service="a:m", outcome=Outcome.FAILED, cooldown_ms=30_000))
+    assert await pool.acknowledged(5)
+    view = await pool.view()
+    a = view.services["a:m"]
+    assert a.minute.counts(view.now_ms) == (3, 14)
+    assert a.minute.counts(view.now_ms + 65_000) == (0, 0)
+    assert (a.breaker.state, a.breaker.opens, view.breaker_state("a:m")) == (1, 1, "open")
+    assert 20_000 < view.cooldown_ms("a:m") <= 30_000
+    assert (a.first_token, a.per_token) == (300_000, 10_000)
+    assert 0 <= view.now_ms - a.measured < 60_000
+    assert view.providers == {
+        "a": ProviderView(
+            minute=view.providers["a"].minute,
+            in_flight=1,
+            reserved=5,
+            provider=(0, 0, 9, 1, 500, 20, 60_000, 30_000, 3),
+        )
+    }
+    assert view.providers["a"].minute.counts(view.now_ms) == (3, 14)
+    assert view.services.keys() == {"a:m", "b:m"}
+    later = msgspec.structs.replace(view, now_ms=a.breaker.until_ms)
+    assert (later.breaker_state("a:m"), later.cooldown_ms("a:m")) == ("half_open", 0)
+    assert (later.breaker_state("unknown:m"), later.cooldown_ms("unknown:m")) == ("closed", 0)
+
+
+def test_a_breaker_without_settings_counts_as_closed() -> None:
+    """As for select: whoever switches breakers off is not kept waiting by an old one."""
+    services = {b"breaker:a:m": b"1 0 0 0 0 1 0 99 0", b"provider:a": b"0 0 0 0 0 20 60000 30000 3"}
+    assert read_pool("default", {}, services, now_ms=7).breaker_state("a:m") == "closed"
+    services[b"provider:a"] = b"0 0 0 1 0 20 60000 30000 3"
+    assert read_pool("default", {}, services, now_ms=7).breaker_state("a:m") == "open"
+    assert read_pool("default", {}, services, now_ms=99).breaker_state("a:m") == "half_open"
 
 
 def test_fields_of_a_newer_version_are_passed_over() -> None:

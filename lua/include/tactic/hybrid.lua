@@ -1,12 +1,15 @@
 -- Stays below both thresholds of the window, then takes the candidate with the least requests * 10 + tokens.
-local function hybrid(part, view)
+local function hybrid(turn, view)
   if view.has_cursor() then
     local requests, tokens = view.cursor_counts()
-    if requests < part.request_threshold and tokens < part.token_threshold then
-      return part.cursor, part.streak + 1, 'threshold'
+    if requests < turn.params.request_threshold and tokens < turn.params.token_threshold then
+      return turn.cursor, turn.streak + 1, 'threshold'
     end
   end
-  local service = view.least(function(requests, tokens) return requests * 10 + tokens end)
-  if not service then return nil end
-  return service.id, service.id == part.cursor and part.streak + 1 or 1, 'least'
+  local line = view.least(function(candidate)
+    local requests, tokens = view.counts(candidate)
+    return requests * 10 + tokens
+  end)
+  if not line then return nil end
+  return line.id, line.id == turn.cursor and turn.streak + 1 or 1, 'least'
 end

@@ -1,8 +1,8 @@
 -- Stays for request_threshold consecutive picks, then takes the next candidate with streak 1.
-local function round_robin(part, view)
-  if view.has_cursor() and part.streak < part.request_threshold then
-    return part.cursor, part.streak + 1, 'streak'
+local function round_robin(turn, view)
+  if turn.streak < turn.params.request_threshold and view.has_cursor() then
+    return turn.cursor, turn.streak + 1, 'streak'
   end
-  local service = view.after(part.cursor)
-  return service and service.id, 1, 'next'
+  local line = view.after(turn.cursor)
+  return line and line.id, 1, 'next'
 end

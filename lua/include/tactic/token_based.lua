@@ -1,10 +1,13 @@
 -- Stays below token_threshold window tokens, then takes the candidate with the fewest.
-local function token_based(part, view)
+local function token_based(turn, view)
   if view.has_cursor() then
     local _, tokens = view.cursor_counts()
-    if tokens < part.token_threshold then return part.cursor, part.streak + 1, 'threshold' end
+    if tokens < turn.params.token_threshold then return turn.cursor, turn.streak + 1, 'threshold' end
   end
-  local service = view.least(function(_, tokens) return tokens end)
-  if not service then return nil end
-  return service.id, service.id == part.cursor and part.streak + 1 or 1, 'least'
+  local line = view.least(function(candidate)
+    local _, tokens = view.counts(candidate)
+    return tokens
+  end)
+  if not line then return nil end
+  return line.id, line.id == turn.cursor and turn.streak + 1 or 1, 'least'
 end
