@@ -41,6 +41,10 @@ OF_THE_STORE = frozenset({FaultKind.KILL_STORE, FaultKind.STALL_STORE, FaultKind
 OF_STORE_SILENCE = frozenset({FaultKind.KILL_STORE, FaultKind.STALL_STORE})
 
 
+_NOTICE_S = 0.25
+"""Until a client that has an idle connection learns that its worker is dead."""
+
+
 class Fault(msgspec.Struct):
     """One that was injected, at monotonic times; `target` is a process, an account, or a share of the clients."""
 
@@ -102,11 +106,11 @@ class Judge:
         return [fault for fault in self._faults if fault.meets(answer.began, answer.ended, self._store_grace_s)]
 
     def _was_killed(self, answer: Answer) -> bool:
-        """Its own worker died while it was under way."""
+        """Its own worker died while it was under way, or just before, so that the client could not know yet."""
         return any(
             fault.kind == FaultKind.KILL_WORKER
             and fault.target == str(answer.pid)
-            and answer.began <= fault.began <= answer.ended
+            and answer.began - _NOTICE_S <= fault.began <= answer.ended
             for fault in self._faults
         )
 

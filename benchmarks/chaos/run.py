@@ -96,7 +96,9 @@ class Run:
             logs = Path(self._options.logs or folder)
             for name in ("one", "two"):
                 arguments = ["--redis", store.url, "--port", "0", "--workers", "2", "--config", str(file)]
-                fleet = await Serve.start(logs / f"{self._kind}-{name}.log", arguments, _environment(folder / f"outbox-{name}"))
+                fleet = await Serve.start(
+                    logs / f"{self._kind}-{name}.log", arguments, _environment(folder / f"outbox-{name}")
+                )
                 stack.push_async_callback(fleet.stop)
                 fleets.append(fleet)
             ports = [fleet.port for fleet in fleets]
