@@ -34,6 +34,7 @@ async def main(options: argparse.Namespace) -> int:
             lasts_s=options.lasts,
             pause_s=options.pause,
             every_s=_SOAK_EVERY_S if options.soak else _EVERY_S,
+            rest_s=options.rest,
             soak_s=options.soak * 60,
             logs=options.logs,
         )
@@ -62,6 +63,7 @@ if __name__ == "__main__":
     parser.add_argument("--lasts", type=float, default=4.0, help="seconds that a fault lasts, about")
     parser.add_argument("--pause", type=float, default=4.0, help="seconds between faults that come by themselves")
     parser.add_argument("--overlap", type=float, default=120.0, help="seconds of faults that overlap")
+    parser.add_argument("--rest", type=float, default=20.0, help="seconds until workers at rest are measured")
     parser.add_argument("--soak", type=float, default=0.0, help="minutes of overlapping faults instead of all that")
     parser.add_argument("--logs", default="", help="folder in which the fleets' logs are kept")
     parser.add_argument("--json", default="", help="file for the reports")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 import zlib
+from collections import deque
 from enum import StrEnum
 from typing import Any
 
@@ -247,7 +248,8 @@ class Clients:
     def __init__(self, ports: list[int]) -> None:
         self._ports = ports
         self._turn = 0
-        self._idle: list[Connection] = []
+        self._idle: deque[Connection] = deque()
+        """The longest idle is used first, so that none is idle for long."""
         self.introductions_failed = 0
 
     async def ask(self, ask: Ask) -> Answer:
@@ -272,7 +274,7 @@ class Clients:
 
     def _take(self) -> Connection | None:
         while self._idle:
-            connection = self._idle.pop()
+            connection = self._idle.popleft()
             if connection.is_fresh:
                 return connection
             connection.abort()

@@ -184,13 +184,18 @@ class Serve:
         return serve
 
 
+def haproxy_program() -> str | None:
+    """Path of haproxy, None where it is not installed."""
+    return shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
+
+
 @contextlib.asynccontextmanager
 async def haproxy(folder: Path, ports: list[int], *, asks_readiness: bool) -> AsyncIterator[int]:
     """The port of an L4 balancer before those ports; it looks every 200 ms whether each may be given connections.
 
     `asks_readiness`: by `/readyz`; else whether it can be connected to.
     """
-    program = shutil.which("haproxy")
+    program = haproxy_program()
     assert program, "haproxy is not installed"
     (port,) = free_ports(1)
     check = "option httpchk GET /readyz\n  http-check expect status 200" if asks_readiness else "option tcp-check"

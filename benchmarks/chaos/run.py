@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import random
-import shutil
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -29,7 +28,16 @@ from benchmarks.chaos.client import Answer, Clients, End, Manner
 from benchmarks.chaos.injector import Injector
 from benchmarks.chaos.load import Asked, Load
 from benchmarks.chaos.plan import kinds_of, one_after_the_other, overlapping
-from benchmarks.chaos.processes import CLIENTS_CORE, AccountProcess, Serve, Size, haproxy, on_core, size_of
+from benchmarks.chaos.processes import (
+    CLIENTS_CORE,
+    AccountProcess,
+    Serve,
+    Size,
+    haproxy,
+    haproxy_program,
+    on_core,
+    size_of,
+)
 from benchmarks.chaos.report import Bar, Growth, Report
 
 POOL = "default"
@@ -46,7 +54,6 @@ LEASE_S = 3.0
 DEADLINE_MS = 250
 _KEEP = 10_000_000
 _PAGE = 2000
-_REST_S = 2.0
 _REAP_S = LEASE_S + 40.0
 _STORE_GRACE_S = 6.0
 """From a store's return until every worker has noticed."""
@@ -67,6 +74,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     pause_s: float
     overlap_s: float
     every_s: float
+    rest_s: float
     soak_s: float = 0.0
     logs: str = ""
     """A folder where the fleets' logs are kept, empty for none."""
@@ -103,15 +111,15 @@ class Run:
                 fleets.append(fleet)
             ports = [fleet.port for fleet in fleets]
             behind = "connections to two fleets in turn"
-            if shutil.which("haproxy"):
+            if haproxy_program():
                 ports = [await stack.enter_async_context(haproxy(folder, ports, asks_readiness=False))]
                 behind = "two fleets behind haproxy"
             calm = await self._load_for(ports, "calm", self._calm)
-            await asyncio.sleep(_REST_S)
+            await asyncio.sleep(self._options.rest_s)
             before = _sizes(fleets)
             chaos = await self._load_for(ports, "chaos", functools.partial(self._disturb, store, accounts, fleets))
             view, events = await self._reckon(store.url, fleets)
-            await asyncio.sleep(_REST_S)
+            await asyncio.sleep(self._options.rest_s)
             after = _sizes(fleets)
             status = [await fleet.stop() for fleet in fleets]
             attempts = [attempt for account in accounts for attempt in account.attempts()]
