@@ -18,7 +18,7 @@ from benchmarks.chaos import report, stores
 from benchmarks.chaos.run import Options, Run
 
 _RATE, _SOAK_RATE = 60.0, 25.0
-_EVERY_S, _SOAK_EVERY_S = 4.0, 15.0
+_SOAK_EVERY_S = 15.0
 
 
 async def main(options: argparse.Namespace) -> int:
@@ -33,7 +33,8 @@ async def main(options: argparse.Namespace) -> int:
             overlap_s=options.overlap,
             lasts_s=options.lasts,
             pause_s=options.pause,
-            every_s=_SOAK_EVERY_S if options.soak else _EVERY_S,
+            every_s=_SOAK_EVERY_S if options.soak else options.every,
+            has_sequence=not options.overlap_only,
             rest_s=options.rest,
             soak_s=options.soak * 60,
             logs=options.logs,
@@ -62,7 +63,9 @@ if __name__ == "__main__":
     parser.add_argument("--calm", type=float, default=30.0, help="seconds before the first fault")
     parser.add_argument("--lasts", type=float, default=4.0, help="seconds that a fault lasts, about")
     parser.add_argument("--pause", type=float, default=4.0, help="seconds between faults that come by themselves")
+    parser.add_argument("--overlap-only", action="store_true", help="no faults one after the other")
     parser.add_argument("--overlap", type=float, default=120.0, help="seconds of faults that overlap")
+    parser.add_argument("--every", type=float, default=4.0, help="seconds from one overlapping fault to the next")
     parser.add_argument("--rest", type=float, default=20.0, help="seconds until workers at rest are measured")
     parser.add_argument("--soak", type=float, default=0.0, help="minutes of overlapping faults instead of all that")
     parser.add_argument("--logs", default="", help="folder in which the fleets' logs are kept")

@@ -46,10 +46,12 @@ def one_after_the_other(
 def overlapping(
     rand: random.Random, kinds: Sequence[str], accounts: Sequence[str], span_s: float, every_s: float, lasts_s: float
 ) -> list[Planned]:
-    """Random faults about every so many seconds, each up to twice as long as `lasts_s`."""
+    """Faults in random order, all kinds before any again; one about every so many seconds, up to 2 `lasts_s` long."""
     planned, at_s = [], 0.0
+    bag: list[str] = []
     while at_s < span_s:
-        kind = rand.choice(kinds)
+        bag = bag or rand.sample(kinds, len(kinds))
+        kind = bag.pop()
         target = ALL if kind not in STORMS or rand.random() < 0.3 else rand.choice(accounts)
         planned.append(
             Planned(kind=kind, target=target, at_s=at_s, lasts_s=min(rand.uniform(0.5, 2) * lasts_s, span_s - at_s))

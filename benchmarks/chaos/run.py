@@ -75,6 +75,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     overlap_s: float
     every_s: float
     rest_s: float
+    has_sequence: bool = True
     soak_s: float = 0.0
     logs: str = ""
     """A folder where the fleets' logs are kept, empty for none."""
@@ -86,7 +87,8 @@ class Run:
     def __init__(self, kind: str, options: Options) -> None:
         self._kind = kind
         self._options = options
-        self._random = random.Random(options.seed)
+        # Of their own, so that the plan does not depend on how many requests there were.
+        self._of_plan, self._of_faults = random.Random(f"plan {options.seed}"), random.Random(f"faults {options.seed}")
         self._samples: list[tuple[float, float]] = []
         """Hours, and the mean MiB of the workers that nobody kills."""
 
@@ -130,7 +132,7 @@ class Run:
     # -- load ----------------------------------------------------------------------------------------------------------
 
     async def _load_for(self, ports: list[int], name: str, doing: Callable[[Load], Awaitable[list[Fault]]]) -> Loaded:
-        load = Load(self._random, Clients(ports), RULES, self._options.per_s, name)
+        load = Load(random.Random(f"{name} {self._options.seed}"), Clients(ports), RULES, self._options.per_s, name)
         load.start()
         faults = await doing(load)
         await load.stop()
@@ -146,18 +148,21 @@ class Run:
         options = self._options
         # In a soak only the second fleet's workers are killed: the first one's live from its beginning to its end.
         victims = fleets[1:] if options.soak_s else fleets
-        injector = Injector(self._random, store, accounts, victims, load)
+        injector = Injector(self._of_faults, store, accounts, victims, load)
         kinds = kinds_of(self._kind)
         if options.soak_s:
             sampling = asyncio.create_task(self._sample(fleets[0]))
-            plan = overlapping(self._random, kinds, ACCOUNTS, options.soak_s, options.every_s, options.lasts_s)
+            plan = overlapping(self._of_plan, kinds, ACCOUNTS, options.soak_s, options.every_s, options.lasts_s)
             await injector.run(plan)
             sampling.cancel()
             await asyncio.gather(sampling, return_exceptions=True)
         else:
-            await injector.run(one_after_the_other(self._random, kinds, ACCOUNTS, options.lasts_s, options.pause_s))
+            if options.has_sequence:
+                await injector.run(
+                    one_after_the_other(self._of_plan, kinds, ACCOUNTS, options.lasts_s, options.pause_s)
+                )
             await injector.run(
-                overlapping(self._random, kinds, ACCOUNTS, options.overlap_s, options.every_s, options.lasts_s)
+                overlapping(self._of_plan, kinds, ACCOUNTS, options.overlap_s, options.every_s, options.lasts_s)
             )
         await asyncio.sleep(options.pause_s)
         return injector.faults
