@@ -5,12 +5,14 @@ What matches none has no cause, and fails the run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import bisect
+import math
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 
 import msgspec
 
-from benchmarks.chaos.account import BREAKS_STREAMS, Attempt
+from benchmarks.chaos.account import BREAKS_STREAMS, STORMS, Attempt
 from benchmarks.chaos.client import Answer, End
 
 
@@ -45,6 +47,9 @@ _NOTICE_S = 0.25
 """Until a client that has an idle connection learns that its worker is dead."""
 
 
+_AT_ONCE = 10
+
+
 class Fault(msgspec.Struct):
     """One that was injected, at monotonic times; `target` is a process, an account, or a share of the clients."""
 
@@ -69,14 +74,24 @@ class Judge:
         closed_rules: frozenset[str],
         limited_rules: frozenset[str],
         most_attempts: int,
+        accounts: Sequence[str],
+        has_budget: Callable[[str, float], bool],
         store_grace_s: float,
+        recovery_s: float,
     ) -> None:
-        """`attempts`: what all accounts have seen, by request id; a request has `most_attempts` if it needs them."""
+        """`attempts`: what all accounts have seen, by request id; a request has `most_attempts` if it needs them.
+
+        It has fewer where the retry budget of its rule is used up (`has_budget`: of a rule, at a time), or where every
+        account was befallen not longer than `recovery_s` ago, so that breakers may be open and services cool.
+        """
         self._faults = faults
         self._attempts = attempts
         self._closed = closed_rules
         self._limited = limited_rules
         self._most_attempts = most_attempts
+        self._accounts = accounts
+        self._has_budget = has_budget
+        self._recovery_s = recovery_s
         self._store_grace_s = store_grace_s
 
     def cause(self, answer: Answer) -> Cause | None:
@@ -133,7 +148,21 @@ class Judge:
     def _is_exhausted(self, answer: Answer) -> bool:
         """It had every attempt that it may have, and a storm befell each."""
         attempts = self._attempts.get(answer.ask.request_id, [])
-        return len(attempts) >= self._most_attempts and all(map(self._was_injected, attempts))
+        if not attempts or not all(map(self._was_injected, attempts)):
+            return False
+        return (
+            len(attempts) >= self._most_attempts
+            or not self._has_budget(answer.ask.rule, answer.ended)
+            or all(self._was_befallen(account, answer) for account in self._accounts)
+        )
+
+    def _was_befallen(self, account: str, answer: Answer) -> bool:
+        return any(
+            fault.kind in STORMS
+            and fault.target == account
+            and fault.meets(answer.began, answer.ended, self._recovery_s)
+            for fault in self._faults
+        )
 
     def _was_injected(self, attempt: Attempt) -> bool:
         return any(
@@ -142,6 +171,30 @@ class Judge:
             and fault.meets(attempt.at, attempt.at)
             for fault in self._faults
         )
+
+
+class RetryBudget:
+    """What is left of each rule's retries, by the rules' own arithmetic over what the accounts have seen.
+
+    A rule begins with `most` retries; every first attempt adds `ratio`, every further one takes one.
+    """
+
+    def __init__(self, attempts: Iterable[Attempt], ratio: float, most: float) -> None:
+        self._steps: dict[str, list[tuple[float, float]]] = {}
+        left: dict[str, float] = {}
+        seen: set[str] = set()
+        for attempt in sorted(attempts, key=lambda a: a.at):
+            rule = attempt.service.partition(":")[2]  # Here a rule's services are all of a model of its name.
+            step = -1.0 if attempt.request_id in seen else ratio
+            seen.add(attempt.request_id)
+            left[rule] = min(most, left.get(rule, most) + step)
+            self._steps.setdefault(rule, []).append((attempt.at, left[rule]))
+
+    def is_left(self, rule: str, at: float) -> bool:
+        """True if the rule surely had a retry left then; what happens at once may come in any order."""
+        steps = self._steps.get(rule, [])
+        last = bisect.bisect_right(steps, (at, math.inf))
+        return all(left >= 1 + _AT_ONCE for _, left in steps[max(0, last - _AT_ONCE) : last])
 
 
 def by_request(attempts: Iterable[Attempt]) -> dict[str, list[Attempt]]:

@@ -18,10 +18,11 @@ MOST_AT_ONCE = 2000
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """A rule, and the dialect of its clients."""
+    """A rule, the dialect of its clients, and how often it is asked for beside the others."""
 
     rule: str
     style: str
+    weight: int = 1
 
 
 class Load:
@@ -78,7 +79,8 @@ class Load:
         self.answers.append(await self._clients.ask(ask))
 
     def _make(self) -> Ask:
-        rand, asked = self._random, self._random.choice(self._rules)
+        rand = self._random
+        (asked,) = rand.choices(self._rules, [asked.weight for asked in self._rules])
         is_stream = rand.random() < 0.6
         manner, leave_at = Manner.READS, 0
         if rand.random() < self.shares.get(FaultKind.LEAVE, 0.0):

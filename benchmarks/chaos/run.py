@@ -8,6 +8,7 @@ import functools
 import random
 import tempfile
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,16 @@ from balancer.store.topology import Topology
 from balancer.store.views import PoolView
 from benchmarks.chaos import books, report, stores
 from benchmarks.chaos.account import Attempt
-from benchmarks.chaos.causes import OF_STORE_SILENCE, OF_THE_STORE, Cause, Fault, FaultKind, Judge, by_request
+from benchmarks.chaos.causes import (
+    OF_STORE_SILENCE,
+    OF_THE_STORE,
+    Cause,
+    Fault,
+    FaultKind,
+    Judge,
+    RetryBudget,
+    by_request,
+)
 from benchmarks.chaos.client import Answer, Clients, End, Manner
 from benchmarks.chaos.injector import Injector
 from benchmarks.chaos.load import Asked, Load
@@ -42,16 +52,31 @@ from benchmarks.chaos.report import Bar, Growth, Report
 
 POOL = "default"
 ACCOUNTS = ("anna", "boris", "chen", "dora")
-RULES = (Asked("chat", "openai"), Asked("claude", "anthropic"), Asked("tokens", "openai"), Asked("strict", "openai"))
+RULES = (
+    Asked("chat", "openai", 5),
+    Asked("claude", "anthropic", 5),
+    Asked("tokens", "openai", 5),
+    Asked("strict", "openai", 5),
+    Asked("few", "openai", 1),
+)
+RPM = 15
+"""Of each service of the rule `few`; there are as many as accounts, and more is asked for."""
+LIMITED_RULES = frozenset({"few"})
+ATTEMPTS, RETRY_RATIO, MOST_RETRIES = 1, 0.2, 100
 CLOSED_RULES = frozenset(asked.rule for asked in RULES)
 TACTICS: dict[str, dict[str, Any]] = {
     "chat": {"type": "round_robin", "params": {"request_threshold": 3}},
     "claude": {"type": "hybrid", "params": {"request_threshold": 10, "token_threshold": 5000}},
     "tokens": {"type": "token_based", "params": {"token_threshold": 3000}},
     "strict": {"type": "random"},
+    "few": {"type": "round_robin", "params": {"request_threshold": 1}},
 }
 LEASE_S = 3.0
 DEADLINE_MS = 250
+OPEN_S = 2
+_RECOVERY_S = OPEN_S * 8 * 1.2 + 1
+"""A breaker that opens again and again stays open up to eightfold, and a fifth more."""
+_MINUTE_S = 58.0
 _KEEP = 10_000_000
 _PAGE = 2000
 _REAP_S = LEASE_S + 40.0
@@ -224,8 +249,11 @@ class Run:
             chaos.faults,
             by_request(attempts),
             closed_rules=CLOSED_RULES,
-            limited_rules=frozenset(),
-            most_attempts=1,
+            limited_rules=LIMITED_RULES,
+            most_attempts=ATTEMPTS,
+            accounts=ACCOUNTS,
+            has_budget=RetryBudget(attempts, RETRY_RATIO, MOST_RETRIES).is_left,
+            recovery_s=_RECOVERY_S,
             store_grace_s=_STORE_GRACE_S,
         )
         causes: list[Cause] = []
@@ -256,6 +284,9 @@ class Run:
         errors = report.counted([c for c in causes if c is not Cause.CLIENT_DISCONNECTED])
         lost_bar = f"{balance.lost} lost of {most_lost} open in {len(killed)} killed workers"
         away = rows.get("store away")
+        # While the store is away each worker has its share of the limit, and on return nobody knows of what that was.
+        most_rpm = RPM * (2 if any(fault.kind in OF_THE_STORE for fault in chaos.faults) else 1)
+        rpm = _most_in_a_minute(attempts)
         bars = [
             Bar(name="every error has a cause", holds=not without_cause, detail=f"{len(without_cause)} without"),
             Bar(
@@ -266,6 +297,7 @@ class Run:
                 f"with a worker while the store was away, {balance.unsent} settled for clients that left unsent",
             ),
             Bar(name="every pick is right", holds=not told.violations, detail=f"{len(told.violations)} violations"),
+            Bar(name="limits hold", holds=rpm <= most_rpm, detail=f"{rpm} of {RPM} a minute, bound {most_rpm}"),
             Bar(
                 name="memory is flat",
                 holds=growth.rss_mib[1] <= growth.rss_mib[0] + _MOST_GROWTH_MIB,
@@ -346,6 +378,7 @@ def a_document(accounts: list[AccountProcess]) -> dict[str, Any]:
                 "no_key_required": True,
                 "timeout": 20,
                 "timeouts": timeouts,
+                "breaker": {"failures": 3, "open_s": OPEN_S, "successes": 1},
             }
             for account in accounts
             for style in ("openai", "anthropic")
@@ -356,7 +389,14 @@ def a_document(accounts: list[AccountProcess]) -> dict[str, Any]:
                 "scenario": asked.style,
                 "request_model": asked.rule,
                 "lb_tactic": TACTICS[asked.rule],
-                "services": [{"provider": f"{a.name}-{asked.style}", "model": asked.rule} for a in accounts],
+                "services": [
+                    {
+                        "provider": f"{account.name}-{asked.style}",
+                        "model": asked.rule,
+                        "limits": {"rpm": RPM} if asked.rule in LIMITED_RULES else {},
+                    }
+                    for account in accounts
+                ],
             }
             for asked in RULES
         ],
@@ -430,6 +470,23 @@ def _latencies(calm: Loaded, chaos: Loaded) -> dict[str, report.Latency]:
         if a.ask.rule not in CLOSED_RULES and any(fault.began <= a.began <= fault.ended for fault in silences)
     ]
     return {"calm": of(calm.answers), "under faults": of(chaos.answers), "store away": of(away)}
+
+
+def _most_in_a_minute(attempts: list[Attempt]) -> int:
+    """The most attempts that a service of the limited rules has seen within a minute, less what underways may shift."""
+    most = 0
+    by_service: dict[str, list[float]] = {}
+    for attempt in attempts:
+        if attempt.service.partition(":")[2] in LIMITED_RULES:
+            by_service.setdefault(attempt.service, []).append(attempt.at)
+    for times in by_service.values():
+        recent: deque[float] = deque()
+        for at in sorted(times):
+            recent.append(at)
+            while at - recent[0] > _MINUTE_S:
+                recent.popleft()
+            most = max(most, len(recent))
+    return most
 
 
 def _open_at(kill: Fault, answers: list[Answer], faults: list[Fault]) -> int:

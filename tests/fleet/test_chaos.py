@@ -14,7 +14,7 @@ import pytest
 from balancer.store.views import PoolView, ServiceView
 from benchmarks.chaos import books
 from benchmarks.chaos.account import Attempt, Storm
-from benchmarks.chaos.causes import Cause, Fault, FaultKind, Judge, by_request
+from benchmarks.chaos.causes import Cause, Fault, FaultKind, Judge, RetryBudget, by_request
 from benchmarks.chaos.client import Answer, Ask, End
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -58,14 +58,23 @@ def an_attempt(storm: Storm = Storm.NONE, at: float = 10.5, serial: int = 1) -> 
     return Attempt(serial, "r1", SERVICE, at, storm)
 
 
-def judged(answer: Answer, faults: list[Fault], attempts: tuple[Attempt, ...] = (), most_attempts: int = 1) -> str:
+def judged(
+    answer: Answer,
+    faults: list[Fault],
+    attempts: tuple[Attempt, ...] = (),
+    most_attempts: int = 1,
+    has_budget: bool = True,
+) -> str:
     judge = Judge(
         faults,
         by_request(attempts),
         closed_rules=frozenset({"strict"}),
         limited_rules=frozenset({"few"}),
         most_attempts=most_attempts,
+        accounts=("anna", "boris"),
+        has_budget=lambda rule, at: has_budget,
         store_grace_s=1.0,
+        recovery_s=5.0,
     )
     return str(judge.cause(answer) or "none")
 
@@ -110,6 +119,23 @@ def test_upstreams_are_exhausted_only_when_every_attempt_was_made_and_befallen()
     assert judged(FAILED, [storm], (befallen,), most_attempts=2) == "none"
     assert judged(FAILED, [storm], (befallen, befallen), most_attempts=2) == Cause.UPSTREAM_EXHAUSTED
     assert judged(FAILED, [storm], (befallen, an_attempt()), most_attempts=2) == "none"
+    assert judged(FAILED, [storm], (), most_attempts=2) == "none"
+
+
+def test_fewer_attempts_are_enough_when_no_retry_was_left_or_every_account_may_still_be_avoided() -> None:
+    storm, befallen = Fault(Storm.SERVER_ERROR, "anna", 10.0, 12.0), an_attempt(Storm.SERVER_ERROR)
+    earlier, long_ago = Fault(Storm.RATE_LIMIT, "boris", 1.0, 6.0), Fault(Storm.RATE_LIMIT, "boris", 1.0, 4.0)
+    assert judged(FAILED, [storm], (befallen,), most_attempts=2, has_budget=False) == Cause.UPSTREAM_EXHAUSTED
+    assert judged(FAILED, [storm, earlier], (befallen,), most_attempts=2) == Cause.UPSTREAM_EXHAUSTED
+    assert judged(FAILED, [storm, long_ago], (befallen,), most_attempts=2) == "none"
+
+
+def test_a_retry_budget_is_reckoned_from_what_the_accounts_saw() -> None:
+    attempts = [an_attempt(at=float(i)) for i in range(30)]  # One request with 29 retries.
+    budget = RetryBudget(attempts, ratio=0.2, most=25)
+    assert budget.is_left("chat", 10.0)
+    assert not budget.is_left("chat", 29.0)
+    assert budget.is_left("another", 29.0)
 
 
 # -- the books ---------------------------------------------------------------------------------------------------------
