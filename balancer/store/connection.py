@@ -426,8 +426,8 @@ class Link:
         patience_s = self._topology.patience_s
         while True:
             await asyncio.sleep(patience_s / 5)
-            is_silent = self._waiting and time.monotonic() - self._waiting[0][1] > patience_s
             await self._topology.recheck(_RECHECK_S)
+            is_silent = bool(self._waiting) and time.monotonic() - self._waiting[0][1] > patience_s
             if (is_silent or not await self._is_place(url)) and self._writer:
                 self._writer.transport.abort()
 
