@@ -382,8 +382,6 @@ class _Reader:
             table["uuid"] = self._default_uuid(f"{scenario}/{table['request_model']}")
         if not table.get("retry") or self._not_yet(True, _join(path, "retry")):
             table.pop("retry", None)
-        if self._not_yet(table.get("on_store_loss") == "local", _join(path, "on_store_loss"), "today it is closed"):
-            del table["on_store_loss"]
         if self._not_yet(table.get("on_exhausted") == "refuse", _join(path, "on_exhausted")):
             del table["on_exhausted"]
         for name in ("session_affinity", "session_header", "queue_timeout_ms", "fallback", "smart_enabled"):

@@ -492,7 +492,6 @@ NOT_YET: list[tuple[str, dict[str, Any], str]] = [
     ("service", {"tier": 1}, "rules[0].services[0].tier"),
     ("rule", {"session_affinity": 60}, "rules[0].session_affinity"),
     ("rule", {"session_header": "x-session"}, "rules[0].session_header"),
-    ("rule", {"on_store_loss": "local"}, "rules[0].on_store_loss"),
     ("rule", {"on_exhausted": "refuse"}, "rules[0].on_exhausted"),
     ("rule", {"queue_timeout_ms": 1}, "rules[0].queue_timeout_ms"),
     *(
