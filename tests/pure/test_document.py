@@ -563,7 +563,7 @@ def test_a_google_provider_does_not_keep_the_lenient_door_from_reading_the_rest(
         ("provider", {"limits": {"rpm": 0, "tpm": 0, "in_flight": 0}, "breaker": {}, "price": {"input": 0}}),
         ("provider", {"health": {"path": "", "interval_s": 0}}),
         ("service", {"tier": 0, "limits": {}}),
-        ("rule", {"session_affinity": 0, "session_header": "", "on_store_loss": "closed", "on_exhausted": "try"}),
+        ("rule", {"session_affinity": 0, "session_header": "", "on_store_loss": "local", "on_exhausted": "try"}),
         ("rule", {"queue_timeout_ms": 0, "retry": {}, "fallback": [], "smart_enabled": False}),
     ],
 )
