@@ -83,7 +83,7 @@ class Alone:
         self.pool.settled(Entry(number=number, service=service, outcome=outcome, **more))
 
     def picture(self, position: int = 1, **fields: str) -> None:
-        """The pool is looked at. Its fields by name, `__` for the colon before the id, and `_` for that in a service."""
+        """A look at the pool. Its fields by name, `__` for the colon before the id, and `_` for that in a service."""
         partitions = {b"epoch": b"1", b"position": str(position).encode()}
         services: dict[bytes, bytes] = {}
         for name, value in fields.items():
