@@ -20,6 +20,7 @@ from balancer.errors import NotFoundError, RequestError
 from balancer.ledger import LEDGER_COUNTERS, PICK_COUNTERS
 from balancer.store import history
 from balancer.store.balance import Balance
+from balancer.tactics import tactic_params
 
 MOST_EVENTS = 10_000
 _PAGE = 100
@@ -134,7 +135,7 @@ class Decisions:
         found = await search.pick(place)
         if found is None:
             raise NotFoundError(f"Decision not found: {await self._why_not(pool, place, search)}")
-        await self._add_thresholds(found)
+        await self._add_params(found)
         return {"decision": found}
 
     def _pools(self, pool: str, rule: str) -> Sequence[str]:
@@ -167,9 +168,9 @@ class Decisions:
             return f"pool {pool} records no events (pools: [{{name: {pool}, record: full}}] in the configuration does)"
         return f"no event has this position (pool {pool} is recorded: {mode})"
 
-    async def _add_thresholds(self, decision: dict[str, object]) -> None:
+    async def _add_params(self, decision: dict[str, object]) -> None:
         """What the tactic was set to, from the configuration of the pick's revision where the event does not tell."""
-        if "request_threshold" in decision or "token_threshold" in decision:
+        if "candidates" in decision:
             return
         snapshot = self._balance.directory.snapshot
         uuid = str(decision["rule"])
@@ -180,9 +181,7 @@ class Decisions:
             snapshot = earlier
         rule = snapshot.configuration.rule(uuid)
         if rule is not None:
-            for name in ("request_threshold", "token_threshold"):
-                if hasattr(rule.lb_tactic, name):
-                    decision[name] = getattr(rule.lb_tactic, name)
+            decision.update(tactic_params(rule.lb_tactic))
 
 
 # -- events as JSON ----------------------------------------------------------------------------------------------------
@@ -215,36 +214,45 @@ def _pick(pool: str, event: Event) -> dict[str, object]:
         "reason": event["reason"],
         "why": _why(event),
         "seq": int(event["seq"]),
-        "switched": event["reason"] != "retry" and event["cursor"] not in ("", event["service"]),
+        "switched": event["is_switch"] == "1" and event["reason"] != "pinned",
+        "saved": event["is_switch"] == "1" and event["reason"] == "pinned",
         "cursor_before": event["cursor"],
         "streak_before": int(event["streak_before"]),
         "streak": int(event["streak"]),
         "draw": int(event["draw"]),
+        "pin": event["pin"] or None,
+        "affinity_s": int(event["affinity_ms"]) // 1000,
+        "only": event["only"] or None,
         "excluded": [service for service in event["excluded"].split("\n") if service],
         "reserved": int(event["reserved"]),
         "deadline": at(int(event["deadline_ms"])),
         "worker": event["worker"],
         "number": int(event["number"]),
-        "before": _counters(event["before"], PICK_COUNTERS),
-        "after": _counters(event["after"], PICK_COUNTERS),
+        "before": _counters(event, "before", PICK_COUNTERS),
+        "after": _counters(event, "after", PICK_COUNTERS),
     }
     if "services" in event:  # Sampled: it tells what the tactic saw.
-        counts = [line.split(" ") for line in event["counts"].split("\n") if line]
-        told |= {
-            "request_threshold": int(event["request_threshold"]),
-            "token_threshold": int(event["token_threshold"]),
-            "candidates": [
-                {
-                    "service": service.id,
-                    "active": bool(service.active),
-                    "weight": service.weight,
-                    "time_window": service.window,
-                    "window_requests": int(requests),
-                    "window_tokens": int(tokens),
-                }
-                for service, (requests, tokens) in zip(checkpoint.read_services(event["services"]), counts, strict=True)
-            ],
-        }
+        services = checkpoint.read_services(event["services"])
+        counts = [map(int, line.split(" ")) for line in event["counts"].split("\n") if line]
+        told |= checkpoint.read_params(event["params"])
+        told["candidates"] = [
+            {
+                "service": service.id,
+                "active": bool(service.active),
+                "candidate": bool(is_candidate),
+                "weight": service.weight,
+                "tier": service.tier,
+                "time_window": service.window,
+                "window_requests": requests,
+                "window_tokens": tokens,
+                "in_flight": in_flight,
+                "first_token_us": first_token,
+                "per_token_us": per_token,
+            }
+            for service, (is_candidate, requests, tokens, in_flight, first_token, per_token) in zip(
+                services, counts, strict=True
+            )
+        ]
     return told
 
 
@@ -259,11 +267,27 @@ def _why(event: Event) -> str:
             return f"{service} stays: its window was below the threshold of {tactic}"
         case "next":
             return f"{current} had its streak of {event['streak_before']}, or could not serve: the next is {service}"
+        case "least" if tactic == "least_in_flight":
+            return f"{service} had the fewest requests in flight"
         case "least":
             measure = "requests x 10 + tokens" if tactic == "hybrid" else "tokens"
             return f"{current} was at a threshold, or could not serve: {service} had the least {measure} in its window"
         case "draw":
             return f"{service} was drawn by weight"
+        case "turn":
+            return f"it was the turn of {service}, by its weight"
+        case "fastest":
+            return f"of two that were drawn, {service} was the faster to expect"
+        case "cheapest":
+            return f"{service} is the cheapest that could serve"
+        case "pinned" if event["only"]:
+            return f"{service} alone was asked for; the cursor stays"
+        case "pinned":
+            return f"{service} has the session; the cursor stays"
+        case "probe":
+            return f"the breaker of {service} is half-open: this request tries it; the cursor stays"
+        case "exhausted":
+            return f"cooldowns and open breakers left none: {tactic} chose {service} all the same; the cursor stays"
         case "retry":
             return f"another attempt: {tactic} chose {service} without those tried before; the cursor stays"
         case other:
@@ -278,6 +302,9 @@ def _settle(event: Event) -> dict[str, object]:
         "age_ms": int(event["age_ms"]),
         "batch": int(event["batch"]),
         "usage": {name: int(event[name]) for name in usage},
+        "cooldown_ms": int(event["cooldown_ms"]),
+        "first_token_us": int(event["first_token_us"]),
+        "stream_us": int(event["stream_us"]),
     }
 
 
@@ -290,16 +317,16 @@ def _ending(event: Event) -> dict[str, object]:
         "at": at(int(event["now_ms"])),
         "epoch": int(event["epoch"]),
         "position": int(event["position"]),
-        "before": _counters(event["before"], LEDGER_COUNTERS),
-        "after": _counters(event["after"], LEDGER_COUNTERS),
+        "before": _counters(event, "before", LEDGER_COUNTERS),
+        "after": _counters(event, "after", LEDGER_COUNTERS),
     }
 
 
-def _counters(text: str, names: Sequence[str]) -> dict[str, object] | None:
-    """A service's counters, None where the event tells none."""
-    if not text:
+def _counters(event: Event, when: str, names: Sequence[str]) -> dict[str, object] | None:
+    """A service's counters before or after, None where the event tells none."""
+    if not event[when]:
         return None
-    values, _, windows = text.partition("|")
+    values, windows, minute, breaker = event[when].split("|")
     return dict(zip(names, map(int, values.split(" ")), strict=True)) | {
         "windows": [
             {
@@ -310,5 +337,13 @@ def _counters(text: str, names: Sequence[str]) -> dict[str, object] | None:
                 "output": window.output,
             }
             for window in checkpoint.read_windows(windows)
-        ]
+        ],
+        "minute": _minute(minute, int(event["now_ms"])),
+        "breaker": msgspec.structs.asdict(checkpoint.read_breaker(breaker)) if breaker else None,
     }
+
+
+def _minute(text: str, now_ms: int) -> dict[str, int]:
+    """What counted for limits in the minute before the event."""
+    minute = checkpoint.read_minute(text).rolled(now_ms)
+    return {"requests": minute.total("requests"), "tokens": minute.total("tokens")}

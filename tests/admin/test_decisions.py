@@ -44,10 +44,13 @@ async def test_a_decision_is_told_in_full(admin: Admin) -> None:
     ledger = dict.fromkeys(
         (
             *("requests", "failures", "input", "output", "cached", "cache_creation", "reasoning", "lost"),
-            *("lost_tokens", "abandoned", "last_used", "cleared"),
+            *("lost_tokens", "abandoned", "last_used", "cleared", "cooldown", "first_token", "per_token", "measured"),
         ),
         0,
     )
+    minute = {"minute": {"requests": 0, "tokens": 0}}
+    unbroken = minute | {"breaker": None}
+    breaker = dict.fromkeys(("state", "consecutive", "failed", "opens", "successes", "until", "probe"), 0)
     assert told == {
         "id": "default.1.5",
         "pool": "default",
@@ -64,6 +67,10 @@ async def test_a_decision_is_told_in_full(admin: Admin) -> None:
         "why": f"{FIRST} had its streak of 2, or could not serve: the next is {SECOND}",
         "seq": 3,
         "switched": True,
+        "saved": False,
+        "pin": None,
+        "affinity_s": 0,
+        "only": None,
         "cursor_before": FIRST,
         "streak_before": 2,
         "streak": 1,
@@ -73,8 +80,8 @@ async def test_a_decision_is_told_in_full(admin: Admin) -> None:
         "deadline": ANY,
         "worker": ANY,
         "number": 1,
-        "before": {"in_flight": 0, "reserved": 0, "picks": 0, "windows": windows(0, length=60)},
-        "after": {"in_flight": 1, "reserved": 70, "picks": 1, "windows": windows(1, length=60)},
+        "before": {"in_flight": 0, "reserved": 0, "picks": 0, "windows": windows(0, length=60)} | unbroken,
+        "after": {"in_flight": 1, "reserved": 70, "picks": 1, "windows": windows(1, length=60)} | unbroken,
         "settle": {
             "at": ANY,
             "epoch": 1,
@@ -83,17 +90,22 @@ async def test_a_decision_is_told_in_full(admin: Admin) -> None:
             "age_ms": 0,
             "batch": 1,
             "usage": {"input": 11, "output": 7, "cached": 0, "cache_creation": 0, "reasoning": 0},
-            "before": {"in_flight": 1, "reserved": 70} | ledger | {"windows": windows(1, length=60)},
+            "cooldown_ms": 0,
+            "first_token_us": 0,
+            "stream_us": 0,
+            "before": {"in_flight": 1, "reserved": 70} | ledger | {"windows": windows(1, length=60)} | unbroken,
             "after": {"in_flight": 0, "reserved": 0}
             | ledger
-            | {"requests": 1, "input": 11, "output": 7, "last_used": ANY, "windows": windows(1, 18, 7, 60)},
+            | {"requests": 1, "input": 11, "output": 7, "last_used": ANY, "windows": windows(1, 18, 7, 60)}
+            | minute
+            | {"breaker": breaker | {"start": ANY, "requests": 1}},
         },
         "reap": None,
     }
     assert told["at"] < told["settle"]["at"]
 
 
-async def test_thresholds_are_those_of_the_picks_own_revision(admin: Admin) -> None:
+async def test_a_tactics_numbers_are_those_of_the_picks_own_revision(admin: Admin) -> None:
     pick = await admin.pick()
     change = {"tactic": "hybrid", "params": {"request_threshold": 1}}
     await admin.send(f"{of(RULE)}/tactic", change, "PUT")
@@ -184,15 +196,20 @@ async def test_a_sampled_record_tells_what_the_tactic_saw(start: Start) -> None:
     sampled = [decision for decision in made if int(decision.rpartition(".")[2]) % 17 == 0]
     other = made[made.index(sampled[0]) + 1]
     told = await found(admin, sampled[0])
-    assert (told["request_threshold"], told["token_threshold"]) == (2, 0)
+    assert (told["request_threshold"], "token_threshold" in told) == (2, False)
     assert told["candidates"] == [
         {
             "service": service,
             "active": True,
+            "candidate": True,
             "weight": 1,
+            "tier": 0,
             "time_window": length,
             "window_requests": ANY,
             "window_tokens": 0,
+            "in_flight": ANY,
+            "first_token_us": 0,
+            "per_token_us": 0,
         }
         for service, length in ((FIRST, 300), (SECOND, 60))
     ]

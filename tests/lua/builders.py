@@ -46,13 +46,14 @@ def a_partition(
     *,
     requests: int = 2,
     tokens: int = NEVER,
+    params: Mapping[str, int] | None = None,
     cursor: str = "",
     refuses: bool = False,
     id_: str = keys.partition("chat"),
 ) -> PartitionDefinition:
-    """A partition; the thresholds that its tactic has not are left out."""
+    """A partition; the thresholds that its tactic has not are left out. All its numbers may be given as `params`."""
     known = tactic_params(tactic_from_map(tactic))
-    given = {"request_threshold": requests, "token_threshold": tokens}
+    given = params or {"request_threshold": requests, "token_threshold": tokens}
     return PartitionDefinition(
         id=id_,
         tactic=tactic,
@@ -234,6 +235,12 @@ class Fleet:
 
     def partition(self, rule: str = "chat") -> PartitionView:
         return self.view().partitions[keys.partition(rule)]
+
+    def memory(self, rule: str = "chat") -> str:
+        """What the rule's tactic remembers."""
+        assert isinstance(self.pool, LuaPool)
+        memory: bytes = self.pool.client.hget(keys.partitions(self.pool.name), f"memory:{keys.partition(rule)}")
+        return memory.decode()
 
     def cursor(self, rule: str = "chat") -> tuple[str, int]:
         """The rule's cursor and streak."""

@@ -12,8 +12,12 @@ from hypothesis import strategies as st
 
 from balancer.domain import Candidate, Outcome, ServiceDefinition, Tactic
 from balancer.store.views import PoolView
-from balancer.tactics import Hybrid, Random, RoundRobin, TokenBased, choose
+from balancer.tactics import Hybrid, Random, RoundRobin, TokenBased, choose, tactic_params
 from balancer.tactics import tactic_name as name_of
+from balancer.tactics.cost import Cost
+from balancer.tactics.latency import Latency
+from balancer.tactics.least_in_flight import LeastInFlight
+from balancer.tactics.weighted_round_robin import WeightedRoundRobin
 from tests.lua.builders import NEVER, A, B, C, D, Fleet, a_rule, a_selection, a_service, an_abandoned, an_entry
 from tests.lua.pool import LuaPool
 
@@ -32,6 +36,10 @@ TACTICS: dict[str, st.SearchStrategy[Tactic]] = {
     "token_based": st.builds(TokenBased, token_threshold=token_thresholds),
     "hybrid": st.builds(Hybrid, request_threshold=request_thresholds, token_threshold=token_thresholds),
     "random": st.builds(Random),
+    "least_in_flight": st.builds(LeastInFlight),
+    "weighted_round_robin": st.builds(WeightedRoundRobin),
+    "latency": st.builds(Latency, expected_output=st.integers(1, 500)),
+    "cost": st.builds(Cost),
 }
 tactics = st.one_of(*TACTICS.values())
 
@@ -46,15 +54,10 @@ def services(draw: st.DrawFn) -> list[ServiceDefinition]:
             active=draw(st.integers(0, 3)) > 0,
             window_s=draw(st.sampled_from((5, 300))),
             weight=draw(st.sampled_from((0, 0, 1, 2, 1_000_000))),
+            cost=draw(st.sampled_from((0, 300, 301))),
         )
         for id_ in ids
     ]
-
-
-def thresholds(tactic: Tactic) -> dict[str, Any]:
-    """What `a_rule` takes for the tactic."""
-    names = {"request_threshold": "requests", "token_threshold": "tokens"}
-    return {short: getattr(tactic, name) for name, short in names.items() if hasattr(tactic, name)}
 
 
 # -- a batch is its single calls ---------------------------------------------------------------------------------------
@@ -97,8 +100,8 @@ def test_a_batch_of_selections_equals_the_single_calls_in_the_same_order(
     lengths = dict.fromkeys(IDS, (5, 300))
     for fleet in (whole, single):
         for rule, (tactic, members) in (("one", one), ("two", two)):
-            options = thresholds(tactic)
-            fleet.fence(a_rule(name_of(tactic), members, rule=rule, revision=2, lengths=lengths, **options))
+            params = tactic_params(tactic)
+            fleet.fence(a_rule(name_of(tactic), members, rule=rule, revision=2, lengths=lengths, params=params))
         fleet.settle(an_abandoned(3), an_abandoned(17))
     number = 0
     for batch, passed_ms, settled in batches:
@@ -170,20 +173,27 @@ def test_the_script_picks_what_the_tactic_in_python_picks(
     fleet = Fleet(new_pool())
     for member, use in zip(members, uses, strict=False):
         fleet.use(member.id, window_s=member.window, **msgspec.structs.asdict(use))
-    fleet.fence(a_rule(name, members, cursor=cursor, **thresholds(tactic)))
+    fleet.fence(a_rule(name, members, cursor=cursor, params=tactic_params(tactic)))
     fleet.pass_ms(passed_ms)
     for number, (draw, excluded, reserved) in enumerate(asks, start=1):
-        before = fleet.view()
-        expected = _expected(before, tactic, members, draw, excluded, fleet.now_ms)
+        before, memory = fleet.view(), fleet.memory()
+        expected = _expected(before, tactic, memory, members, draw, excluded, fleet.now_ms)
         selection = a_selection(number, draw=draw, excluded=excluded, reserved=reserved)
         answer, _ = fleet.select(selection)
         assert answer == expected
         if answer[0] == "pick" and reserved % 2:
-            fleet.settle(an_entry(number, answer[1], Outcome.SUCCESS, input=reserved, output=draw % 9))
+            times = {"first_token_us": draw % 1000, "stream_us": draw % 5000}
+            fleet.settle(an_entry(number, answer[1], Outcome.SUCCESS, input=reserved, output=draw % 9, **times))
 
 
 def _expected(
-    view: PoolView, tactic: Tactic, members: list[ServiceDefinition], draw: int, excluded: list[str], now_ms: int
+    view: PoolView,
+    tactic: Tactic,
+    memory: str,
+    members: list[ServiceDefinition],
+    draw: int,
+    excluded: list[str],
+    now_ms: int,
 ) -> list[Any]:
     """The answer that follows from the pool's state before the call and the tactic in Python."""
     part = view.partitions["|chat"]
@@ -195,9 +205,10 @@ def _expected(
         order=[member.id for member in members],
         candidates=candidates,
         draw=draw,
+        memory=memory,
     )
     if choice is None:
-        return ["none"]
+        return ["none", "tried" if any(m.active for m in members) and excluded else "inactive", 0]
     place = [view.rules["chat"].seq + 1, view.epoch, view.position + 1]
     if excluded:
         return ["pick", choice.service, "retry", *place, part.streak, 0]
@@ -209,4 +220,13 @@ def _candidate(view: PoolView, member: ServiceDefinition, now_ms: int) -> Candid
     service = view.services[member.id]
     (window,) = (window for window in service.windows if window.length_s == member.window)
     requests, tokens = window.counts(now_ms)
-    return Candidate(service=member.id, weight=member.weight, requests=requests, tokens=tokens + service.reserved)
+    return Candidate(
+        service=member.id,
+        weight=member.weight,
+        requests=requests,
+        tokens=tokens + service.reserved,
+        in_flight=service.in_flight,
+        cost=member.cost,
+        first_token=service.first_token,
+        per_token=service.per_token,
+    )

@@ -271,16 +271,16 @@ def test_a_cursor_that_is_no_candidate_gives_way_to_the_least(fleet: Fleet, tact
 
 @pytest.mark.parametrize("tactic", ["round_robin", "token_based", "hybrid", "random"])
 @pytest.mark.parametrize(
-    ("services", "excluded"),
-    [([a_service(A, active=False)], ()), ([], ()), ([A, B], (A, B))],
+    ("services", "excluded", "why"),
+    [([a_service(A, active=False)], (), "inactive"), ([], (), "inactive"), ([A, B], (A, B), "tried")],
     ids=["all inactive", "no services", "all tried"],
 )
 def test_without_a_candidate_nothing_is_picked_counted_or_held(
-    fleet: Fleet, tactic: str, services: list[str | ServiceDefinition], excluded: tuple[str, ...]
+    fleet: Fleet, tactic: str, services: list[str | ServiceDefinition], excluded: tuple[str, ...], why: str
 ) -> None:
     fleet.fence(a_rule(tactic, services))
     before = fleet.view()
-    assert fleet.select(a_selection(1, excluded=excluded, reserved=7)) == [["none"], ["pool", 1, 1, 0]]
+    assert fleet.select(a_selection(1, excluded=excluded, reserved=7)) == [["none", why, 0], ["pool", 1, 1, 0]]
     assert fleet.view() == before
     assert fleet.reap("w1") == ["reaped", 0, 0, 1, 1, 0]
 
@@ -594,7 +594,7 @@ def test_one_call_may_hold_every_kind_of_answer(fleet: Fleet) -> None:
     assert reply == [
         ["pick", A, "streak", 1, 1, 4, 1, 0],
         ["stale", 2],
-        ["none"],
+        ["none", "inactive", 0],
         ["abandoned"],
         ["define", 2],
         ["pick", A, "streak", 2, 1, 5, 2, 0],
@@ -679,7 +679,7 @@ ARGUMENTS: dict[str, str | int] = {
     "position": 0,
     "lease_ms": LEASE_MS,
 }
-SELECTION = [1, "chat", keys.partition("chat"), 1, 0, 5, 1000, 1, A]
+SELECTION = [1, "chat", keys.partition("chat"), 1, 0, 5, 1000, 0, "", 1, A]
 NO_WHOLE_NUMBERS = ("", "x", "-1", "1.5", "nan", "inf", "9007199254740992", "1e400")
 
 
@@ -733,8 +733,8 @@ def test_a_malformed_argument_is_refused_and_nothing_is_written(new_pool: NewPoo
 
 @pytest.mark.parametrize(
     ("place", "value"),
-    [(place, value) for place in (0, 3, 4, 5, 6, 7) for value in NO_WHOLE_NUMBERS]
-    + [(0, "0"), (3, "0"), (4, 2**32), (7, 2), (7, 10**9)],
+    [(place, value) for place in (0, 3, 4, 5, 6, 7, 9) for value in NO_WHOLE_NUMBERS]
+    + [(0, "0"), (3, "0"), (4, 2**32), (9, 2), (9, 10**9), (7, 1)],
 )
 def test_a_malformed_selection_is_refused_with_all_others_of_its_call(
     new_pool: NewPool, place: int, value: str | int
@@ -747,7 +747,7 @@ def test_a_malformed_selection_is_refused_with_all_others_of_its_call(
         ask_raw(fleet, {"epoch": 9}, [100, *SELECTION[1:], *malformed])
 
 
-@pytest.mark.parametrize("kept", range(1, 9))
+@pytest.mark.parametrize("kept", range(1, 11))
 def test_a_selection_that_is_cut_short_is_refused(new_pool: NewPool, kept: int) -> None:
     fleet = used(new_pool)
     assert isinstance(fleet.pool, LuaPool)

@@ -355,7 +355,7 @@ ARGUMENTS: dict[str, str | int] = {
     "batch": 2,
     "skip": 0,
 }
-ENTRY = [2, A, "success", 0, 1, 2, 3, 4, 5]
+ENTRY = [2, A, "success", 0, 1, 2, 3, 4, 5, 6, 7, 8]
 NO_WHOLE_NUMBERS = ("", "x", "-1", "1.5", "nan", "inf", "9007199254740992")
 
 
@@ -372,7 +372,8 @@ def settle_raw(fleet: Fleet, client: Any) -> Callable[[dict[str, str | int], Seq
 
 def test_the_arguments_of_the_cases_below_are_taken_when_none_is_malformed(settle_raw: Callable[..., Any]) -> None:
     usage = {"input": 1, "output": 2, "cached": 3, "cache_creation": 4, "reasoning": 5}
-    assert list(entry_arguments(an_entry(2, A, Outcome.SUCCESS, **usage))) == ENTRY
+    entry = an_entry(2, A, Outcome.SUCCESS, **usage, cooldown_ms=6, first_token_us=7, stream_us=8)
+    assert list(entry_arguments(entry)) == ENTRY
     assert settle_raw({}, ENTRY)[:2] == ["applied", 2]
 
 
@@ -391,7 +392,7 @@ def test_a_malformed_argument_is_refused_and_nothing_is_written(
 
 @pytest.mark.parametrize(
     ("place", "value"),
-    [(place, value) for place in (0, 3, 4, 5, 6, 7, 8) for value in NO_WHOLE_NUMBERS]
+    [(place, value) for place in (0, *range(3, 12)) for value in NO_WHOLE_NUMBERS]
     + [(0, value) for value in ("02", "2.0", "2e0", "0x2", " 2")]
     + [(1, ""), (2, ""), (2, "finished")],
 )
@@ -404,7 +405,7 @@ def test_a_malformed_entry_is_refused_with_all_others_of_its_batch(
         settle_raw({"epoch": 9}, [*ENTRY, *malformed])
 
 
-@pytest.mark.parametrize("kept", range(1, 9))
+@pytest.mark.parametrize("kept", range(1, 12))
 def test_an_entry_that_is_cut_short_is_refused(settle_raw: Callable[..., Any], client: Any, kept: int) -> None:
     with refused(client, "settle"):
         settle_raw({}, [*ENTRY, *ENTRY[:kept]])

@@ -39,7 +39,7 @@ OUTCOMES = (
     *(Outcome.UNAUTHORIZED, Outcome.RATE_LIMITED, Outcome.REJECTED, Outcome.CANCELLED, Outcome.ABANDONED),
 )
 LEASE_MS = 30_000
-TINY = {"request_threshold": (1, 2, 3, 7, 2**53), "token_threshold": (10, 50, 400, 2000, 2**53)}
+TINY = {"request_threshold": (1, 2, 3, 7, 2**53), "token_threshold": (10, 20, 30, 50, 400, 2**53)}
 """Numbers of tactics at which something happens within a history."""
 
 
@@ -73,7 +73,7 @@ class Trace:
         )
         for step in range(steps):
             self.random.choice(doings)()
-            if self.random.random() < 0.03:
+            if self.random.random() < 0.06:
                 self.raise_fence(self.random.choice(self.rules))
             if step % 20 == 0:
                 self.compare_state()
@@ -99,7 +99,7 @@ class Trace:
         revision = self.revisions.get(rule, 0) + self.random.choice((0, 1, 1, 2))
         self.revisions[rule] = max(revision, self.revisions.get(rule, 0), 1)
         known = self.partitions.get(rule)
-        partition = self.edited(known) if known and self.random.random() < 0.4 else self.draw_partition(rule)
+        partition = self.edited(known) if known and self.random.random() < 0.3 else self.draw_partition(rule)
         self.partitions[rule] = partition
         services = partition.services
         named = sorted({s.id.partition(":")[0] for s in services})
@@ -117,7 +117,7 @@ class Trace:
         """Any services under any tactic."""
         chosen = self.random.sample(SERVICES, self.random.randint(1, 6))
         is_limited, is_tiered = self.random.random() < 0.3, self.random.random() < 0.3
-        tactic = self.random.choice(TACTIC_NAMES)
+        tactic = self.random.choice((*TACTIC_NAMES, "round_robin", "token_based", "hybrid"))
         return PartitionDefinition(
             id=keys.partition(rule),
             tactic=tactic,
@@ -195,7 +195,7 @@ class Trace:
                     partition=keys.partition(rule),
                     revision=max(1, self.revisions[rule] + self.random.choice((0, 0, 0, 0, 0, 0, 0, 0, -1, 1))),
                     draw=self.random.randrange(2**32),
-                    reserved=self.random.choice((0, 0, 10, 50, 300)),
+                    reserved=self.random.choice((*((0, 0, 0, 10) * 4), 300)),
                     deadline_ms=self.random.choice((1000, 60_000)),
                     session=session,
                     affinity_ms=AFFINITIES.get(session, 0),
@@ -214,7 +214,7 @@ class Trace:
         """A batch of some open attempts, an abandoned name that never arrived, and a stranger."""
         worker = self.random.choice(WORKERS)
         entries = []
-        for _ in range(min(len(self.open[worker]), self.random.randint(0, 6))):
+        for _ in range(min(len(self.open[worker]), self.random.choice((1, 6, 40)))):
             selection = self.open[worker].pop(self.random.randrange(len(self.open[worker])))
             outcome = self.random.choice(OUTCOMES)
             entries.append(
@@ -224,8 +224,8 @@ class Trace:
                     outcome=outcome,
                     age_ms=self.random.choice((0, 0, 0, 0, 0, 4000, 60_000, 400_000)),
                     usage=Usage(
-                        input=self.random.choice((0, 10, 20, 50)),
-                        output=self.random.choice((0, 10, 20, 50)),
+                        input=self.random.choice((0, 0, 10, 20)),
+                        output=self.random.choice((0, 0, 10, 50)),
                         cached=self.random.randrange(3),
                         cache_creation=self.random.randrange(3),
                         reasoning=self.random.randrange(3),
