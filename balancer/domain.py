@@ -236,7 +236,7 @@ class Rule(Struct, frozen=True, kw_only=True):
     smart_routing: tuple[SmartRoute, ...] = ()
     session_affinity: int = 0
     session_header: str = ""
-    on_store_loss: Literal["local", "closed"] = "closed"
+    on_store_loss: Literal["local", "closed"] = "local"
     on_exhausted: Literal["try", "refuse"] = "try"
     queue_timeout_ms: int = 0
     retry: Retry = Retry()

@@ -421,8 +421,6 @@ class _Reader:
             raise _SkippedError
         if not table.get("uuid") and isinstance(table.get("request_model"), str):
             table["uuid"] = self._default_uuid(f"{scenario}/{table['request_model']}")
-        if self._not_yet(table.get("on_store_loss") == "local", _join(path, "on_store_loss"), "today it is closed"):
-            del table["on_store_loss"]
         if self._not_yet(bool(table.get("smart_enabled")), _join(path, "smart_enabled")):
             del table["smart_enabled"]
         tactic = self.tactic(table.get("lb_tactic"), _join(path, "lb_tactic"))

@@ -7,7 +7,9 @@ import itertools
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -18,6 +20,7 @@ from balancer.errors import NoServiceError, NotFoundError, RateLimitedError, Sto
 from balancer.store import holds, keys, spill
 from balancer.store.connection import Commands
 from balancer.store.history import Send
+from balancer.store.local import ASIDE
 from balancer.store.pool import PoolClient, PoolEvents
 from balancer.store.prober import Probe, Probed, Prober, probed
 from balancer.store.queue import Queues
@@ -28,8 +31,6 @@ from balancer.store.views import PoolView
 _TRIES = 5
 _RESPONSE_MS = 30 * 86_400_000
 """So long an answer is found by its id; the vendors keep theirs no longer."""
-_ASIDE = frozenset({"pinned", "probe", "exhausted", "retry"})
-"""Reasons of picks that leave the cursor alone."""
 
 
 class BalanceEvents(msgspec.Struct, kw_only=True):
@@ -159,22 +160,38 @@ class Balance:
 
     @property
     def is_ready(self) -> bool:
-        """True when a configuration is known and every pool answers."""
+        """True when a configuration is known, and every pool answers or has rules that go on without it."""
         directory = self._follower.directory
         if directory is None or not directory.pools <= self._pools.keys():
             return False
-        return all(pool.is_up for pool in self._pools.values())
+        return all(pool.is_up or self._goes_on_without(name) for name, pool in self._pools.items())
+
+    def _goes_on_without(self, pool: str) -> bool:
+        directory = self._follower.directory
+        rules = directory.by_uuid.values() if directory else ()
+        return any(rule.pool == pool and rule.active and rule.on_store_loss == "local" for rule in rules)
 
     def readiness(self) -> dict[str, object]:
         """What stands behind `is_ready`, for people."""
-        directory = self._follower.directory
+        directory, now = self._follower.directory, datetime.now(UTC)
         return {
             "worker": self.worker,
             "revision": directory.revision if directory else 0,
             "registry": self._follower.failure or "ok",
-            "pools": {name: "ok" if pool.is_up else "away" for name, pool in self._pools.items()},
+            "pools": {name: self._describe(pool) for name, pool in self._pools.items()},
+            "away_since": {
+                name: (now - timedelta(seconds=pool.away_s)).isoformat(timespec="seconds")
+                for name, pool in self._pools.items()
+                if not pool.is_up
+            },
             "outbox_entries": sum(len(pool.outbox) for pool in self._pools.values()),
         }
+
+    def _describe(self, pool: PoolClient) -> str:
+        """`ok`, or what its requests get while Redis is away."""
+        if pool.is_up:
+            return "ok"
+        return "away: local" if self._goes_on_without(pool.pool) else "away: closed"
 
     def pools_up(self) -> dict[str, bool]:
         """For each pool whether Redis answers."""
@@ -236,6 +253,9 @@ class Balance:
         one service or none; a `holder` is a worker id of its own for this one pick (see `holds`). At its limits, a
         first attempt waits in the rule's queue for up to `queue_timeout_ms`.
 
+        While Redis is away, a rule with `on_store_loss: local` is picked for by this worker alone (see `local`), but
+        not for a `holder`: any worker must be able to settle that.
+
         Raises NoServiceError when no service may serve, or the rule is gone, RateLimitedError when that passes;
         StoreUnavailableError when Redis does not answer in time.
         """
@@ -287,29 +307,58 @@ class Balance:
                 excluded=excluded,
             )
             pool = self._pool(current.pool)
-            if not pool.was_up:  # The first request to a pool comes before its connection.
-                await pool.wait_until_up(self._settings.redis_deadline_ms / 1000)
-            started = time.perf_counter()
-            answer = await (pool.select_held(holder, selection) if holder else pool.select(selection))
-            self._events.selected(current.pool, time.perf_counter() - started)
+            goes_on_alone = current.on_store_loss == "local" and not holder
+            try:
+                answer = await self._ask(pool, selection, holder)
+            except StoreUnavailableError as exc:
+                if not goes_on_alone:
+                    raise
+                return self._picked_alone(current, selection, exc), current
             match answer[0]:
                 case "pick":
-                    return self._picked(current, selection, answer), current
+                    pick = self._picked(current, selection, answer)
+                    if not holder:
+                        pool.local.picked(pick, selection)
+                    return pick, current
                 case "none":
                     raise no_service(current.uuid, str(answer[1]), int(answer[2]), only)
-                case "stale":
-                    self._events.stale(current.pool)
-                    await self._follower.reach(int(answer[1]), timeout_s=3.0)
-                case "define":
-                    # The pool has lost the rule, with all its state. Look at the head first: ours may be outdated.
-                    await self._follower.refresh()
-                    await self._define(current)
+                case "stale" | "define" as word:
+                    try:
+                        await self._catch_up(current, word, int(answer[1]))
+                    except StoreUnavailableError as exc:
+                        if pool.is_up or not goes_on_alone:
+                            raise
+                        return self._picked_alone(current, selection, exc), current
                 case _:
                     raise StoreUnavailableError("Redis answered too late")
             current = self.directory.by_uuid.get(rule.uuid)
         raise StoreUnavailableError(f"rule {rule.uuid} changes faster than a selection can be made")
 
-    def _picked(self, rule: Rule, selection: Selection, answer: list[object]) -> Pick:
+    async def _ask(self, pool: PoolClient, selection: Selection, holder: str) -> list[Any]:
+        """Redis' answer. Raises StoreUnavailableError: after the deadline, at once where Redis is known to be away."""
+        if not (pool.was_up or pool.is_missed):  # The first request to a pool comes before its connection.
+            await pool.wait_until_up(self._settings.redis_deadline_ms / 1000)
+        started = time.perf_counter()
+        answer = await (pool.select_held(holder, selection) if holder else pool.select(selection))
+        self._events.selected(pool.pool, time.perf_counter() - started)
+        return answer
+
+    def _picked_alone(self, rule: Rule, selection: Selection, loss: StoreUnavailableError) -> Pick:
+        """This worker's own pick, under a new name: of the one that was asked for, Redis may have made something."""
+        selection = msgspec.structs.replace(selection, number=next(self._numbers))
+        answer = self._pool(rule.pool).local.select(self.directory, rule, selection, loss)
+        match answer[0]:
+            case "pick":
+                # A revision's order of events, and its place in it, is Redis' to give.
+                word, service, reason, _, _, _, *rest = answer
+                pick = self._picked(rule, selection, [word, service, reason, 0, 0, 0, *rest])
+                return msgspec.structs.replace(pick, is_local=True)
+            case "none":
+                raise no_service(rule.uuid, str(answer[1]), int(answer[2]), selection.only)
+            case _:
+                raise loss  # A rule newer than what this worker knows of it: only Redis can tell.
+
+    def _picked(self, rule: Rule, selection: Selection, answer: Sequence[object]) -> Pick:
         _, service, reason, seq, epoch, position, streak, is_switch = answer
         is_pinned = reason == "pinned"
         pick = msgspec.convert(
@@ -331,9 +380,19 @@ class Balance:
             },
             Pick,
         )
-        if pick.reason not in _ASIDE:
+        if pick.reason not in ASIDE:
             self._cursors[rule.uuid] = pick.service
         return pick
+
+    async def _catch_up(self, rule: Rule, word: str, revision: int) -> None:
+        """Brings this worker, or the pool, to the rule as it stands: who is behind, says the script's answer."""
+        if word == "stale":
+            self._events.stale(rule.pool)
+            await self._follower.reach(revision, timeout_s=3.0)
+        else:
+            # The pool has lost the rule, with all its state. Look at the head first: ours may be outdated.
+            await self._follower.refresh()
+            await self._define(rule)
 
     async def _define(self, rule: Rule) -> None:
         directory = self.directory
@@ -366,7 +425,9 @@ class Balance:
             first_token_us=first_token_us,
             stream_us=stream_us,
         )
-        self._pool(pick.pool).settle(entry)
+        pool = self._pool(pick.pool)
+        pool.settle(entry)
+        pool.local.settled(entry)
         self._queues.settled(pick.pool, pick.service)
 
     async def pick_held(
@@ -391,8 +452,10 @@ class Balance:
         await self._pool(pool).flushed()
 
     async def settled(self, pick: Pick) -> None:
-        """Returns once everything settled before is applied, or the deadline has passed."""
-        await self._pool(pick.pool).acknowledged(self._settings.redis_deadline_ms / 1000)
+        """Returns once all that was settled before is applied, or after the deadline; at once while Redis is away."""
+        pool = self._pool(pick.pool)
+        if pool.is_up:
+            await pool.acknowledged(self._settings.redis_deadline_ms / 1000)
 
     # -- answers by id -------------------------------------------------------------------------------------------------
 

@@ -242,6 +242,7 @@ class Link:
         self._is_moving = False
         self._is_proven = False
         self._is_late = False
+        self._away_since = time.monotonic()
 
     @property
     def is_connected(self) -> bool:
@@ -255,12 +256,24 @@ class Link:
 
     @property
     def is_up(self) -> bool:
-        """True when connected, and no command has waited for its reply beyond the deadline."""
-        if not self.is_connected:
+        """True when connected, and no command waits beyond the deadline.
+
+        Once somebody has waited in vain, it is not before a command is answered in time: of a server that is merely
+        slow every request would wait in vain.
+        """
+        if not self.is_connected or self._is_late:
             return False
-        if not self._waiting:
-            return True
-        return not self._is_late and time.monotonic() - self._waiting[0][1] < self._deadline_s
+        return not self._waiting or time.monotonic() - self._waiting[0][1] < self._deadline_s
+
+    @property
+    def away_s(self) -> float:
+        """How long the link has been down, 0 while it is up."""
+        if self.is_up:
+            return 0
+        since = self._away_since
+        if self.is_connected and not self._is_late:
+            since = self._waiting[0][1]
+        return time.monotonic() - since
 
     @property
     def failure(self) -> str:
@@ -294,8 +307,9 @@ class Link:
         self._loaded.discard(script.sha)
 
     def late(self) -> None:
-        """Somebody has waited in vain: the link is not up before the next reply."""
-        self._is_late = True
+        """Somebody has waited in vain: the link is not up before a command is answered in time again."""
+        if not self._is_late:
+            self._is_late, self._away_since = True, time.monotonic() - self._deadline_s
 
     def flush(self) -> None:
         """Writes what is queued to the socket, at once."""
@@ -381,8 +395,9 @@ class Link:
                     reply = refusal(exc) or exc
                     if not isinstance(reply, ResponseError | RefusedError):
                         raise
-                future, _ = self._waiting.popleft()
-                self._is_late = False
+                future, sent_at = self._waiting.popleft()
+                if time.monotonic() - sent_at < self._deadline_s:
+                    self._is_late = False
                 reply = self._noted(reply)
                 if future.done():
                     continue
@@ -421,11 +436,15 @@ class Link:
     async def _guard(self, url: str) -> None:
         """Breaks a connection that is silent for too long with commands waiting, or that leads to no master any more.
 
-        The first may be half-open. Of the second the sentinels know, not the server itself.
+        The first may be half-open. Of the second the sentinels know, not the server itself. A link that was late is
+        asked whether it still is.
         """
         patience_s = self._topology.patience_s
         while True:
             await asyncio.sleep(patience_s / 5)
+            if self._is_late and self._leaving is None and not self._waiting:
+                self.send("PING").add_done_callback(_retrieve)
+                self.flush()
             await self._topology.recheck(_RECHECK_S)
             is_silent = bool(self._waiting) and time.monotonic() - self._waiting[0][1] > patience_s
             if (is_silent or not await self._is_place(url)) and self._writer:
@@ -442,6 +461,8 @@ class Link:
 
     async def _disconnect(self, failure: str, *, is_moving: bool = False) -> None:
         was_up = self._writer is not None or self._is_moving
+        if was_up and not self._is_late:
+            self._away_since = time.monotonic()
         self._failure = failure
         self._writer = None
         self._leaving, self._is_moving = None, is_moving
@@ -456,6 +477,12 @@ class Link:
         if was_up and failure and not is_moving:
             log.warning("lost the store", link=self._name, reason=failure)
             self._on_down()
+
+
+def _retrieve(done: asyncio.Future[Any]) -> None:
+    """Takes the outcome of what nobody waits for."""
+    if not done.cancelled():
+        done.exception()
 
 
 def is_noscript(exc: BaseException | None) -> bool:

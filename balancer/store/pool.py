@@ -19,6 +19,7 @@ from balancer.store import keys, views
 from balancer.store.auditor import Auditor
 from balancer.store.calls import entry_arguments, fence_arguments, pin_keys, selection_arguments
 from balancer.store.connection import AGAIN_S, Link, is_noscript
+from balancer.store.local import LocalPool, Picture
 from balancer.store.refusals import RefusedError, Then
 from balancer.store.scripts import load
 from balancer.store.settlement import DEFAULT_MAX_ENTRIES, Batch, Outbox
@@ -82,6 +83,7 @@ class PoolClient:
         self.pool = pool
         self.worker = worker
         self.outbox = Outbox(max_entries=outbox_max_entries)
+        self.local = LocalPool(pool, worker)
         self.seen = (0, 0)
         self._deadline_s = deadline_ms / 1000
         self._lease_ms = lease_ms
@@ -100,6 +102,8 @@ class PoolClient:
         self._up = asyncio.Event()
         self.was_up = False
         """True once it has been connected."""
+        self.is_missed = False
+        """True once somebody has waited for its first connection in vain."""
         self._full_warned_at = float("-inf")
         self._outbox_dir = outbox_dir
         self._spiller: Spiller | None = None
@@ -109,7 +113,11 @@ class PoolClient:
 
     def start(self) -> None:
         """Connects and begins to keep the lease, in the background."""
-        self._tasks = [asyncio.create_task(self._link.run()), asyncio.create_task(self._keep_lease())]
+        self._tasks = [
+            asyncio.create_task(self._link.run()),
+            asyncio.create_task(self._keep_lease()),
+            asyncio.create_task(self.local.watch(self.picture, self._up)),
+        ]
         if self._audit_interval_s:
             auditor = Auditor(self.command, self.pool, self.worker, self._audit_interval_s, self._events.violated)
             self._tasks.append(asyncio.create_task(auditor.run()))
@@ -153,11 +161,17 @@ class PoolClient:
         """True when Redis is connected and answers in time."""
         return self._link.is_up
 
+    @property
+    def away_s(self) -> float:
+        """How long Redis has been away, 0 while it is up."""
+        return self._link.away_s
+
     async def wait_until_up(self, timeout_s: float) -> None:
         """Returns once connected. Raises StoreUnavailableError after the time."""
         try:
             await asyncio.wait_for(self._up.wait(), timeout_s)
         except TimeoutError:
+            self.is_missed = True
             raise StoreUnavailableError(f"Redis is away: {self._link.failure}") from None
 
     # -- selections and settles ----------------------------------------------------------------------------------------
@@ -598,6 +612,7 @@ class PoolClient:
         now_ms = int(seconds) * 1000 + int(micros) // 1000
         ended = [worker for worker, end_ms in ends.items() if 0 <= end_ms <= now_ms and worker != self.worker]
         alive = sorted(w for w, end_ms in ends.items() if end_ms > now_ms and not w.startswith(keys.HOLD_PREFIX))
+        self.local.saw_workers(len(alive))
         following = [worker for worker in alive if worker > self.worker] or [w for w in alive if w < self.worker]
         return ended + following[:1]
 
@@ -615,7 +630,17 @@ class PoolClient:
                 return
 
     async def view(self) -> views.PoolView:
-        """A picture of the pool, within the deadline."""
+        """A picture of the pool that is read at once, within the deadline."""
+        read = await self._read()
+        return views.read_pool(self.pool, read.partitions, read.services, read.now_ms)
+
+    async def picture(self) -> Picture:
+        """The pool as it is stored. Raises StoreUnavailableError, at once while Redis is known to be away."""
+        if not self._link.is_up:
+            raise StoreUnavailableError(f"Redis is away: {self._link.failure}")
+        return await self._read()
+
+    async def _read(self) -> Picture:
         hashes = (keys.partitions(self.pool), keys.services(self.pool))
         try:
             async with asyncio.timeout(self._deadline_s):
@@ -624,8 +649,12 @@ class PoolClient:
                 )
         except TimeoutError:
             raise StoreUnavailableError("Redis did not answer in time") from None
-        now_ms = int(seconds) * 1000 + int(micros) // 1000
-        return views.read_pool(self.pool, _mapping(partitions), _mapping(services), now_ms)
+        return Picture(
+            partitions=_mapping(partitions),
+            services=_mapping(services),
+            now_ms=int(seconds) * 1000 + int(micros) // 1000,
+            taken_at=time.monotonic(),
+        )
 
 
 def _store_error(exc: BaseException) -> StoreUnavailableError:

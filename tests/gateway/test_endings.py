@@ -355,17 +355,20 @@ async def test_models_that_clients_make_up_are_no_labels(gateway: Served) -> Non
     assert await series() == before
 
 
-async def test_without_redis_requests_get_503_at_once_and_readiness_says_so(
+async def test_without_redis_requests_of_closed_rules_get_503_at_once_and_readiness_says_so(
     serve: Serve, upstream: Upstream, store_url: str
 ) -> None:
-    gateway = await serve(a_document(upstream.url), redis_deadline_ms=100)
+    closed = a_document(upstream.url)
+    for rule in closed["rules"]:
+        rule["on_store_loss"] = "closed"
+    gateway = await serve(closed, redis_deadline_ms=100)
     async with redis.asyncio.Redis.from_url(store_url) as control:
         await control.client_pause(700)
         status, answer = await post(gateway, "/v1/chat/completions", b'{"model": "gpt"}')
         assert (status, answer["error"]["code"]) == (503, "store_unavailable")
         async with gateway.session.get(f"{gateway.url}/readyz") as response:
             assert response.status == 503
-            assert decoded(await response.read())["pools"] == {"default": "away"}
+            assert decoded(await response.read())["pools"] == {"default": "away: closed"}
 
         async def is_back() -> bool:
             return await is_serving(gateway, upstream)

@@ -573,7 +573,6 @@ def test_faults_never_show_a_credential() -> None:
 
 NOT_YET: list[tuple[str, dict[str, Any], str]] = [
     ("provider", {"oauth_detail": {"refresh_token": "r"}}, "providers[0].oauth_detail.refresh_token"),
-    ("rule", {"on_store_loss": "local"}, "rules[0].on_store_loss"),
     ("rule", {"smart_enabled": True}, "rules[0].smart_enabled"),
     ("keys", {"name": "ci", "hash": "sha256:0"}, "keys"),
     *(
@@ -638,7 +637,7 @@ def test_a_google_provider_does_not_keep_the_lenient_door_from_reading_the_rest(
         ("provider", {"limits": {"rpm": 0, "tpm": 0, "in_flight": 0}, "breaker": {}, "price": {"input": 0}}),
         ("provider", {"health": {"path": "", "interval_s": 0}}),
         ("service", {"tier": 0, "limits": {}}),
-        ("rule", {"session_affinity": 0, "session_header": "", "on_store_loss": "closed", "on_exhausted": "try"}),
+        ("rule", {"session_affinity": 0, "session_header": "", "on_store_loss": "local", "on_exhausted": "try"}),
         ("rule", {"queue_timeout_ms": 0, "retry": {}, "fallback": [], "smart_enabled": False}),
     ],
 )

@@ -400,10 +400,10 @@ async def test_worker_ids_are_new_for_every_start(start: Start, control: Any) ->
 # -- without Redis -----------------------------------------------------------------------------------------------------
 
 
-async def test_while_redis_is_away_selections_fail_at_once_and_settles_are_kept(
+async def test_while_redis_is_away_selections_of_a_closed_rule_fail_at_once_and_settles_are_kept(
     url: str, start: Start, control: Any
 ) -> None:
-    (first,) = await started(start, a_configuration(a_rule()))
+    (first,) = await started(start, a_configuration(a_rule(on_store_loss="closed")))
     with a_door(url) as door:
         worker = await start(door.url)
         picked = await pick(worker)
@@ -420,7 +420,8 @@ async def test_while_redis_is_away_selections_fail_at_once_and_settles_are_kept(
             {"default": False},
             {"default": 1},
         )
-        assert worker.readiness()["pools"] == {"default": "away"}
+        told: Any = worker.readiness()
+        assert (told["pools"], told["away_since"].keys()) == ({"default": "away: closed"}, {"default"})
         door.open()
         await eventually(lambda: are_ready(worker))
         assert await settled(worker)
