@@ -301,10 +301,8 @@ class Run:
             Bar(name="limits hold", holds=rpm <= most_rpm, detail=f"{rpm} of {RPM} a minute, bound {most_rpm}"),
             Bar(
                 name="memory is flat",
-                holds=growth.rss_mib[1] <= growth.rss_mib[0] + _APART_S = 1.0
-_MOST_GROWTH_MIB,
-                detail=f"{growth.rss_mib[1] - growth.rss_mib[0]:+.1f} MiB, bound {_APART_S = 1.0
-_MOST_GROWTH_MIB:g}",
+                holds=growth.rss_mib[1] <= growth.rss_mib[0] + _MOST_GROWTH_MIB,
+                detail=f"{growth.rss_mib[1] - growth.rss_mib[0]:+.1f} MiB, bound {_MOST_GROWTH_MIB:g}",
             ),
             Bar(
                 name="open files are flat",
