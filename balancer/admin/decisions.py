@@ -20,6 +20,7 @@ from balancer.errors import NotFoundError, RequestError
 from balancer.ledger import LEDGER_COUNTERS, PICK_COUNTERS
 from balancer.store import history
 from balancer.store.balance import Balance
+from balancer.tactics import tactic_params
 
 MOST_EVENTS = 10_000
 _PAGE = 100
@@ -134,7 +135,7 @@ class Decisions:
         found = await search.pick(place)
         if found is None:
             raise NotFoundError(f"Decision not found: {await self._why_not(pool, place, search)}")
-        await self._add_thresholds(found)
+        await self._add_params(found)
         return {"decision": found}
 
     def _pools(self, pool: str, rule: str) -> Sequence[str]:
@@ -167,9 +168,9 @@ class Decisions:
             return f"pool {pool} records no events (pools: [{{name: {pool}, record: full}}] in the configuration does)"
         return f"no event has this position (pool {pool} is recorded: {mode})"
 
-    async def _add_thresholds(self, decision: dict[str, object]) -> None:
+    async def _add_params(self, decision: dict[str, object]) -> None:
         """What the tactic was set to, from the configuration of the pick's revision where the event does not tell."""
-        if "request_threshold" in decision or "token_threshold" in decision:
+        if "params" in decision:
             return
         snapshot = self._balance.directory.snapshot
         uuid = str(decision["rule"])
@@ -180,9 +181,7 @@ class Decisions:
             snapshot = earlier
         rule = snapshot.configuration.rule(uuid)
         if rule is not None:
-            for name in ("request_threshold", "token_threshold"):
-                if hasattr(rule.lb_tactic, name):
-                    decision[name] = getattr(rule.lb_tactic, name)
+            decision["params"] = tactic_params(rule.lb_tactic)
 
 
 # -- events as JSON ----------------------------------------------------------------------------------------------------
@@ -215,12 +214,16 @@ def _pick(pool: str, event: Event) -> dict[str, object]:
         "reason": event["reason"],
         "why": _why(event),
         "seq": int(event["seq"]),
-        "switched": event["reason"] != "retry" and event["cursor"] not in ("", event["service"]),
+        "switched": event["reason"] != "pinned" and event["is_switch"] == "1",
+        "saved": event["reason"] == "pinned" and event["is_switch"] == "1",
         "cursor_before": event["cursor"],
         "streak_before": int(event["streak_before"]),
         "streak": int(event["streak"]),
         "draw": int(event["draw"]),
         "excluded": [service for service in event["excluded"].split("\n") if service],
+        "only": event["only"],
+        "affinity_ms": int(event["affinity_ms"]),
+        "pinned_to": event["pin"],
         "reserved": int(event["reserved"]),
         "deadline": at(int(event["deadline_ms"])),
         "worker": event["worker"],
@@ -231,18 +234,25 @@ def _pick(pool: str, event: Event) -> dict[str, object]:
     if "services" in event:  # Sampled: it tells what the tactic saw.
         counts = [line.split(" ") for line in event["counts"].split("\n") if line]
         told |= {
-            "request_threshold": int(event["request_threshold"]),
-            "token_threshold": int(event["token_threshold"]),
-            "candidates": [
+            "params": checkpoint.read_params(event["params"]),
+            "services": [
                 {
                     "service": service.id,
+                    "is_candidate": is_candidate == "1",
                     "active": bool(service.active),
                     "weight": service.weight,
+                    "tier": service.tier,
+                    "cost": service.cost,
                     "time_window": service.window,
                     "window_requests": int(requests),
                     "window_tokens": int(tokens),
+                    "in_flight": int(in_flight),
+                    "first_token_us": int(first_token),
+                    "per_token_us": int(per_token),
                 }
-                for service, (requests, tokens) in zip(checkpoint.read_services(event["services"]), counts, strict=True)
+                for service, (is_candidate, requests, tokens, in_flight, first_token, per_token) in zip(
+                    checkpoint.read_services(event["services"]), counts, strict=True
+                )
             ],
         }
     return told
@@ -259,11 +269,25 @@ def _why(event: Event) -> str:
             return f"{service} stays: its window was below the threshold of {tactic}"
         case "next":
             return f"{current} had its streak of {event['streak_before']}, or could not serve: the next is {service}"
+        case "least" if tactic == "least_in_flight":
+            return f"{service} had the fewest requests in flight"
         case "least":
             measure = "requests x 10 + tokens" if tactic == "hybrid" else "tokens"
             return f"{current} was at a threshold, or could not serve: {service} had the least {measure} in its window"
         case "draw":
             return f"{service} was drawn by weight"
+        case "turn":
+            return f"it was {service}'s turn by weight"
+        case "fastest":
+            return f"{service} was expected to answer sooner than the other one that was drawn"
+        case "cheapest":
+            return f"{service} was the cheapest"
+        case "pinned":
+            return f"{service} was asked for" if event["only"] else f"the session is pinned to {service}"
+        case "probe":
+            return f"{service} is tried again: its breaker is half open, and lets this one request through"
+        case "exhausted":
+            return f"breakers and cooldowns kept all services back: {tactic} chose {service} all the same"
         case "retry":
             return f"another attempt: {tactic} chose {service} without those tried before; the cursor stays"
         case other:
@@ -278,6 +302,9 @@ def _settle(event: Event) -> dict[str, object]:
         "age_ms": int(event["age_ms"]),
         "batch": int(event["batch"]),
         "usage": {name: int(event[name]) for name in usage},
+        "cooldown_ms": int(event["cooldown_ms"]),
+        "first_token_us": int(event["first_token_us"]),
+        "stream_us": int(event["stream_us"]),
     }
 
 
@@ -299,7 +326,8 @@ def _counters(text: str, names: Sequence[str]) -> dict[str, object] | None:
     """A service's counters, None where the event tells none."""
     if not text:
         return None
-    values, _, windows = text.partition("|")
+    values, windows, minute, breaker = text.split("|")
+    used = checkpoint.read_minute(minute)
     return dict(zip(names, map(int, values.split(" ")), strict=True)) | {
         "windows": [
             {
@@ -310,5 +338,7 @@ def _counters(text: str, names: Sequence[str]) -> dict[str, object] | None:
                 "output": window.output,
             }
             for window in checkpoint.read_windows(windows)
-        ]
+        ],
+        "minute": {"requests": used.total("requests"), "tokens": used.total("tokens")},
+        "breaker": msgspec.structs.asdict(checkpoint.read_breaker(breaker)),
     }
