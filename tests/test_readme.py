@@ -9,10 +9,13 @@ import pytest
 
 from balancer import config, document
 from balancer.__main__ import _FLAGS, main
+from balancer.domain import BreakerSettings, Outcome, Retry
 from balancer.metrics import Metrics, PoolGauges
+from balancer.tactics import TACTIC_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FAILURES = (ROOT / "docs" / "failures.md").read_text(encoding="utf-8")
 
 
 def cell(value: object) -> str:
@@ -40,9 +43,35 @@ def test_the_series_named_are_those_exported() -> None:
     assert named == exported
 
 
+def first_cells(text: str, heading: str) -> list[str]:
+    """What the first column of the table under that first heading names in code."""
+    rows = text.partition(f"\n| {heading} |")[2].partition("\n\n")[0].splitlines()[2:]
+    return [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+
+
+def test_its_tables_of_tactics_and_outcomes_leave_none_out() -> None:
+    assert sorted(first_cells(README, "tactic")) == sorted(TACTIC_NAMES)
+    assert sorted(first_cells(README, "outcome")) == sorted(set(Outcome) - {Outcome.SUCCESS})
+    assert sorted(first_cells(FAILURES, "outcome")) == sorted(Outcome)
+
+
+def test_the_defaults_it_names_are_the_program_s() -> None:
+    table = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", FAILURES, re.MULTILINE))
+    breaker = BreakerSettings()
+    assert {name: float(value) for name, value in table.items()} == {
+        name: float(getattr(breaker, name)) for name in BreakerSettings.__struct_fields__
+    }
+    for text in (README, FAILURES):
+        for name, value in re.findall(r"`(?:retry\.)?(attempts|budget_ratio|backoff_ms)` \(([\d.]+)\)", text):
+            assert float(value) == getattr(Retry(), name)
+    for name, value in re.findall(r"`(failures|min_requests|ratio|successes)` \(([\d.]+)\)", README):
+        assert float(value) == getattr(breaker, name)
+
+
 def test_every_file_that_it_names_exists() -> None:
-    named = re.findall(r"`((?:tests|balancer|lua|docs|benchmarks)/[\w./-]+)`", README)
+    named = re.findall(r"`((?:tests|balancer|lua|docs|benchmarks)/[\w./-]+)`", README + FAILURES)
     named += re.findall(r"\]\(([\w./-]+)\)", README)
+    named += [f"docs/{name}" for name in re.findall(r"\]\(([\w./-]+)\)", FAILURES)]
     assert len(named) > 10
     assert [name for name in named if not (ROOT / name).exists()] == []
 

@@ -170,7 +170,7 @@ class Decisions:
 
     async def _add_params(self, decision: dict[str, object]) -> None:
         """What the tactic was set to, from the configuration of the pick's revision where the event does not tell."""
-        if "params" in decision:
+        if "candidates" in decision:
             return
         snapshot = self._balance.directory.snapshot
         uuid = str(decision["rule"])
@@ -181,7 +181,7 @@ class Decisions:
             snapshot = earlier
         rule = snapshot.configuration.rule(uuid)
         if rule is not None:
-            decision["params"] = tactic_params(rule.lb_tactic)
+            decision.update(tactic_params(rule.lb_tactic))
 
 
 # -- events as JSON ----------------------------------------------------------------------------------------------------
@@ -214,47 +214,45 @@ def _pick(pool: str, event: Event) -> dict[str, object]:
         "reason": event["reason"],
         "why": _why(event),
         "seq": int(event["seq"]),
-        "switched": event["reason"] != "pinned" and event["is_switch"] == "1",
-        "saved": event["reason"] == "pinned" and event["is_switch"] == "1",
+        "switched": event["is_switch"] == "1" and event["reason"] != "pinned",
+        "saved": event["is_switch"] == "1" and event["reason"] == "pinned",
         "cursor_before": event["cursor"],
         "streak_before": int(event["streak_before"]),
         "streak": int(event["streak"]),
         "draw": int(event["draw"]),
+        "pin": event["pin"] or None,
+        "affinity_s": int(event["affinity_ms"]) // 1000,
+        "only": event["only"] or None,
         "excluded": [service for service in event["excluded"].split("\n") if service],
-        "only": event["only"],
-        "affinity_ms": int(event["affinity_ms"]),
-        "pinned_to": event["pin"],
         "reserved": int(event["reserved"]),
         "deadline": at(int(event["deadline_ms"])),
         "worker": event["worker"],
         "number": int(event["number"]),
-        "before": _counters(event["before"], PICK_COUNTERS),
-        "after": _counters(event["after"], PICK_COUNTERS),
+        "before": _counters(event, "before", PICK_COUNTERS),
+        "after": _counters(event, "after", PICK_COUNTERS),
     }
     if "services" in event:  # Sampled: it tells what the tactic saw.
-        counts = [line.split(" ") for line in event["counts"].split("\n") if line]
-        told |= {
-            "params": checkpoint.read_params(event["params"]),
-            "services": [
-                {
-                    "service": service.id,
-                    "is_candidate": is_candidate == "1",
-                    "active": bool(service.active),
-                    "weight": service.weight,
-                    "tier": service.tier,
-                    "cost": service.cost,
-                    "time_window": service.window,
-                    "window_requests": int(requests),
-                    "window_tokens": int(tokens),
-                    "in_flight": int(in_flight),
-                    "first_token_us": int(first_token),
-                    "per_token_us": int(per_token),
-                }
-                for service, (is_candidate, requests, tokens, in_flight, first_token, per_token) in zip(
-                    checkpoint.read_services(event["services"]), counts, strict=True
-                )
-            ],
-        }
+        services = checkpoint.read_services(event["services"])
+        counts = [map(int, line.split(" ")) for line in event["counts"].split("\n") if line]
+        told |= checkpoint.read_params(event["params"])
+        told["candidates"] = [
+            {
+                "service": service.id,
+                "active": bool(service.active),
+                "candidate": bool(is_candidate),
+                "weight": service.weight,
+                "tier": service.tier,
+                "time_window": service.window,
+                "window_requests": requests,
+                "window_tokens": tokens,
+                "in_flight": in_flight,
+                "first_token_us": first_token,
+                "per_token_us": per_token,
+            }
+            for service, (is_candidate, requests, tokens, in_flight, first_token, per_token) in zip(
+                services, counts, strict=True
+            )
+        ]
     return told
 
 
@@ -277,17 +275,19 @@ def _why(event: Event) -> str:
         case "draw":
             return f"{service} was drawn by weight"
         case "turn":
-            return f"it was {service}'s turn by weight"
+            return f"it was the turn of {service}, by its weight"
         case "fastest":
-            return f"{service} was expected to answer sooner than the other one that was drawn"
+            return f"of two that were drawn, {service} was the faster to expect"
         case "cheapest":
-            return f"{service} was the cheapest"
+            return f"{service} is the cheapest that could serve"
+        case "pinned" if event["only"]:
+            return f"{service} alone was asked for; the cursor stays"
         case "pinned":
-            return f"{service} was asked for" if event["only"] else f"the session is pinned to {service}"
+            return f"{service} has the session; the cursor stays"
         case "probe":
-            return f"{service} is tried again: its breaker is half open, and lets this one request through"
+            return f"the breaker of {service} is half-open: this request tries it; the cursor stays"
         case "exhausted":
-            return f"breakers and cooldowns kept all services back: {tactic} chose {service} all the same"
+            return f"cooldowns and open breakers left none: {tactic} chose {service} all the same; the cursor stays"
         case "retry":
             return f"another attempt: {tactic} chose {service} without those tried before; the cursor stays"
         case other:
@@ -317,17 +317,16 @@ def _ending(event: Event) -> dict[str, object]:
         "at": at(int(event["now_ms"])),
         "epoch": int(event["epoch"]),
         "position": int(event["position"]),
-        "before": _counters(event["before"], LEDGER_COUNTERS),
-        "after": _counters(event["after"], LEDGER_COUNTERS),
+        "before": _counters(event, "before", LEDGER_COUNTERS),
+        "after": _counters(event, "after", LEDGER_COUNTERS),
     }
 
 
-def _counters(text: str, names: Sequence[str]) -> dict[str, object] | None:
-    """A service's counters, None where the event tells none."""
-    if not text:
+def _counters(event: Event, when: str, names: Sequence[str]) -> dict[str, object] | None:
+    """A service's counters before or after, None where the event tells none."""
+    if not event[when]:
         return None
-    values, windows, minute, breaker = text.split("|")
-    used = checkpoint.read_minute(minute)
+    values, windows, minute, breaker = event[when].split("|")
     return dict(zip(names, map(int, values.split(" ")), strict=True)) | {
         "windows": [
             {
@@ -339,6 +338,12 @@ def _counters(text: str, names: Sequence[str]) -> dict[str, object] | None:
             }
             for window in checkpoint.read_windows(windows)
         ],
-        "minute": {"requests": used.total("requests"), "tokens": used.total("tokens")},
-        "breaker": msgspec.structs.asdict(checkpoint.read_breaker(breaker)),
+        "minute": _minute(minute, int(event["now_ms"])),
+        "breaker": msgspec.structs.asdict(checkpoint.read_breaker(breaker)) if breaker else None,
     }
+
+
+def _minute(text: str, now_ms: int) -> dict[str, int]:
+    """What counted for limits in the minute before the event."""
+    minute = checkpoint.read_minute(text).rolled(now_ms)
+    return {"requests": minute.total("requests"), "tokens": minute.total("tokens")}

@@ -13,6 +13,7 @@ from balancer.errors import NoServiceError, NotFoundError, RequestError
 from balancer.metrics import Metrics
 from balancer.store import holds
 from balancer.store.balance import Balance
+from balancer.store.calls import needs_estimate
 
 _MOST = 2**52
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
@@ -66,9 +67,11 @@ class Picks:
     async def pick(self, call: Call) -> object:
         """A service, and the hold that settles the attempt on it."""
         wanted = call.read(PickRequest)
+        rule = self._rule(wanted)
+        is_held = rule.lb_tactic.reserve != "none" or needs_estimate(rule, self._balance.directory.provider)
         pick, hold = await self._balance.pick_held(
-            rule := self._rule(wanted),
-            reserved=0 if rule.lb_tactic.reserve == "none" else min(wanted.reserved, rule.lb_tactic.reserve_cap),
+            rule,
+            reserved=min(wanted.reserved, rule.lb_tactic.reserve_cap) if is_held else 0,
             hold_ms=math.ceil(wanted.hold_s * 1000),
             excluded=wanted.excluded,
         )

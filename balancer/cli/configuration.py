@@ -23,6 +23,10 @@ from balancer.store.topology import Topology
 from balancer.store.views import PoolView, read_pool
 
 _Result = TypeVar("_Result")
+_COUNTERS = (
+    *("in_flight", "reserved", "picks", "requests", "failures"),
+    *("input", "output", "cached", "cache_creation", "reasoning", "lost", "lost_tokens", "abandoned"),
+)
 
 
 def read_file(path: str, *, lenient: bool) -> Configuration:
@@ -180,13 +184,17 @@ def _stats(view: PoolView, configuration: Configuration) -> dict[str, object]:
         ],
         "services": [
             {
-                "id": name,
-                **{k: v for k, v in msgspec.structs.asdict(service).items() if k not in ("windows", "last_used")},
+                "id": id_,
+                **{name: getattr(service, name) for name in _COUNTERS},
+                "breaker": view.breaker_state(id_),
+                "cooldown_ms": view.cooldown_ms(id_),
+                "first_token_us": service.first_token,
+                "per_token_us": service.per_token,
                 "windows": [
                     dict(zip(("seconds", "requests", "tokens"), (w.length_s, *w.counts(view.now_ms)), strict=True))
                     for w in service.windows
                 ],
             }
-            for name, service in sorted(view.services.items())
+            for id_, service in sorted(view.services.items())
         ],
     }

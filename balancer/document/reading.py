@@ -16,6 +16,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
+from balancer.document import links, ranges
 from balancer.domain import (
     BreakerSettings,
     Configuration,
@@ -44,6 +45,7 @@ Door = Literal["strict", "lenient", "stored"]
 NOT_YET = "not supported yet"
 _POOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_NO_PATH = re.compile(r"[^\x21-\x7e]|#")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _LONGEST_NAME = 256
 _MOST_WEIGHT = 1_000_000
@@ -112,6 +114,8 @@ class _Reader:
         self._faulty: set[str] = set()
         self._bases: Counter[str] = Counter()
         self.warnings: list[str] = []
+        self._provider_places: dict[str, str] = {}
+        self._rule_places: dict[str, str] = {}
 
     # -- notes ---------------------------------------------------------------------------------------------------------
 
@@ -129,6 +133,10 @@ class _Reader:
         if self._door == "lenient":
             self.warnings.append(f"{path}: {message}; {mended}")
         return True
+
+    def _warn(self, path: str, message: str) -> None:
+        if self._door != "stored":
+            self.warnings.append(f"{path}: {message}")
 
     # -- generic parts -------------------------------------------------------------------------------------------------
 
@@ -179,12 +187,25 @@ class _Reader:
                 self._fault(_join(path, name), "missing")
             if field.required and name not in values:
                 values[name] = get_args(field.type)[0] if get_args(field.type) else ""
-        return kind(**values)
+        return self._within(kind(**values), path)
+
+    def _within(self, struct: _STRUCT, path: str) -> _STRUCT:
+        """The struct with its numbers in their ranges."""
+        for name, allowed in list(ranges.outside(struct)):
+            default = next(field.default for field in msgspec.structs.fields(struct) if field.name == name)
+            message = f"expected {allowed}, not {getattr(struct, name)}"
+            if self._mend(_join(path, name), message, f"{default} is taken"):
+                struct = msgspec.structs.replace(struct, **{name: default})
+        return struct
 
     def _part(self, kind: type[_STRUCT], table: dict[str, Any], name: str, path: str) -> _STRUCT:
         """The struct of a nested table, its defaults when it is absent."""
         raw = table.get(name)
-        return self._struct(kind, self._table(raw, _join(path, name)) if raw is not None else {}, _join(path, name))
+        try:
+            part = self._table(raw, _join(path, name)) if raw is not None else {}
+        except _SkippedError:
+            part = {}
+        return self._struct(kind, part, _join(path, name))
 
     def _name(self, value: str, path: str, forbidden: str) -> None:
         if not value:
@@ -217,6 +238,7 @@ class _Reader:
         providers = self._providers(table.get("providers"))
         uuids = {p.uuid: p.uuid for p in providers} | {p.name: p.uuid for p in providers}
         rules = self._rules(table.get("rules"), uuids)
+        providers, rules = self._linked(providers, rules)
         scenarios = []
         for path, item in self._items(table.get("scenarios"), "scenarios"):
             if not self._is_unknown_scenario(item.get("scenario"), path, "the settings are"):
@@ -229,6 +251,18 @@ class _Reader:
             rules=tuple(rules),
             scenarios=tuple(scenarios),
             pools=tuple(self._pools(table.get("pools"))),
+        )
+
+    def _linked(self, providers: list[Provider], rules: list[Rule]) -> tuple[list[Provider], list[Rule]]:
+        """What they say of each other, looked at; of those that share a uuid, which is a fault, the first stands."""
+        if self._door == "stored":
+            return providers, rules
+        places = self._rule_places
+        for path, message in links.differing_limits(rules, places):
+            self._warn(path, message)
+        return (
+            list(links.with_shares(providers, rules, self._provider_places, self._mend)),
+            list(links.with_links(rules, places, self._mend, self._warn)),
         )
 
     def _is_unknown_scenario(self, scenario: Any, path: str, what: str) -> bool:
@@ -277,6 +311,7 @@ class _Reader:
                     self._fault(
                         _join(path, field), f"{name!r} is taken by {taken[name]}: names and uuids are unique together"
                     )
+            self._provider_places.setdefault(provider.uuid, path)
             providers.append(provider)
         return providers
 
@@ -296,9 +331,6 @@ class _Reader:
             del table["api_style"]
         if table.get("timeout") == 0:
             del table["timeout"]
-        given_breaker = self._not_yet(bool(table.get("breaker")), _join(path, "breaker"))
-        if given_breaker or not table.get("breaker"):
-            table.pop("breaker", None)
         detail = table.get("oauth_detail")
         parts: dict[str, Any] = {
             "timeouts": self._part(Timeouts, table, "timeouts", path),
@@ -310,12 +342,13 @@ class _Reader:
         }
         provider = self._struct(Provider, table, path, **parts)
         self._check_provider(provider, path)
-        if self._not_yet(provider.limits != Limits(), _join(path, "limits")):
-            provider = msgspec.structs.replace(provider, limits=Limits())
-        if self._not_yet(provider.price != Price(), _join(path, "price")):
-            provider = msgspec.structs.replace(provider, price=Price())
-        if self._not_yet(bool(provider.health.interval_s), _join(path, "health")):
+        if not self._is_good_health(provider.health, _join(path, "health")):
             provider = msgspec.structs.replace(provider, health=Health())
+        for pool in [pool for pool in provider.limits.split if not _POOL.fullmatch(pool)]:
+            if self._mend(_join(path, f"limits.split.{pool}"), f"no pool's name: expected {_POOL.pattern}", "dropped"):
+                split = {name: share for name, share in provider.limits.split.items() if name != pool}
+                limits = msgspec.structs.replace(provider.limits, split=split)
+                provider = msgspec.structs.replace(provider, limits=limits)
         oauth = provider.oauth_detail
         why = "access tokens are used as given until then; leave it out"
         if oauth and self._not_yet(bool(oauth.refresh_token), _join(path, "oauth_detail.refresh_token"), why):
@@ -353,11 +386,18 @@ class _Reader:
             except ValueError:
                 self._mend(_join(path, "oauth_detail.expires_at"), "expected an RFC 3339 date", "never expires")
 
+    def _is_good_health(self, health: Health, path: str) -> bool:
+        if health.path and (not health.path.startswith("/") or _NO_PATH.search(health.path)):
+            return not self._mend(_join(path, "path"), "expected a path on the provider's host, like /health", "off")
+        if health.interval_s and not health.path:
+            return not self._mend(_join(path, "path"), "missing: interval_s asks for a probe", "off")
+        return True
+
     # -- rules ---------------------------------------------------------------------------------------------------------
 
     def _rules(self, raw: Any, providers: Mapping[str, str]) -> list[Rule]:
         rules = []
-        places: dict[str, str] = {}
+        places = self._rule_places
         matched: dict[tuple[str, str], str] = {}
         for path, table in self._items(raw, "rules"):
             try:
@@ -380,15 +420,10 @@ class _Reader:
             raise _SkippedError
         if not table.get("uuid") and isinstance(table.get("request_model"), str):
             table["uuid"] = self._default_uuid(f"{scenario}/{table['request_model']}")
-        if not table.get("retry") or self._not_yet(True, _join(path, "retry")):
-            table.pop("retry", None)
         if self._not_yet(table.get("on_store_loss") == "local", _join(path, "on_store_loss"), "today it is closed"):
             del table["on_store_loss"]
-        if self._not_yet(table.get("on_exhausted") == "refuse", _join(path, "on_exhausted")):
-            del table["on_exhausted"]
-        for name in ("session_affinity", "session_header", "queue_timeout_ms", "fallback", "smart_enabled"):
-            if self._not_yet(bool(table.get(name)), _join(path, name)):
-                del table[name]
+        if self._not_yet(bool(table.get("smart_enabled")), _join(path, "smart_enabled")):
+            del table["smart_enabled"]
         tactic = self.tactic(table.get("lb_tactic"), _join(path, "lb_tactic"))
         services, places = self._services(table.get("services"), _join(path, "services"), providers)
         routes = self._routes(table.get("smart_routing"), _join(path, "smart_routing"), providers)
@@ -410,6 +445,14 @@ class _Reader:
             self._name(rule.response_model, _join(path, "response_model"), "{}")
         if not _POOL.fullmatch(rule.pool):
             self._fault(_join(path, "pool"), f"expected {_POOL.pattern}")
+        if (
+            rule.session_header
+            and not _HEADER_NAME.fullmatch(rule.session_header)
+            and self._mend(_join(path, "session_header"), "expected the name of a header", "left out")
+        ):
+            rule = msgspec.structs.replace(rule, session_header="")
+        if rule.session_header and not rule.session_affinity:
+            self._warn(_join(path, "session_header"), "not looked at: session_affinity is 0")
         return rule
 
     def _default_uuid(self, base: str) -> str:
@@ -523,10 +566,10 @@ class _Reader:
             self._fault(_join(path, "weight"), f"more than {_MOST_WEIGHT}")
         if service.time_window > _LONGEST_WINDOW_S:
             self._fault(_join(path, "time_window"), f"more than {_LONGEST_WINDOW_S} seconds")
-        if self._not_yet(bool(service.tier), _join(path, "tier")):
-            service = msgspec.structs.replace(service, tier=0)
-        if self._not_yet(service.limits != Limits(), _join(path, "limits")):
-            service = msgspec.structs.replace(service, limits=Limits())
+        limits = service.limits
+        message = "only a provider's limits are split: a service's are counted in the pool of its rule"
+        if limits.split and self._mend(_join(path, "limits.split"), message, "dropped"):
+            service = msgspec.structs.replace(service, limits=msgspec.structs.replace(limits, split={}))
         return service
 
     def _routes(self, raw: Any, path: str, providers: Mapping[str, str]) -> tuple[SmartRoute, ...]:

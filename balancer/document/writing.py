@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from balancer.domain import Configuration, Rule, Tactic, is_secret_name
+from balancer.domain import Configuration, Provider, Rule, Tactic, is_secret_name
 from balancer.tactics import tactic_to_map
 
 _SECRET_PATHS = ("token", "oauth_detail.access_token", "oauth_detail.refresh_token", "proxy_url")
@@ -92,12 +92,28 @@ def digest(configuration: Configuration) -> str:
 
 def select_view(configuration: Configuration, rule: Rule) -> bytes:
     """All that a rule's select reads, in one form: when it differs, the rule has a new revision."""
-    enabled = {provider.uuid for provider in configuration.providers if provider.enabled}
-    services = [
-        (s.id, s.weight, s.time_window, s.active and s.provider in enabled, s.tier, s.limits) for s in rule.services
-    ]
-    view = (rule.uuid, rule.pool, rule.active, tactic_to_map(rule.lb_tactic), rule.current_service_index, services)
+    services = [(s.id, s.weight, s.time_window, s.active, s.tier, s.limits) for s in rule.services]
+    named = {service.provider for service in rule.services}
+    providers = [_provider_view(p, rule.pool) for p in configuration.providers if p.uuid in named]
+    view = (
+        (rule.uuid, rule.pool, rule.active, tactic_to_map(rule.lb_tactic), rule.current_service_index),
+        (rule.on_exhausted, rule.retry.budget_ratio if rule.retry.attempts > 1 else 0),
+        services,
+        sorted(providers),
+    )
     return msgspec.json.encode(view, order="deterministic")
+
+
+def _provider_view(provider: Provider, pool: str) -> tuple[Any, ...]:
+    limits, price = provider.limits, provider.price
+    share = limits.split.get(pool)
+    return (
+        provider.uuid,
+        provider.enabled,
+        (limits.rpm, limits.tpm, limits.in_flight, bool(limits.split), 0 if share is None else share),
+        msgspec.structs.astuple(provider.breaker),
+        (price.input, price.output),
+    )
 
 
 # -- differences -------------------------------------------------------------------------------------------------------

@@ -427,7 +427,12 @@ class Balance:
         return None
 
     async def _recall(self, name: str, response_id: str) -> Recalled | None:
-        value = await (await self._up(name)).get(keys.response(name, response_id))
+        try:
+            async with asyncio.timeout(self._settings.redis_deadline_ms / 1000):
+                pool = await self._up(name)
+                value: bytes | None = await pool.command("GET", keys.response(name, response_id))
+        except TimeoutError:
+            raise StoreUnavailableError("Redis did not answer in time") from None
         if value is None:
             return None
         rule, _, service = value.decode().partition("\n")

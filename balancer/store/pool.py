@@ -423,15 +423,6 @@ class PoolClient:
         except ResponseError as exc:
             raise _store_error(exc) from exc
 
-    async def get(self, key: str) -> bytes | None:
-        """The string at a key, within the deadline. Raises StoreUnavailableError."""
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                found: bytes | None = await self.command("GET", key)
-        except TimeoutError:
-            raise StoreUnavailableError("Redis did not answer in time") from None
-        return found
-
     def put(self, key: str, value: str, lifetime_ms: int) -> None:
         """Writes a string to the socket, at once. Raises StoreUnavailableError when Redis is known to be away.
 

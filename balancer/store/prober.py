@@ -105,6 +105,7 @@ class Prober:
             elif await self._pool.command("GET", key) == self._worker.encode():
                 self._is_ours = bool(await self._pool.command("PEXPIRE", key, _LEASE_MS))
         except StoreUnavailableError as exc:
+            self._claim_at = now
             log.debug("cannot tell who asks for health", pool=self._pool.pool, reason=exc.message)
         return self._is_ours
 

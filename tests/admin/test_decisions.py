@@ -35,14 +35,6 @@ def windows(requests: int, tokens: int = 0, output: int = 0, length: int = 300) 
     return [{"time_window": length, "start": start, "requests": requests, "tokens": tokens, "output": output}]
 
 
-UNLIMITED = {
-    "minute": {"requests": 0, "tokens": 0},
-    "breaker": dict.fromkeys(
-        ("state", "consecutive", "start", "requests", "failed", "opens", "successes", "until", "probe"), 0
-    ),
-}
-
-
 async def test_a_decision_is_told_in_full(admin: Admin) -> None:
     await admin.pick()
     await admin.pick()
@@ -56,6 +48,9 @@ async def test_a_decision_is_told_in_full(admin: Admin) -> None:
         ),
         0,
     )
+    minute = {"minute": {"requests": 0, "tokens": 0}}
+    unbroken = minute | {"breaker": None}
+    breaker = dict.fromkeys(("state", "consecutive", "failed", "opens", "successes", "until", "probe"), 0)
     assert told == {
         "id": "default.1.5",
         "pool": "default",
@@ -66,27 +61,27 @@ async def test_a_decision_is_told_in_full(admin: Admin) -> None:
         "partition": f"|{RULE}",
         "revision": 1,
         "tactic": "round_robin",
-        "params": {"request_threshold": 2},
+        "request_threshold": 2,
         "service": SECOND,
         "reason": "next",
         "why": f"{FIRST} had its streak of 2, or could not serve: the next is {SECOND}",
         "seq": 3,
         "switched": True,
         "saved": False,
+        "pin": None,
+        "affinity_s": 0,
+        "only": None,
         "cursor_before": FIRST,
         "streak_before": 2,
         "streak": 1,
         "draw": ANY,
         "excluded": [],
-        "only": "",
-        "affinity_ms": 0,
-        "pinned_to": "",
         "reserved": 70,
         "deadline": ANY,
         "worker": ANY,
         "number": 1,
-        "before": {"in_flight": 0, "reserved": 0, "picks": 0, "windows": windows(0, length=60)} | UNLIMITED,
-        "after": {"in_flight": 1, "reserved": 70, "picks": 1, "windows": windows(1, length=60)} | UNLIMITED,
+        "before": {"in_flight": 0, "reserved": 0, "picks": 0, "windows": windows(0, length=60)} | unbroken,
+        "after": {"in_flight": 1, "reserved": 70, "picks": 1, "windows": windows(1, length=60)} | unbroken,
         "settle": {
             "at": ANY,
             "epoch": 1,
@@ -97,27 +92,28 @@ async def test_a_decision_is_told_in_full(admin: Admin) -> None:
             "usage": {"input": 11, "output": 7, "cached": 0, "cache_creation": 0, "reasoning": 0},
             "cooldown_ms": 0,
             "first_token_us": 0,
-            "stream_us": ANY,
-            "before": {"in_flight": 1, "reserved": 70} | ledger | {"windows": windows(1, length=60)} | UNLIMITED,
+            "stream_us": 0,
+            "before": {"in_flight": 1, "reserved": 70} | ledger | {"windows": windows(1, length=60)} | unbroken,
             "after": {"in_flight": 0, "reserved": 0}
             | ledger
             | {"requests": 1, "input": 11, "output": 7, "last_used": ANY, "windows": windows(1, 18, 7, 60)}
-            | {"minute": UNLIMITED["minute"], "breaker": ANY},
+            | minute
+            | {"breaker": breaker | {"start": ANY, "requests": 1}},
         },
         "reap": None,
     }
     assert told["at"] < told["settle"]["at"]
 
 
-async def test_params_are_those_of_the_picks_own_revision(admin: Admin) -> None:
+async def test_a_tactics_numbers_are_those_of_the_picks_own_revision(admin: Admin) -> None:
     pick = await admin.pick()
     change = {"tactic": "hybrid", "params": {"request_threshold": 1}}
     await admin.send(f"{of(RULE)}/tactic", change, "PUT")
     later = await admin.pick()
     told = await found(admin, pick["decision"])
-    assert (told["tactic"], told["params"]) == ("round_robin", {"request_threshold": 2})
+    assert (told["tactic"], told["request_threshold"], "token_threshold" in told) == ("round_robin", 2, False)
     told = await found(admin, later["decision"])
-    assert (told["tactic"], told["params"]) == ("hybrid", {"request_threshold": 1, "token_threshold": 10_000})
+    assert (told["tactic"], told["request_threshold"], told["token_threshold"]) == ("hybrid", 1, 10_000)
     assert told["why"] == (
         f"{FIRST} was at a threshold, or could not serve: {SECOND} had the least requests x 10 + tokens in its window"
     )
@@ -151,7 +147,7 @@ async def test_decisions_are_listed_newest_first_by_pool_and_rule(admin: Admin) 
     assert await listed("?rule=off") == []
     told = await admin.get("/api/v1/decisions?limit=1&pool=default")
     known = await found(admin, here[-1])
-    del known["params"]  # Looked up for one decision, not for a list.
+    del known["request_threshold"]  # Looked up for one decision, not for a list.
     assert told == {"decisions": [known], "recording": {"default": "full"}, "events_looked_at": 1, "is_cut": False}
     assert "pool side.1 records no events" in await missing(admin, side[0])
 
@@ -200,15 +196,14 @@ async def test_a_sampled_record_tells_what_the_tactic_saw(start: Start) -> None:
     sampled = [decision for decision in made if int(decision.rpartition(".")[2]) % 17 == 0]
     other = made[made.index(sampled[0]) + 1]
     told = await found(admin, sampled[0])
-    assert told["params"] == {"request_threshold": 2}
-    assert told["services"] == [
+    assert (told["request_threshold"], "token_threshold" in told) == (2, False)
+    assert told["candidates"] == [
         {
             "service": service,
-            "is_candidate": True,
             "active": True,
+            "candidate": True,
             "weight": 1,
             "tier": 0,
-            "cost": 0,
             "time_window": length,
             "window_requests": ANY,
             "window_tokens": 0,
@@ -218,7 +213,7 @@ async def test_a_sampled_record_tells_what_the_tactic_saw(start: Start) -> None:
         }
         for service, length in ((FIRST, 300), (SECOND, 60))
     ]
-    assert sum(candidate["window_requests"] for candidate in told["services"]) == told["seq"] - 1
+    assert sum(candidate["window_requests"] for candidate in told["candidates"]) == told["seq"] - 1
     assert await missing(admin, other) == (
         "Decision not found: pool default records a sample, one position in 17, and this one is not in it"
     )

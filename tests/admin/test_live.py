@@ -11,6 +11,7 @@ from balancer.store import keys
 from tests.admin.conftest import FIRST, LIVE, RULE, SECOND, Admin, Start, a_document, counters, everything, of, used
 
 _TOTALS = ("request_count", "window_request_count", "window_tokens", "window_input_tokens", "window_output_tokens")
+SUPPORTED = "round_robin, token_based, hybrid, random, cost, latency, least_in_flight, weighted_round_robin"
 
 
 def in_short(service: str, **more: Any) -> dict[str, Any]:
@@ -296,14 +297,14 @@ async def test_an_index_in_the_configuration_does_not_move_the_cursor_again(star
     assert (await admin.pick())["service"] == FIRST
 
 
-SUPPORTED = "supported: round_robin, token_based, hybrid, random, cost, latency, least_in_flight, weighted_round_robin"
-
-
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"tactic": "fastest"}, f"Unsupported tactic: 'fastest' ({SUPPORTED})"),
-        ({"tactic": 4}, f"Unsupported tactic: 4 ({SUPPORTED})"),
+        (
+            {"tactic": "fastest"},
+            f"Unsupported tactic: 'fastest' (supported: {SUPPORTED})",
+        ),
+        ({"tactic": 4}, f"Unsupported tactic: 4 (supported: {SUPPORTED})"),
         ({}, "Object missing required field `tactic`"),
         ({"tactic": True}, "Expected `int | str`, got `bool` - at `$.tactic`"),
         ({"tactic": "hybrid", "param": {}}, "Object contains unknown field `param`"),

@@ -76,12 +76,15 @@ def test_check_names_every_fault_with_its_path(run: Run, write: Write) -> None:
 
 
 def test_what_is_not_built_yet_is_refused_and_never_ignored(run: Run, write: Write) -> None:
-    ran = run("check", write(a_document(session_affinity=60, queue_timeout_ms=5)))
+    document = a_document(smart_enabled=True)
+    document["keys"] = [{"name": "ci"}]
+
+    ran = run("check", write(document))
 
     assert (ran.status, ran.out) == (1, "")
     assert [line for line in lines(ran.err) if "not supported yet" in line] == [
-        "  rules[0].session_affinity: not supported yet",
-        "  rules[0].queue_timeout_ms: not supported yet",
+        "  keys: not supported yet",
+        "  rules[0].smart_enabled: not supported yet",
     ]
 
 
@@ -93,6 +96,34 @@ def test_check_warns_when_one_rule_hides_another(run: Run, write: Write) -> None
 
     assert (ran.status, ran.out) == (0, "ok: 1 providers, 2 rules\n")
     assert re.fullmatch(r"warning: rules\[1\]: rules\[0\] .*\n", ran.err)
+
+
+def test_check_says_how_to_mend_limits_that_two_pools_reach_and_rules_that_lead_back(run: Run, write: Write) -> None:
+    document = a_document(fallback=["other"])
+    document["providers"][0]["limits"] = {"rpm": 600}
+    document["rules"].append(
+        document["rules"][0] | {"uuid": "other", "request_model": "other", "pool": "eu", "fallback": ["gpt"]}
+    )
+
+    ran = run("check", write(document))
+
+    assert (ran.status, ran.out) == (1, "")
+    assert lines(ran.err)[1:] == [
+        "  providers[0].limits: rules of 2 pools reach the provider: must say split: {default: …, eu: …}",
+        "  rules[1].fallback[0]: leads back: other → gpt → other; leave one of these out",
+    ]
+
+
+def test_check_warns_of_limits_that_differ_and_of_a_rule_that_stands_in_for_nothing(run: Run, write: Write) -> None:
+    service = {"provider": "up", "model": "m1"}
+    document = a_document(services=[service | {"limits": {"rpm": 5}}], fallback=["off"])
+    for uuid, more in {"other": {"services": [service]}, "off": {"active": False}}.items():
+        document["rules"].append(a_document()["rules"][0] | {"uuid": uuid, "request_model": uuid} | more)
+
+    ran = run("check", write(document))
+
+    assert (ran.status, ran.out) == (0, "ok: 1 providers, 3 rules\n")
+    assert [line.split(": ")[1] for line in lines(ran.err)] == ["rules[1]", "rules[0].fallback[0]"]
 
 
 @pytest.mark.parametrize(
@@ -337,6 +368,7 @@ def test_get_stats_of_a_rule_that_nobody_asked_for_is_zeros(on_store: Run, write
     for service in pool["services"]:
         assert service.pop("windows") == [{"seconds": 300, "requests": 0, "tokens": 0}]
         assert service.pop("id")
+        assert service.pop("breaker") == "closed"
         assert set(service.values()) == {0}
 
 

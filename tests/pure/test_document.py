@@ -14,9 +14,14 @@ from hypothesis import strategies as st
 
 from balancer.document import diff, digest, is_tingly_box, masked, parse, read, select_view, write
 from balancer.domain import (
+    BreakerSettings,
     Configuration,
+    Health,
+    Limits,
     OAuthDetail,
+    Price,
     Provider,
+    Retry,
     Rule,
     ScenarioConfig,
     ScenarioFlags,
@@ -292,6 +297,100 @@ def test_what_is_wrong_is_refused_with_its_path(raw: Any, path: str, words: str)
     assert words in fault
 
 
+RANGES: list[tuple[str, str, list[Any], list[Any]]] = [
+    *(("provider", f"limits.{name}", [0, 1, 2**53], [-1, 2**53 + 1]) for name in ("rpm", "tpm", "in_flight")),
+    *(("service", f"limits.{name}", [0, 1, 2**53], [-1, 2**53 + 1]) for name in ("rpm", "tpm", "in_flight")),
+    ("provider", "breaker.failures", [0, 1], [-1]),
+    ("provider", "breaker.ratio", [0, 0.001, 1], [-0.1, 0.0004, 1.1]),
+    ("provider", "breaker.min_requests", [1], [0, -1]),
+    ("provider", "breaker.window_s", [0.001, 3600], [0, 0.0009, 3601, -1]),
+    ("provider", "breaker.open_s", [0.001, 3600], [0, 0.0009, 3601, -1]),
+    ("provider", "breaker.successes", [1, 100], [0, 101]),
+    *(("provider", f"price.{name}", [0, 0.01, 1e6], [-0.01, 1e6 + 1]) for name in ("input", "output", "cached")),
+    ("service", "tier", [0, 9], [-1, 10]),
+    ("rule", "session_affinity", [0, 30 * 86400], [-1, 30 * 86400 + 1]),
+    ("rule", "queue_timeout_ms", [0, 600_000], [-1, 600_001]),
+    ("rule", "retry.attempts", [1, 10], [0, 11]),
+    ("rule", "retry.budget_ratio", [0, 0.001, 1], [-0.1, 0.0004, 1.1]),
+    ("rule", "retry.backoff_ms", [0, 10_000], [-1, 10_001]),
+]
+ROOTS = {"provider": "providers[0]", "rule": "rules[0]", "service": "rules[0].services[0]"}
+
+
+def a_part(field: str, value: Any) -> dict[str, Any]:
+    """The field, which may be one of a nested table, with that value."""
+    outer, _, inner = field.partition(".")
+    return {outer: {inner: value} if inner else value}
+
+
+@pytest.mark.parametrize(("place", "field", "good"), [(p, f, value) for p, f, good, _ in RANGES for value in good])
+def test_numbers_at_the_ends_of_their_range_are_taken(door: Any, place: str, field: str, good: Any) -> None:
+    reading = read(a_document(**{place: a_part(field, good)}), door=door)
+    value: Any = {
+        "provider": lambda c: c.providers[0],
+        "rule": lambda c: c.rules[0],
+        "service": lambda c: c.rules[0].services[0],
+    }[place](reading.configuration)
+    for name in field.split("."):
+        value = getattr(value, name)
+
+    assert (value, reading.warnings) == (good, ())
+
+
+@pytest.mark.parametrize(("place", "field", "bad"), [(p, f, value) for p, f, _, bad in RANGES for value in bad])
+def test_a_number_outside_its_range_is_refused_or_takes_its_default(place: str, field: str, bad: Any) -> None:
+    raw = a_document(**{place: a_part(field, bad)})
+    path = f"{ROOTS[place]}.{field}"
+
+    (fault,) = faults(raw)
+    assert fault.startswith(f"{path}: expected ")
+    assert str(bad) in fault
+    configuration, warnings = lenient(raw)
+    assert configuration == strict(a_document())
+    assert paths(warnings) == [path]
+
+
+@pytest.mark.parametrize(
+    ("place", "part", "path"),
+    [
+        ("provider", {"health": {"path": "health", "interval_s": 5}}, "providers[0].health.path"),
+        ("provider", {"health": {"path": "/a b", "interval_s": 5}}, "providers[0].health.path"),
+        ("provider", {"health": {"path": "/a#b"}}, "providers[0].health.path"),
+        ("provider", {"health": {"path": "/ä"}}, "providers[0].health.path"),
+        ("provider", {"health": {"interval_s": 5}}, "providers[0].health.path"),
+        ("service", {"limits": {"split": {"default": 1}}}, "rules[0].services[0].limits.split"),
+        ("rule", {"session_header": "no header"}, "rules[0].session_header"),
+        ("rule", {"session_header": "x:"}, "rules[0].session_header"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_or_left_out(place: str, part: dict[str, Any], path: str) -> None:
+    raw = a_document(**{place: part})
+
+    assert paths(faults(raw)) == [path]
+    assert (lenient(raw)[0], paths(lenient(raw)[1])) == (strict(a_document()), [path])
+
+
+@pytest.mark.parametrize(("affinity", "warned"), [(0, ["rules[0].session_header"]), (60, [])])
+def test_a_session_header_that_nobody_looks_at_gets_a_warning(door: Any, affinity: int, warned: list[str]) -> None:
+    reading = read(a_document(rule={"session_header": "x-session", "session_affinity": affinity}), door=door)
+
+    assert reading.configuration.rules[0].session_header == "x-session"
+    assert paths(reading.warnings) == warned
+
+
+def test_a_health_probe_of_less_than_a_second_is_refused_or_off() -> None:
+    raw = a_document(provider={"health": {"path": "/health", "interval_s": 0.5}})
+
+    assert paths(faults(raw)) == ["providers[0].health.interval_s"]
+    assert lenient(raw)[0].providers[0].health.interval_s == 0
+
+
+@pytest.mark.parametrize("part", ["limits", "breaker", "price", "health", "timeouts"])
+def test_a_part_of_the_wrong_kind_is_one_fault(part: str) -> None:
+    """Its provider was once skipped whole, and every service of it called one of no provider."""
+    assert paths(faults(a_document(provider={part: "much"}))) == [f"providers[0].{part}"]
+
+
 @pytest.mark.parametrize("field", ["api_base", "proxy_url"])
 def test_a_url_that_cannot_be_taken_apart_is_a_fault_like_any_other(field: str) -> None:
     assert paths(faults(a_document(provider={field: "http://[half"}, rules=[]))) == [f"providers[0].{field}"]
@@ -473,33 +572,8 @@ def test_faults_never_show_a_credential() -> None:
 # -- what is not supported yet -----------------------------------------------------------------------------------------
 
 NOT_YET: list[tuple[str, dict[str, Any], str]] = [
-    *(("provider", {"limits": {name: 1}}, "providers[0].limits") for name in ("rpm", "tpm", "in_flight")),
-    *(
-        ("provider", {"breaker": {name: value}}, "providers[0].breaker")
-        for name, value in {
-            "failures": 1,
-            "ratio": 0.1,
-            "min_requests": 1,
-            "window_s": 1,
-            "open_s": 1,
-            "successes": 1,
-        }.items()
-    ),
-    *(("provider", {"price": {name: 0.1}}, "providers[0].price") for name in ("input", "output", "cached")),
-    ("provider", {"health": {"path": "/health", "interval_s": 5}}, "providers[0].health"),
     ("provider", {"oauth_detail": {"refresh_token": "r"}}, "providers[0].oauth_detail.refresh_token"),
-    *(("service", {"limits": {name: 1}}, "rules[0].services[0].limits") for name in ("rpm", "tpm", "in_flight")),
-    ("service", {"tier": 1}, "rules[0].services[0].tier"),
-    ("rule", {"session_affinity": 60}, "rules[0].session_affinity"),
-    ("rule", {"session_header": "x-session"}, "rules[0].session_header"),
     ("rule", {"on_store_loss": "local"}, "rules[0].on_store_loss"),
-    ("rule", {"on_exhausted": "refuse"}, "rules[0].on_exhausted"),
-    ("rule", {"queue_timeout_ms": 1}, "rules[0].queue_timeout_ms"),
-    *(
-        ("rule", {"retry": {name: value}}, "rules[0].retry")
-        for name, value in {"attempts": 2, "budget_ratio": 0.1, "backoff_ms": 1}.items()
-    ),
-    ("rule", {"fallback": ["other"]}, "rules[0].fallback"),
     ("rule", {"smart_enabled": True}, "rules[0].smart_enabled"),
     ("keys", {"name": "ci", "hash": "sha256:0"}, "keys"),
     *(
@@ -568,7 +642,7 @@ def test_a_google_provider_does_not_keep_the_lenient_door_from_reading_the_rest(
         ("rule", {"queue_timeout_ms": 0, "retry": {}, "fallback": [], "smart_enabled": False}),
     ],
 )
-def test_to_switch_off_what_does_not_exist_yet_is_no_fault(place: str, part: dict[str, Any]) -> None:
+def test_what_is_switched_off_in_words_is_as_if_it_were_not_there(place: str, part: dict[str, Any]) -> None:
     reading = read(with_part(place, part), door="strict")
 
     assert reading == read(a_document(), door="strict")
@@ -855,6 +929,20 @@ details = st.builds(
     user_id=texts,
     extra_fields=st.dictionaries(texts, st.one_of(texts, st.booleans(), st.lists(texts, max_size=2)), max_size=2),
 )
+rates = st.one_of(st.just(0), st.integers(4, 2**53))
+limits = st.builds(Limits, rpm=rates, tpm=rates, in_flight=rates)
+fractions = st.sampled_from((0.0, 0.001, 0.29, 1.0))
+prices = st.builds(Price, input=fractions, output=fractions, cached=fractions)
+retries = st.builds(Retry, attempts=st.integers(1, 10), budget_ratio=fractions, backoff_ms=st.integers(0, 10_000))
+breakers = st.builds(
+    BreakerSettings,
+    failures=st.integers(0, 9),
+    ratio=fractions,
+    min_requests=st.integers(1, 9),
+    window_s=st.floats(0.001, 3600),
+    open_s=st.floats(0.001, 3600),
+    successes=st.integers(1, 100),
+)
 
 
 @st.composite
@@ -878,10 +966,15 @@ def configurations(draw: st.DrawFn) -> Configuration:
                 headers=draw(header_maps),
                 query=draw(header_maps),
                 stream_usage=draw(st.booleans()),
+                breaker=draw(breakers),
+                price=draw(prices),
+                health=draw(st.sampled_from((Health(), Health(path="/health?a=b", interval_s=1.5)))),
                 tags=tuple(draw(st.lists(texts, max_size=2))),
                 models=tuple(draw(st.lists(texts, max_size=2))),
             )
         )
+    tier = draw(st.integers(0, 9))
+    service_limits = draw(limits)
     pairs = st.tuples(st.sampled_from([p.uuid for p in providers] or [""]), names)
 
     def a_list_of_services() -> tuple[Service, ...]:
@@ -893,18 +986,23 @@ def configurations(draw: st.DrawFn) -> Configuration:
                 weight=draw(st.integers(0, 10**6)),
                 active=draw(st.booleans()),
                 time_window=draw(st.integers(1, 10**6)),
+                tier=tier,
+                limits=service_limits,
             )
             for provider, model in drawn
         )
 
-    rules = []
+    rules: list[Rule] = []
     for name in draw(st.lists(names, unique=True, max_size=3)):
         offered = a_list_of_services()
         ops = st.builds(SmartOp, position=texts, operation=texts, value=texts)
+        scenario: ScenarioName = draw(st.sampled_from(("openai", "anthropic", "claude_code", "opencode")))
+        # Only rules that stand before it: so nothing leads back.
+        others = [rule.uuid for rule in rules if rule.active and rule.scenario == scenario]
         rules.append(
             Rule(
                 uuid=name,
-                scenario=draw(st.sampled_from(("openai", "anthropic", "claude_code", "opencode"))),
+                scenario=scenario,
                 request_model=name,
                 response_model=draw(st.sampled_from(("", "other"))),
                 description=draw(texts),
@@ -917,9 +1015,21 @@ def configurations(draw: st.DrawFn) -> Configuration:
                     SmartRoute(uuid=draw(st.sampled_from(("", "u"))), ops=(draw(ops),), services=a_list_of_services())
                     for _ in range(draw(st.integers(0, 1)))
                 ),
+                session_affinity=(affinity := draw(st.integers(0, 30 * 86400))),
+                session_header=draw(st.sampled_from(("", "x-session") if affinity else ("",))),
+                on_exhausted=draw(st.sampled_from(("try", "refuse"))),
+                queue_timeout_ms=draw(st.integers(0, 600_000)),
+                retry=draw(retries),
+                fallback=tuple(draw(st.permutations(others))),
+                on_context_overflow=draw(st.sampled_from(("", *others))),
                 strict_settle=draw(st.booleans()),
             )
         )
+    pools = sorted({rule.pool for rule in rules})
+    split = {pool: 1 / len(pools) for pool in pools} if len(pools) > 1 else {}
+    providers = [
+        msgspec.structs.replace(p, limits=msgspec.structs.replace(draw(limits), split=split)) for p in providers
+    ]
     scenarios: list[ScenarioName] = draw(st.lists(st.sampled_from(("openai", "anthropic")), unique=True))
     flags = st.sampled_from((ScenarioFlags(), ScenarioFlags(unified=True)))
     return Configuration(
@@ -976,6 +1086,10 @@ def edits(configuration: Configuration) -> Iterator[Configuration]:
             {"enabled": False},
             {"timeout": 7.5},
             {"oauth_detail": None},
+            {"limits": Limits(rpm=7, split={"default": 0.5})},
+            {"breaker": BreakerSettings(open_s=7.5)},
+            {"price": Price(input=7.5)},
+            {"health": Health(path="/changed", interval_s=7.5)},
         ],
         "rules": [
             {"description": "changed"},
@@ -985,6 +1099,14 @@ def edits(configuration: Configuration) -> Iterator[Configuration]:
             {"current_service_index": None},
             {"smart_routing": ()},
             {"strict_settle": True},
+            {"session_affinity": 7},
+            {"session_header": "x-changed"},
+            {"on_exhausted": "refuse"},
+            {"queue_timeout_ms": 7},
+            {"retry": Retry(attempts=7)},
+            {"fallback": ()},
+            {"fallback": ("changed", "other")},
+            {"on_context_overflow": "changed"},
         ],
         "scenarios": [{"flags": ScenarioFlags(unified=True)}, {"flags": ScenarioFlags()}],
     }
@@ -1180,10 +1302,29 @@ def changed(**changes: Any) -> Rule:
         view(changed(services=(a_service("a:m", active=False), a_service("b:m")))),
         view(changed(services=(a_service("a:m", weight=2), a_service("b:m")))),
         view(changed(services=(a_service("a:m", time_window=301), a_service("b:m")))),
+        view(changed(services=(a_service("a:m", tier=1), a_service("b:m")))),
+        view(changed(services=(a_service("a:m", limits=Limits(rpm=1)), a_service("b:m")))),
+        view(changed(services=(a_service("a:m", limits=Limits(tpm=1)), a_service("b:m")))),
+        view(changed(services=(a_service("a:m", limits=Limits(in_flight=1)), a_service("b:m")))),
+        view(changed(on_exhausted="refuse")),
+        view(changed(retry=Retry(budget_ratio=0.3))),
+        view(changed(retry=Retry(budget_ratio=0))),
+        view(changed(retry=Retry(attempts=1))),
         view(enabled=False),
+        view(limits=Limits(rpm=1)),
+        view(limits=Limits(tpm=1)),
+        view(limits=Limits(in_flight=1)),
+        view(breaker=BreakerSettings(failures=4)),
+        view(breaker=BreakerSettings(ratio=0.4)),
+        view(breaker=BreakerSettings(min_requests=4)),
+        view(breaker=BreakerSettings(window_s=4)),
+        view(breaker=BreakerSettings(open_s=4)),
+        view(breaker=BreakerSettings(successes=4)),
+        view(price=Price(input=1)),
+        view(price=Price(output=1)),
     ],
 )
-def test_what_select_reads_changes_with_the_rule_its_services_and_whether_their_providers_serve(other: bytes) -> None:
+def test_what_select_reads_changes_with_the_rule_its_services_and_their_providers(other: bytes) -> None:
     assert other != view()
 
 
@@ -1193,6 +1334,14 @@ def test_what_select_reads_changes_with_the_rule_its_services_and_whether_their_
         view(changed(description="x")),
         view(changed(response_model="x")),
         view(token="other", headers={"x": "y"}, timeout=5.0, tags=("eu",), name="renamed"),
+        view(timeouts=Timeouts(idle_s=5), health=Health(path="/health", interval_s=5), price=Price(cached=1)),
+        view(changed(session_affinity=60, session_header="x-session")),
+        view(changed(queue_timeout_ms=5)),
+        view(changed(retry=Retry(attempts=4, backoff_ms=5))),
+        view(changed(fallback=("other",))),
+        view(changed(on_context_overflow="other")),
+        view(changed(on_store_loss="local")),
+        view(changed(strict_settle=True)),
         view(RULE, OTHER),
         view(RULE, msgspec.structs.replace(OTHER, active=False)),
     ],
@@ -1200,6 +1349,30 @@ def test_what_select_reads_changes_with_the_rule_its_services_and_whether_their_
 def test_what_select_reads_does_not_change_with_what_it_never_looks_at(same: bytes) -> None:
     """A rule whose value for select is the same keeps its revision."""
     assert same == view()
+
+
+def with_limits(split: dict[str, float]) -> bytes:
+    return view(limits=Limits(rpm=100, split=split))
+
+
+def test_what_select_reads_of_a_split_is_the_share_of_the_rule_s_own_pool() -> None:
+    assert with_limits({"default": 0.5}) != with_limits({})
+    assert with_limits({"default": 0.5}) != with_limits({"default": 0.4})
+    assert with_limits({"default": 0.5}) != with_limits({"eu": 0.5})
+    assert with_limits({"default": 0.5, "eu": 0.5}) == with_limits({"eu": 0.4, "default": 0.5})
+
+
+def test_what_a_rule_s_select_reads_changes_with_each_of_its_providers() -> None:
+    for uuid in ("a", "b"):
+        others = [a_provider(each) for each in ("a", "b", "c") if each != uuid]
+        providers = (*others, a_provider(uuid, breaker=BreakerSettings(failures=9)))
+        assert select_view(Configuration(providers=providers, rules=(RULE,)), RULE) != view()
+
+
+def test_the_order_of_providers_is_nothing_that_select_reads() -> None:
+    providers = tuple(a_provider(uuid) for uuid in ("c", "b", "a"))
+
+    assert select_view(Configuration(providers=providers, rules=(RULE,)), RULE) == view()
 
 
 def test_a_provider_that_the_rule_does_not_use_changes_nothing_that_its_select_reads() -> None:

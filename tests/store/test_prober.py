@@ -14,7 +14,7 @@ from balancer.store import keys
 from balancer.store.balance import Balance
 from balancer.store.prober import Probed, probed
 from tests.store.conftest import eventually
-from tests.store.test_balance import Start, pick, settled, started, the_rule
+from tests.store.test_balance import Start, are_ready, pick, settled, started, the_rule
 from tests.store.test_registry import a_configuration, a_provider, a_rule, a_service
 
 HEALTH = Health(path="/health", interval_s=0.03)
@@ -44,6 +44,13 @@ class Doctor:
             return len(self.asked) >= asked + 2
 
         await eventually(twice_more)
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks is looked up often, so that a worker that should not ask has had every occasion to."""
+    for name in ("_TICK_S", "_CLAIM_S"):
+        monkeypatch.setattr(f"balancer.store.prober.{name}", 0.01)
 
 
 @pytest.fixture
@@ -150,7 +157,9 @@ async def test_one_worker_of_the_fleet_asks_and_another_goes_on_for_it(start: St
     first = await a_worker(start, doctors[0])
     await doctors[0].is_asked_again()
     others = [await start(probe=doctor) for doctor in doctors[1:]]
-    await doctors[0].is_asked_again()
+    await eventually(lambda: are_ready(*others))
+    for _ in range(5):
+        await doctors[0].is_asked_again()
     assert [bool(doctor.asked) for doctor in doctors] == [True, False, False]
     assert await control.get(keys.prober("default")) == first.worker.encode()
     assert 0 < await control.pttl(keys.prober("default")) <= 10_000

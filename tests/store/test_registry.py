@@ -14,7 +14,18 @@ import pytest
 import redis
 import redis.asyncio
 
-from balancer.domain import Configuration, Provider, Rule, Selection, Service
+from balancer.domain import (
+    BreakerSettings,
+    Configuration,
+    Health,
+    Limits,
+    Price,
+    Provider,
+    Retry,
+    Rule,
+    Selection,
+    Service,
+)
 from balancer.errors import ConflictError, StoreUnavailableError
 from balancer.store import connection, keys
 from balancer.store.pool import PoolClient, PoolEvents
@@ -236,6 +247,12 @@ UNREAD_EDITS: dict[str, Callable[[], Configuration]] = {
     "a credential": lambda: edited(BEFORE, "b", token="${OTHER}"),
     "an address": lambda: edited(BEFORE, "b", api_base="https://elsewhere.invalid"),
     "a timeout": lambda: edited(BEFORE, "b", timeout=5.0),
+    "a health probe": lambda: edited(BEFORE, "b", health=Health(path="/health", interval_s=5)),
+    "a price of cached tokens": lambda: edited(BEFORE, "b", price=Price(cached=5)),
+    "a fallback": lambda: edited(BEFORE, "x", fallback=("y",), on_context_overflow="y"),
+    "a session's time": lambda: edited(BEFORE, "x", session_affinity=60, session_header="x-session"),
+    "a queue's time": lambda: edited(BEFORE, "x", queue_timeout_ms=5),
+    "more attempts": lambda: edited(BEFORE, "x", retry=Retry(attempts=5, backoff_ms=5)),
     "a provider of no rule": lambda: msgspec.structs.replace(
         BEFORE, providers=(*BEFORE.providers, a_provider("d", enabled=False))
     ),
@@ -255,6 +272,14 @@ READ_EDITS: dict[str, tuple[Callable[[], Configuration], set[str]]] = {
     "a rule off": (lambda: edited(BEFORE, "y", active=False), {"y"}),
     "a pool": (lambda: edited(BEFORE, "y", pool="other"), {"y"}),
     "a provider off": (lambda: edited(BEFORE, "b", enabled=False), {"x", "y"}),
+    "a limit of a provider": (lambda: edited(BEFORE, "b", limits=Limits(rpm=5)), {"x", "y"}),
+    "a limit split": (lambda: edited(BEFORE, "c", limits=Limits(rpm=5, split={"default": 1})), {"y", "z"}),
+    "a breaker": (lambda: edited(BEFORE, "b", breaker=BreakerSettings(failures=5)), {"x", "y"}),
+    "a price": (lambda: edited(BEFORE, "a", price=Price(input=5)), {"x"}),
+    "a tier": (lambda: edited(BEFORE, "x", services=(a_service("a:m", tier=1), a_service("b:m"))), {"x"}),
+    "a limit": (lambda: edited(BEFORE, "z", services=(a_service("c:m", limits=Limits(rpm=5)),)), {"z"}),
+    "on_exhausted": (lambda: edited(BEFORE, "x", on_exhausted="refuse"), {"x"}),
+    "a budget for retries": (lambda: edited(BEFORE, "x", retry=Retry(budget_ratio=0.5)), {"x"}),
     "another provider off": (lambda: edited(BEFORE, "c", enabled=False), {"y", "z"}),
     "a new rule": (lambda: msgspec.structs.replace(BEFORE, rules=(a_rule("w", ("a:m",)), *BEFORE.rules)), {"w"}),
 }
