@@ -17,6 +17,7 @@ from urllib.parse import SplitResult, urlsplit
 import msgspec
 
 from balancer.document import links, ranges
+from balancer.document.fields import fields_of
 from balancer.domain import (
     BreakerSettings,
     Configuration,
@@ -167,7 +168,7 @@ class _Reader:
         A field with a fault has its default, or nothing: what is beside it is looked at all the same.
         """
         values: dict[str, Any] = {}
-        fields = {field.name: field for field in msgspec.structs.fields(kind)}
+        fields = fields_of(kind)
         for name in table:
             if name not in fields:
                 hint = "" if self._door != "strict" else f" (known: {', '.join(sorted(fields))})"
@@ -192,7 +193,7 @@ class _Reader:
     def _within(self, struct: _STRUCT, path: str) -> _STRUCT:
         """The struct with its numbers in their ranges."""
         for name, allowed in list(ranges.outside(struct)):
-            default = next(field.default for field in msgspec.structs.fields(struct) if field.name == name)
+            default = fields_of(type(struct))[name].default
             message = f"expected {allowed}, not {getattr(struct, name)}"
             if self._mend(_join(path, name), message, f"{default} is taken"):
                 struct = msgspec.structs.replace(struct, **{name: default})

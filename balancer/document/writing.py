@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from balancer.document.fields import fields_of
 from balancer.domain import Configuration, Provider, Rule, Tactic, is_secret_name
 from balancer.tactics import tactic_to_map
 
@@ -30,7 +31,7 @@ def _written(value: Any) -> Any:
             # msgspec's own omit_defaults takes an equal value that is another object for no default.
             return {
                 field.name: _written(getattr(value, field.name))
-                for field in msgspec.structs.fields(value)
+                for field in fields_of(type(value)).values()
                 if field.required or getattr(value, field.name) != _default(field)
             }
         case tuple() | list():

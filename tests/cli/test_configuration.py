@@ -166,6 +166,17 @@ def test_a_file_that_cannot_be_read_is_named(run: Run, tmp_path: Path) -> None:
         assert complaint in ran.err
 
 
+def test_the_example_with_every_field_is_accepted_published_and_stands_as_it_was_written(on_store: Run) -> None:
+    example = str(Path(__file__).parents[2] / "docs" / "example.yaml")
+
+    checked, applied, differing = (on_store(command, example) for command in ("check", "apply", "diff"))
+
+    assert (checked.status, checked.err) == (0, "")
+    assert checked.out.startswith("ok: ")
+    assert (applied.status, lines(applied.out)[-1]) == (0, "published as revision 1")
+    assert differing == Ran(status=0, out="", err="")
+
+
 # -- tingly-box --------------------------------------------------------------------------------------------------------
 
 

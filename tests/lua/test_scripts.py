@@ -16,12 +16,12 @@ from balancer.errors import ConfigurationError
 from balancer.store import scripts
 from balancer.store.scripts import Script, load
 
-NAMES = ("checkpoint", "clear", "commit", "fence", "publish", "reap", "select", "settle")
+NAMES = ("checkpoint", "clear", "commit", "fence", "health", "publish", "reap", "select", "settle")
 
 # Commands and their words that Redis 6.2 has, and that the scripts may use. PEXPIRE only without NX, XX, GT, LT (7.0).
 WORDS_OF_REDIS_6_2 = frozenset(
     {
-        *("DEL", "EXISTS", "SET", "PEXPIRE", "PUBLISH", "TIME"),
+        *("DEL", "EXISTS", "GET", "SET", "PX", "PEXPIRE", "PUBLISH", "TIME"),
         *("HDEL", "HGET", "HGETALL", "HKEYS", "HMGET", "HSET"),
         *("ZADD", "ZRANGE", "WITHSCORES", "ZREMRANGEBYSCORE", "ZSCORE"),
         *("XADD", "MAXLEN"),
@@ -30,7 +30,7 @@ WORDS_OF_REDIS_6_2 = frozenset(
 GLOBALS_OF_A_SCRIPT = frozenset(
     {
         *("KEYS", "ARGV", "redis", "cjson"),
-        *("ipairs", "math", "pairs", "pcall", "string", "table", "tonumber", "type", "unpack"),
+        *("ipairs", "math", "next", "pairs", "pcall", "string", "table", "tonumber", "type", "unpack"),
     }
 )
 
@@ -333,3 +333,13 @@ class Chunk:
 
     def skip(self, size: int) -> None:
         self.at += size
+
+
+def test_an_included_folder_is_a_table_of_its_functions(folder: Path) -> None:
+    for name in ("two", "one"):
+        include(folder, f"numbers/{name}", f"local function {name}()", f"  return '{name}'", "end")
+    script = written(folder, "-- Does a thing.", "-- include: numbers/*", "return numbers_table.two()")
+    assert script.source.index("local function one") < script.source.index("local function two")
+    assert script.source.endswith(
+        "local numbers_table = {\n  one = one,\n  two = two,\n}\nreturn numbers_table.two()\n"
+    )

@@ -1341,6 +1341,7 @@ def test_what_select_reads_changes_with_the_rule_its_services_and_their_provider
         view(changed(fallback=("other",))),
         view(changed(on_context_overflow="other")),
         view(changed(on_store_loss="local")),
+        view(changed(on_store_loss="closed")),
         view(changed(strict_settle=True)),
         view(RULE, OTHER),
         view(RULE, msgspec.structs.replace(OTHER, active=False)),
