@@ -36,6 +36,7 @@ from balancer.gateway.relay import Relay
 from balancer.gateway.telling import decision_headers, incomplete, send_error
 from balancer.metrics import Metrics
 from balancer.sessions import session_of
+from balancer.store.calls import needs_estimate
 
 _DEADLINE_MARGIN_S = 30.0
 """Beyond the provider's timeout: when it has passed, the attempt cannot be alive any more."""
@@ -199,7 +200,7 @@ class Forwarder:
             async with clock.until_first_byte(longest_s):
                 return await self._balance.select(
                     rule,
-                    reserved=_reserved(rule, errand.peek, request.body),
+                    reserved=self._reserved(rule, errand.peek, request.body),
                     deadline_ms=round((max(longest_s - clock.elapsed_s, 0) + _DEADLINE_MARGIN_S) * 1000),
                     excluded=tuple(dict.fromkeys((*course.tried, *late))),
                     session="" if course.only else session_of(rule, request.headers, errand.peek),
@@ -210,6 +211,14 @@ class Forwarder:
                 raise
             told = f"{exc.message}; the response that the request goes on from is kept by {course.only} alone"
             raise type(exc)(told, cause=exc.cause, retry_after_s=exc.retry_after_s) from exc
+
+    def _reserved(self, rule: Rule, peek: bodies.Peek, body: bytes) -> int:
+        """The tokens that the request holds while it is in flight; a limit of tokens always wants to know them."""
+        tactic = rule.lb_tactic
+        if tactic.reserve == "none" and not needs_estimate(rule, self._providers.provider):
+            return 0
+        most_output = peek.most_output if tactic.reserve == "full" else 0
+        return min(bodies.estimate_tokens(body) + most_output, tactic.reserve_cap)
 
     def _timeout_s(self, uuid: str) -> float:
         provider = self._providers.provider(uuid)
@@ -340,15 +349,3 @@ async def _no_longer_than(timeout_s: float, stream: ClientStream) -> AsyncIterat
             raise
         stream.abort()
         raise ClientGoneError from None
-
-
-def _reserved(rule: Rule, peek: bodies.Peek, body: bytes) -> int:
-    """The tokens that the request holds while it is in flight."""
-    tactic = rule.lb_tactic
-    match tactic.reserve:
-        case "none":
-            return 0
-        case "input":
-            return min(bodies.estimate_tokens(body), tactic.reserve_cap)
-        case "full":
-            return min(bodies.estimate_tokens(body) + peek.most_output, tactic.reserve_cap)
