@@ -62,7 +62,7 @@ RULES = (
 RPM = 15
 """Of each service of the rule `few`; there are as many as accounts, and more is asked for."""
 LIMITED_RULES = frozenset({"few"})
-ATTEMPTS, RETRY_RATIO, MOST_RETRIES = 1, 0.2, 100
+ATTEMPTS, RETRY_RATIO, MOST_RETRIES = 3, 0.2, 100
 CLOSED_RULES = frozenset({"strict"})
 TACTICS: dict[str, dict[str, Any]] = {
     "chat": {"type": "round_robin", "params": {"request_threshold": 3}},
