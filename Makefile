@@ -9,7 +9,7 @@ SCRIPTS := .cache/lua
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check prove lint format lock clean
+.PHONY: help demo test check prove chaos soak lint format lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -22,6 +22,12 @@ test: $(VENV)/.developed  ## all tests that need only wheels; what needs more is
 
 prove: $(VENV)/.developed  ## millions of decisions under faults, on every topology, each of them replayed
 	$(BIN)/python -m benchmarks.prove $(ARGS)
+
+chaos: $(VENV)/.developed  ## a fleet under every fault; each error traced to its fault, each token counted
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
+
+soak: $(VENV)/.developed  ## an hour of the same, and whether memory grows
+	$(BIN)/python -m benchmarks.chaos --soak 60 $(ARGS)
 
 check: lint test  ## what the gate runs
 

@@ -445,8 +445,8 @@ class Link:
             if self._is_late and self._leaving is None and not self._waiting:
                 self.send("PING").add_done_callback(_retrieve)
                 self.flush()
-            is_silent = self._waiting and time.monotonic() - self._waiting[0][1] > patience_s
             await self._topology.recheck(_RECHECK_S)
+            is_silent = bool(self._waiting) and time.monotonic() - self._waiting[0][1] > patience_s
             if (is_silent or not await self._is_place(url)) and self._writer:
                 self._writer.transport.abort()
 

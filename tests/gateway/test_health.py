@@ -113,8 +113,8 @@ async def test_a_gateway_notices_that_an_upstream_is_down_before_a_request_does(
     serve: Serve, upstream: Upstream
 ) -> None:
     upstream.answers(503)
-    health = {"health": {"path": "/health", "interval_s": 0.05}}
-    served = await serve(a_document(upstream.url, **health))
+    watched = {"health": {"path": "/health", "interval_s": 1}, "breaker": {"failures": 1, "open_s": 60}}
+    served = await serve(a_document(upstream.url, **watched))
 
     async def is_open() -> bool:
         view = await served.view()

@@ -6,13 +6,31 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from balancer.domain import Candidate, Tactic
-from balancer.tactics import Choice, Hybrid, Random, RoundRobin, TokenBased, choose
+from balancer.tactics import (
+    TACTIC_NAMES,
+    TACTICS,
+    Choice,
+    Hybrid,
+    Random,
+    RoundRobin,
+    TokenBased,
+    choose,
+    tactic_from_map,
+    tactic_name,
+    tactic_of,
+    tactic_params,
+)
+from balancer.tactics.cost import Cost
+from balancer.tactics.latency import Latency
+from balancer.tactics.least_in_flight import LeastInFlight
+from balancer.tactics.weighted_round_robin import WeightedRoundRobin
 
 LAST_DRAW = 2**32 - 1
 
@@ -43,10 +61,29 @@ def choice(service: str, streak: int, reason: str) -> Choice:
     return Choice(service=service, streak=streak, reason=reason)
 
 
-@pytest.mark.parametrize("tactic", [RoundRobin(), TokenBased(), Hybrid(), Random()])
-def test_without_a_candidate_there_is_no_choice(tactic: Tactic) -> None:
-    assert chosen(tactic, "", 0, []) is None
-    assert chosen(tactic, "a", 3, [], order="ab") is None
+@pytest.mark.parametrize("kind", TACTICS)
+def test_without_a_candidate_there_is_no_choice(kind: type[Tactic]) -> None:
+    assert chosen(kind(), "", 0, []) is None
+    assert chosen(kind(), "a", 3, [], order="ab") is None
+
+
+def test_every_tactic_has_a_name_and_the_first_four_are_those_of_the_legacy_numbers() -> None:
+    assert TACTIC_NAMES[:4] == ("round_robin", "token_based", "hybrid", "random")
+    assert sorted(TACTIC_NAMES[4:]) == ["cost", "latency", "least_in_flight", "weighted_round_robin"]
+    assert [tactic_name(kind()) for kind in TACTICS] == list(TACTIC_NAMES)
+
+
+@pytest.mark.parametrize("kind", TACTICS)
+def test_a_tactic_is_made_again_from_the_numbers_that_a_definition_carries(kind: type[Tactic]) -> None:
+    assert tactic_of(tactic_name(kind()), tactic_params(kind())) == kind()
+    assert tactic_of("best", tactic_params(kind())) is None
+
+
+def test_a_definition_carries_a_tactics_own_numbers_up_to_the_highest_that_lua_has() -> None:
+    tactic = tactic_from_map("hybrid", {"request_threshold": 3, "token_threshold": 2**60, "reserve_cap": 5})
+    assert tactic_params(tactic) == {"request_threshold": 3, "token_threshold": 2**53}
+    assert tactic_params(Latency()) == {"expected_output": 200}
+    assert tactic_params(Random()) == {}
 
 
 # -- round_robin -------------------------------------------------------------------------------------------------------
@@ -239,6 +276,196 @@ def test_over_many_draws_each_service_gets_its_share() -> None:
     counts = Counter(answer.service for draw in draws if (answer := chosen(Random(), "", 0, candidates, draw=draw)))
 
     assert counts == {"a": 250, "c": 750}
+
+
+# -- least_in_flight and cost ------------------------------------------------------------------------------------------
+
+
+def busy(**in_flight: int) -> list[Candidate]:
+    return [Candidate(service=name, in_flight=count) for name, count in in_flight.items()]
+
+
+@pytest.mark.parametrize(
+    ("cursor", "candidates", "expected"),
+    [
+        ("a", busy(a=2, b=1, c=3), choice("b", 1, "least")),
+        ("b", busy(a=2, b=1, c=3), choice("b", 5, "least")),
+        # On ties the first after the cursor, cyclically, and the cursor itself as the last.
+        ("a", busy(a=0, b=0, c=0), choice("b", 1, "least")),
+        ("b", busy(a=0, b=0, c=0), choice("c", 1, "least")),
+        ("c", busy(a=0, b=0, c=0), choice("a", 1, "least")),
+        ("b", busy(a=0, b=0, c=1), choice("a", 1, "least")),
+        ("b", busy(a=1, b=0), choice("b", 5, "least")),
+        # Without a cursor the first candidate is the current one.
+        ("", busy(a=0, b=0, c=0), choice("b", 1, "least")),
+        ("gone", busy(a=0, b=1, c=1), choice("a", 1, "least")),
+        # A cursor that is no candidate still has its place.
+        ("b", busy(a=0, c=0), choice("c", 1, "least")),
+    ],
+)
+def test_least_in_flight_takes_the_least_busy(cursor: str, candidates: Sequence[Candidate], expected: Choice) -> None:
+    assert chosen(LeastInFlight(), cursor, 4, candidates, order="abc") == expected
+
+
+def test_idle_services_are_taken_in_turn_by_least_in_flight() -> None:
+    picks, cursor = "", ""
+    for _ in range(6):
+        answer = chosen(LeastInFlight(), cursor, 1, busy(a=0, b=0, c=0))
+        assert answer is not None
+        cursor = answer.service
+        picks += cursor
+
+    assert picks == "bcabca"
+
+
+def priced(*rows: tuple[str, int, int]) -> list[Candidate]:
+    return [Candidate(service=name, cost=cost, tokens=tokens) for name, cost, tokens in rows]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "expected"),
+    [
+        (priced(("a", 9, 0), ("b", 8, 99), ("c", 8, 100)), choice("b", 1, "cheapest")),
+        (priced(("a", 9, 0), ("b", 8, 99), ("c", 8, 98)), choice("c", 5, "cheapest")),
+        (priced(("a", 0, 7), ("b", 0, 7), ("c", 0, 7)), choice("a", 1, "cheapest")),
+    ],
+)
+def test_cost_takes_the_cheapest_then_the_fewest_tokens_then_the_first(
+    candidates: Sequence[Candidate], expected: Choice
+) -> None:
+    assert chosen(Cost(), "c", 4, candidates, order="abc") == expected
+
+
+# -- weighted_round_robin ----------------------------------------------------------------------------------------------
+
+
+def turns(count: int, memory: str = "", order: str = "", **weights: int) -> tuple[str, str]:
+    """So many picks in a row, and what is remembered after them."""
+    picks, cursor = "", ""
+    for _ in range(count):
+        answer = choose(
+            WeightedRoundRobin(),
+            cursor=cursor,
+            streak=0,
+            order=list(order or weights),
+            candidates=weighted(**weights),
+            draw=0,
+            memory=memory,
+        )
+        assert answer is not None
+        assert answer.memory is not None
+        cursor, memory = answer.service, answer.memory
+        picks += cursor
+    return picks, memory
+
+
+def test_turns_by_weight_are_mixed_evenly_and_start_again_after_each_round() -> None:
+    assert turns(7, a=5, b=1, c=1) == ("aabacaa", "0 0 0")
+    assert turns(14, a=5, b=1, c=1) == ("aabacaa" * 2, "0 0 0")
+    assert turns(3, a=5, b=1, c=1) == ("aab", "1 -4 3")
+
+
+def test_turns_without_any_weight_are_equal() -> None:
+    assert turns(6, a=0, b=0, c=-3) == ("abcabc", "0 0 0")
+
+
+def test_who_has_no_weight_has_no_turn_beside_others() -> None:
+    assert turns(5, a=0, b=2, c=0) == ("bbbbb", "0 0 0")
+
+
+def test_who_is_no_candidate_keeps_its_place() -> None:
+    assert turns(1, memory="1 -4 3", order="abc", a=5, b=1) == ("a", "0 -3 3")
+
+
+@pytest.mark.parametrize("memory", ["", "5 5", "1 2 3 4"])
+def test_a_memory_of_other_services_is_forgotten(memory: str) -> None:
+    assert turns(1, memory=memory, a=1, b=1, c=1) == ("a", "-2 1 1")
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.integers(1, 3))
+def test_in_whole_rounds_each_service_has_exactly_its_share(weights: list[int], rounds: int) -> None:
+    names: dict[str, Any] = dict(zip("abcdefgh", weights, strict=False))
+    shares = names if any(weights) else dict.fromkeys(names, 1)
+    picks, memory = turns(rounds * sum(shares.values()), **names)
+
+    assert Counter(picks) == Counter({name: rounds * share for name, share in shares.items() if share})
+    assert set(memory.split()) == {"0"}
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.integers(1, 60))
+def test_at_no_time_is_a_service_a_whole_pick_ahead_of_its_share(weights: list[int], count: int) -> None:
+    names: dict[str, Any] = dict(zip("abcdef", weights, strict=False))
+    picks, _ = turns(count, **names)
+
+    for name, weight in names.items():
+        assert picks.count(name) - Fraction(count * weight, sum(weights)) < 1
+
+
+# -- latency -----------------------------------------------------------------------------------------------------------
+
+
+def timed(*rows: tuple[str, int, int, int]) -> list[Candidate]:
+    """Candidates: name, µs to the first token, µs for each token, and requests in flight."""
+    return [
+        Candidate(service=name, first_token=first, per_token=per, in_flight=in_flight)
+        for name, first, per, in_flight in rows
+    ]
+
+
+def pair(first: int, second: int, count: int) -> int:
+    """A draw of these two places among so many; the second is counted without the first."""
+    high, low = -(-first * 65536 // count), -(-second * 65536 // (count - 1))
+    return high * 65536 + low
+
+
+SPEEDS = timed(("a", 900, 0, 0), ("b", 500, 2, 0), ("c", 100, 0, 9), ("d", 0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "service"),
+    [
+        (0, 0, "a"),  # 900 µs against 500 + 2 × 200: a tie, and the first of the pair.
+        (1, 0, "b"),  # The same two, the other way round.
+        (0, 1, "a"),
+        (2, 0, "a"),
+        (1, 1, "b"),
+        (3, 2, "d"),
+        (2, 2, "d"),
+    ],
+)
+def test_latency_takes_the_sooner_of_two(first: int, second: int, service: str) -> None:
+    """Not measured yet is soonest: it is tried. Ten requests at 100 µs each are later than one at 900."""
+    assert chosen(Latency(), "c", 4, SPEEDS, draw=pair(first, second, 4)) == choice(service, 0, "fastest")
+
+
+def test_latency_weighs_tokens_by_how_long_answers_are_expected_to_be() -> None:
+    candidates = timed(("a", 900, 1, 0), ("b", 100, 3, 0))
+    for draw in (0, LAST_DRAW):
+        assert chosen(Latency(expected_output=399), "", 0, candidates, draw=draw) == choice("b", 0, "fastest")
+        assert chosen(Latency(expected_output=401), "", 0, candidates, draw=draw) == choice("a", 0, "fastest")
+
+
+def test_latency_with_one_candidate_takes_that_one() -> None:
+    assert chosen(Latency(), "b", 4, timed(("a", 5, 5, 5)), order="ab", draw=LAST_DRAW) == choice("a", 0, "fastest")
+
+
+@given(st.integers(2, 9), st.integers(0, LAST_DRAW))
+def test_latency_never_takes_the_slowest_of_all(count: int, draw: int) -> None:
+    """Two different ones are compared, whatever the draw."""
+    candidates = timed(*((str(i), 1 + (i == 3 % count), 0, 0) for i in range(count)))
+    answer = chosen(Latency(), "", 0, candidates, draw=draw)
+
+    assert answer is not None
+    assert answer.service != str(3 % count)
+
+
+def test_over_all_draws_latency_compares_every_pair_alike() -> None:
+    """Of four, the fastest is in half of all pairs; the second fastest wins a third, the third a sixth."""
+    candidates = timed(("a", 4, 0, 0), ("b", 3, 0, 0), ("c", 2, 0, 0), ("d", 1, 0, 0))
+    draws = [pair(i, j, 4) for i in range(4) for j in range(3)]
+    answers = [chosen(Latency(), "", 0, candidates, draw=draw) for draw in draws]
+
+    assert Counter(answer.service for answer in answers if answer) == {"d": 6, "c": 4, "b": 2}
 
 
 # -- one process -------------------------------------------------------------------------------------------------------

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
 
-from balancer.domain import BreakerSettings, Health, Outcome, Provider, Timeouts
+from balancer.domain import Entry, Health, Outcome, Provider, ProviderDefinition, Timeouts
 from balancer.errors import ConfigurationError
 from balancer.store import keys
-from balancer.store.balance import Balance
-from balancer.store.prober import Probed, probed
+from balancer.store.pool import PoolClient, PoolEvents
+from balancer.store.prober import Probed, Prober, probed
+from balancer.store.topology import Topology
+from balancer.store.views import BreakerView, ServiceView
+from tests.builders import a_configuration, a_provider, a_rule, a_service
 from tests.store.conftest import eventually
-from tests.store.test_balance import Start, are_ready, pick, settled, started, the_rule
-from tests.store.test_registry import a_configuration, a_provider, a_rule, a_service
+from tests.store.test_balance import Start, are_ready
+from tests.store.test_pool import a_definition, a_selection
 
 HEALTH = Health(path="/health", interval_s=0.03)
 
@@ -53,30 +56,63 @@ def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"balancer.store.prober.{name}", 0.01)
 
 
-@pytest.fixture
-async def start(url: str) -> AsyncIterator[Start]:
-    start = Start(url)
-    yield start
-    await start.close()
-
-
 def a_watched_provider(uuid: str = "a", **more: Any) -> Provider:
-    breaker = BreakerSettings(failures=2, ratio=0, open_s=0.01, successes=2)
-    return a_provider(uuid, **{"health": HEALTH, "breaker": breaker} | more)
+    return a_provider(uuid, **{"health": HEALTH} | more)
 
 
-async def a_worker(start: Start, doctor: Doctor, *providers: Provider, **rule: Any) -> Balance:
-    services = {"services": ("a:m", "a:n", "b:m")} | rule
-    made = providers or (a_watched_provider(), a_provider("b"))
-    (worker,) = await started(start, a_configuration(a_rule(**services), providers=made))
-    probing = await start(probe=doctor)
-    assert worker.worker != probing.worker
-    return probing
+WATCHED = Probed(provider=a_watched_provider(), services=("a:m", "a:n"))
 
 
-async def breaker(worker: Balance, service: str = "a:m") -> Any:
-    (view,) = await worker.views()
-    return view.services[service].breaker if service in view.services else None
+class Worker:
+    """A pool as a worker has it, and its prober."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self.name = name
+        self.doctor = Doctor()
+        self.plan: list[Probed] = [WATCHED]
+        self.pool = PoolClient(
+            Topology(url), "default", name, deadline_ms=5000, lease_ms=30_000, scripts_dir="", events=PoolEvents()
+        )
+        self._prober = Prober(self.pool, name, lambda: self.plan, self.doctor)
+        self._running: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self.pool.start()
+        await self.pool.wait_until_up(5)
+
+    def probe(self) -> None:
+        """Begins."""
+        self._running = asyncio.create_task(self._prober.run())
+
+    async def close(self) -> None:
+        if self._running:
+            self._running.cancel()
+            await asyncio.gather(self._running, return_exceptions=True)
+        await self.pool.close(timeout_s=0.5)
+
+    async def breaker(self, service: str = "a:m") -> BreakerView:
+        return (await self.pool.view()).services.get(service, ServiceView()).breaker
+
+
+Join = Callable[[str], Awaitable[Worker]]
+
+
+@pytest.fixture
+async def join(url: str) -> AsyncIterator[Join]:
+    """Makes workers; the first defines the rule, whose provider `a` breaks after two failures."""
+    workers: list[Worker] = []
+
+    async def make(name: str) -> Worker:
+        worker = Worker(url, name)
+        await worker.start()
+        if not workers:
+            provider = ProviderDefinition(id="a", failures=2, ratio_permille=0, open_ms=10, successes=2)
+            await worker.pool.raise_fence([a_definition(providers=(provider,))])
+        workers.append(worker)
+        return worker
+
+    yield make
+    await asyncio.gather(*(worker.close() for worker in workers))
 
 
 def test_asked_are_providers_with_an_interval_for_what_they_serve_in_the_pool() -> None:
@@ -96,96 +132,112 @@ def test_asked_are_providers_with_an_interval_for_what_they_serve_in_the_pool() 
     assert probed(configuration, "eu") == [Probed(provider=watched[0], services=("a:q",))]
 
 
-async def test_a_provider_that_is_dead_is_picked_no_more_and_alive_again_it_is(start: Start) -> None:
-    doctor = Doctor()
-    doctor.answer = False
-    worker = await a_worker(
-        start, doctor, a_watched_provider(breaker=BreakerSettings(failures=2, open_s=60)), a_provider("b")
-    )
+async def test_the_breakers_of_a_provider_that_is_dead_open_and_those_of_others_do_not(join: Join) -> None:
+    worker = await join("w")
+    worker.doctor.answer = False
+    worker.probe()
 
     async def are_open() -> bool:
-        found = [await breaker(worker, service) for service in ("a:m", "a:n")]
-        return all(each and each.state == 1 for each in found)
+        return all([(await worker.breaker(service)).opens for service in WATCHED.services])
 
     await eventually(are_open)
-    assert set(doctor.asked) == {"a"}
-    assert {(await pick(worker)).service for _ in range(10)} == {"b:m"}
+    assert set(worker.doctor.asked) == {"a"}
+    assert await worker.breaker("b:m") == BreakerView()
 
 
-async def test_signs_of_life_close_a_breaker_without_a_request(start: Start) -> None:
-    doctor = Doctor()
-    worker = await a_worker(start, doctor)
-    for _ in range(2):
-        worker.settle(await pick(worker), Outcome.FAILED, None)
-    assert await settled(worker)
+async def test_signs_of_life_close_a_breaker_without_a_request(join: Join) -> None:
+    worker = await join("w")
+    for number in (1, 3):
+        services = [(await worker.pool.select(a_selection(number + i)))[1] for i in range(2)]
+        worker.pool.settle(Entry(number=number + services.index("a:m"), service="a:m", outcome=Outcome.FAILED))
+        assert await worker.pool.acknowledged(5)
+    assert (await worker.breaker()).state == 1
+    picks = (await worker.pool.view()).services["a:m"].picks
+    worker.probe()
 
     async def is_closed() -> bool:
-        found = await breaker(worker)
-        return bool(found.state == 0)
+        return (await worker.breaker()).state == 0
 
     await eventually(is_closed)
-    (view,) = await worker.views()
-    assert (view.services["a:m"].picks, view.breaker_state("a:m")) == (2, "closed")
+    assert (await worker.pool.view()).services["a:m"].picks == picks
 
 
-async def test_a_provider_that_does_not_answer_in_time_is_dead(start: Start) -> None:
-    doctor = Doctor()
-    doctor.hangs = True
-    provider = a_watched_provider(timeouts=Timeouts(headers_s=0.01))
-    worker = await a_worker(start, doctor, provider, a_provider("b"))
+async def test_a_provider_that_does_not_answer_in_time_is_dead(join: Join) -> None:
+    worker = await join("w")
+    worker.doctor.hangs = True
+    hurried = a_watched_provider(timeouts=Timeouts(headers_s=0.01))
+    worker.plan = [Probed(provider=hurried, services=("a:m",))]
+    worker.probe()
 
     async def is_open() -> bool:
-        found = await breaker(worker)
-        return bool(found and found.opens)
+        return (await worker.breaker()).opens > 0
 
     await eventually(is_open)
 
 
-async def test_what_cannot_be_asked_is_not_called_dead(start: Start, caplog: pytest.LogCaptureFixture) -> None:
-    doctor = Doctor()
-    worker = await a_worker(start, doctor)
+async def test_what_cannot_be_asked_is_not_called_dead(join: Join) -> None:
+    worker = await join("w")
+    worker.probe()
     for wrong in (ConfigurationError("no such secret"), ZeroDivisionError()):
-        doctor.answer = wrong
-        await doctor.is_asked_again()
-        await doctor.is_asked_again()
-    found = await breaker(worker)
-    assert found is None or (found.state, found.consecutive) == (0, 0)
+        worker.doctor.answer = wrong
+        await worker.doctor.is_asked_again()
+        await worker.doctor.is_asked_again()
+    assert (await worker.breaker()).consecutive == 0
 
 
-async def test_one_worker_of_the_fleet_asks_and_another_goes_on_for_it(start: Start, control: Any) -> None:
-    doctors = [Doctor() for _ in range(3)]
-    first = await a_worker(start, doctors[0])
-    await doctors[0].is_asked_again()
-    others = [await start(probe=doctor) for doctor in doctors[1:]]
-    await eventually(lambda: are_ready(*others))
+async def test_one_worker_of_the_fleet_asks_and_another_goes_on_for_it(join: Join, control: Any) -> None:
+    first, *others = [await join(name) for name in ("w1", "w2", "w3")]
+    first.probe()
+    await first.doctor.is_asked_again()
+    for other in others:
+        other.probe()
     for _ in range(5):
-        await doctors[0].is_asked_again()
-    assert [bool(doctor.asked) for doctor in doctors] == [True, False, False]
-    assert await control.get(keys.prober("default")) == first.worker.encode()
+        await first.doctor.is_asked_again()
+    assert [bool(other.doctor.asked) for other in others] == [False, False]
+    assert await control.get(keys.prober("default")) == b"w1"
     assert 0 < await control.pttl(keys.prober("default")) <= 10_000
-    await first.close(timeout_s=1)
+    await first.close()
     await control.delete(keys.prober("default"))  # As its expiry would.
 
     async def has_a_successor() -> bool:
-        return any(doctor.asked for doctor in doctors[1:])
+        return any(other.doctor.asked for other in others)
 
     await eventually(has_a_successor)
-    assert [bool(doctor.asked) for doctor in doctors[1:]].count(True) == 1
-    assert await control.get(keys.prober("default")) in {other.worker.encode() for other in others}
+    (successor,) = [other for other in others if other.doctor.asked]
+    assert await control.get(keys.prober("default")) == successor.name.encode()
 
 
-async def test_a_provider_that_is_to_be_left_alone_is_asked_no_more(start: Start) -> None:
+async def test_a_provider_that_is_to_be_left_alone_is_asked_no_more(join: Join) -> None:
+    worker = await join("w")
+    worker.probe()
+    await worker.doctor.is_asked_again()
+    other = a_watched_provider("b")
+    worker.plan = [Probed(provider=other, services=("b:m",))]
+    await worker.doctor.is_asked_again()
+    await worker.doctor.is_asked_again()
+    assert set(worker.doctor.asked[-2:]) == {"b"}
+
+
+@pytest.fixture
+async def start(url: str) -> AsyncIterator[Start]:
+    start = Start(url)
+    yield start
+    await start.close()
+
+
+async def test_a_worker_asks_for_what_is_configured_now(start: Start) -> None:
     doctor = Doctor()
-    worker = await a_worker(start, doctor)
-    await doctor.is_asked_again()
-    configuration = worker.directory.configuration
-    quiet = tuple(a_provider(p.uuid) for p in configuration.providers)
-    await worker.registry.publish(a_configuration(*configuration.rules, providers=quiet), worker.directory.snapshot)
-    await worker.refresh()
-    while probed(worker.directory.configuration, "default"):
-        await worker.refresh()
-    asked = len(doctor.asked)
-    for _ in range(10):
-        await pick(worker, the_rule(worker))
-        await asyncio.sleep(HEALTH.interval_s)
-    assert len(doctor.asked) <= asked + 1
+    watched = a_provider("a", health=Health(path="/health", interval_s=1))
+    rule = a_rule()
+    await start.publish(a_configuration(rule, providers=(a_provider("a"), a_provider("b"))))
+    worker = await start(probe=doctor)
+    await eventually(lambda: are_ready(worker))
+    assert doctor.asked == []
+    configuration = a_configuration(rule, providers=(watched, a_provider("b")))
+    await worker.registry.publish(configuration, worker.directory.snapshot)
+
+    async def is_asked() -> bool:
+        return bool(doctor.asked)
+
+    await eventually(is_asked)
+    assert set(doctor.asked) == {"a"}

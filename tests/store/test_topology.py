@@ -334,6 +334,39 @@ async def test_an_idle_link_leaves_a_master_that_the_sentinels_have_replaced() -
     assert told == ["up", "down", "up"]
 
 
+async def test_a_command_sent_while_the_sentinels_are_asked_is_no_silence() -> None:
+    """A connection with nothing to wait for was cut when a command went out before the sentinels had answered."""
+    master, sentinel = a_master(), Scripted()
+    master.replies["GET"] = b"$-1\r\n"
+    master.gates["GET"] = asyncio.Event()
+    async with nodes(master), nodes(sentinel) as address:
+        sentinel.replies["SENTINEL"] = an_address("127.0.0.1", master.port)
+        async with a_link(f"redis+sentinel://{address}/main") as (link, told):
+
+            async def is_up() -> bool:
+                return link.is_up
+
+            await eventually(is_up)
+            asked = sentinel.asked("SENTINEL")
+            sentinel.gates["SENTINEL"] = asyncio.Event()
+
+            async def is_asked() -> bool:
+                return sentinel.asked("SENTINEL") > asked
+
+            await eventually(is_asked)
+            reply = link.send("GET", KEY)
+            link.flush()
+            sentinel.gates.pop("SENTINEL").set()
+
+            async def has_been_asked_again() -> bool:
+                return sentinel.asked("SENTINEL") > asked + 1
+
+            master.gates["GET"].set()
+            assert await reply is None
+            await eventually(has_been_asked_again)
+    assert told == ["up"]
+
+
 async def test_a_master_that_falls_silent_is_left_before_it_would_be_as_a_single_server() -> None:
     silent, successor, sentinel = a_master(), a_master(), Scripted()
     silent.gates["GET"] = asyncio.Event()
