@@ -205,6 +205,43 @@ async def test_sessions_and_single_services_work_alone(url: str, start: Start, c
         await worker.close(timeout_s=1)
 
 
+async def test_a_worker_that_never_picked_goes_on_from_what_the_others_did(
+    url: str, start: Start, control: Any
+) -> None:
+    (other,) = await started(start, a_configuration(a_rule(lb_tactic=RoundRobin(request_threshold=4))))
+    for _ in range(6):
+        await pick(other)
+    with a_door(url) as door:
+        worker = await start(door.url)
+
+        async def has_a_picture() -> bool:
+            return worker._pool("default").local.has_picture
+
+        await eventually(has_a_picture)
+        await door.shut(control)
+        await until_away(worker)
+        assert [(p.service, p.streak) for p in [await pick(worker) for _ in range(3)]] == [
+            ("b:m", 3),
+            ("b:m", 4),
+            ("c:m", 1),
+        ]
+        await worker.close(timeout_s=1)
+
+
+async def test_a_service_that_fails_is_left_alone_without_redis_too(url: str, start: Start, control: Any) -> None:
+    await started(start, a_configuration(a_rule(services=("a:m", "b:m"))))
+    with a_door(url) as door:
+        worker = await start(door.url)
+        await door.shut(control)
+        await until_away(worker)
+        for _ in range(3):
+            picked = await pick(worker)
+            assert picked.service == "a:m"
+            worker.settle(picked, Outcome.FAILED, None)
+        assert (await pick(worker)).service == "b:m"
+        await worker.close(timeout_s=1)
+
+
 async def test_one_of_two_workers_uses_half_of_a_limit(url: str, start: Start, control: Any) -> None:
     service = a_service("a:m", limits=Limits(rpm=7))
     await started(start, a_configuration(a_rule(services=(service,))), lease_s=1.0)
@@ -295,6 +332,7 @@ async def test_a_stopped_server_makes_the_first_requests_wait_for_the_deadline_a
         first = await asyncio.gather(*(account.serve(worker) for _ in range(20)))
         waited_ms = (time.monotonic() - began) * 1000
         assert all(p.is_local for p in first)
+        assert min(p.number for p in first) > 23, "names that Redis may have heard are used again"
         assert waited_ms >= DEADLINE_MS / 2
         asked: list[int] = []
         with monkeypatch.context() as patch:
@@ -320,17 +358,20 @@ async def test_a_slow_redis_is_left_alone_until_it_answers_in_time(start: Start,
     await eventually(lambda: are_ready(worker))
     account = Account()
     await account.serve(worker)
-    proxy.delays(DEADLINE_MS / 1000)
-    waits = 0
-    until = time.monotonic() + 2.5
+    proxy.delays(DEADLINE_MS / 1000 * 0.75)  # Each way.
+    waits, open_ = 0, []
+    until = time.monotonic() + 2
     while time.monotonic() < until:
         began = time.monotonic()
-        assert (await account.serve(worker)).is_local
+        open_.append(await pick(worker))
         waits += time.monotonic() - began > DEADLINE_MS / 2000
         await asyncio.sleep(0.01)
+    assert all(p.is_local for p in open_)
     assert waits == 1
     proxy.passes()
     await until_back(worker)
+    for picked in open_:
+        account.settle(worker, picked)
     assert not (await account.serve(worker)).is_local
     await account.holds(worker)
     await worker.close(timeout_s=1)
