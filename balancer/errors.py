@@ -103,6 +103,13 @@ class NotSupportedError(RequestError):
     code = "not_supported_yet"
 
 
+class UnknownResponseError(RequestError):
+    """Which service keeps the response that a request goes on from is not known here."""
+
+    status = 400
+    code = "previous_response_not_found"
+
+
 class NoServiceError(BalancerError):
     """The rule has no service that may be picked.
 
@@ -146,6 +153,10 @@ class UpstreamTimeoutError(UpstreamError):
 
     status = 504
     code = "upstream_timeout"
+
+
+class DeadlineError(UpstreamTimeoutError):
+    """The time that the client, or the provider, gives to a whole request is over: nobody is to be tried any more."""
 
 
 class UpstreamAnswerError(UpstreamError):

@@ -79,6 +79,10 @@ class Metrics:
         self.picks = counter("picks_total", "Services picked.", "pool", "rule", "service", "reason")
         self.switches = counter("switches_total", "Moves of a rule's cursor.", "pool", "rule", "reason")
         self.tokens = counter("tokens_total", "Tokens that upstreams reported.", "pool", "rule", "service", "kind")
+        self.saved_switches = counter(
+            "pinned_switches_saved_total", "Picks that a pin kept on another service than the cursor's.", "pool", "rule"
+        )
+        self.degraded_picks = counter("degraded_picks_total", "Services picked without Redis.", "pool", "rule")
         self.stale_picks = counter("stale_picks_total", "Selections made under an outdated revision.", "pool")
         self.leases_expired = counter("leases_expired_total", "Attempts lost with their worker.", "pool")
         self.batches_lost = counter("settle_batches_lost_total", "Settled batches no longer held.", "pool")
@@ -97,10 +101,14 @@ class Metrics:
         self.build.labels(__version__).set(1)
 
     def picked(self, pick: Pick) -> None:
-        """Counts a pick, and the switch if it was one."""
+        """Counts a pick, and the switch if it was one, or if a pin saved it; and whether Redis was there."""
         self.picks.labels(pick.pool, pick.rule, pick.service, pick.reason).inc()
         if pick.is_switch:
             self.switches.labels(pick.pool, pick.rule, pick.reason).inc()
+        if pick.is_saved:
+            self.saved_switches.labels(pick.pool, pick.rule).inc()
+        if pick.is_local:
+            self.degraded_picks.labels(pick.pool, pick.rule).inc()
 
     def settled(self, pick: _Settled, outcome: Outcome, usage: Usage | None) -> None:
         """Counts the end of an attempt and its tokens."""

@@ -33,6 +33,9 @@ class Received(msgspec.Struct, frozen=True, kw_only=True):
 Behaviour = Callable[["Upstream", asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
 def chunk(data: bytes) -> bytes:
     """A chunk of a chunked body."""
     return b"%x\r\n%b\r\n" % (len(data), data)
@@ -75,15 +78,34 @@ def anthropic_events(words: int = 3, usage: tuple[int, int] = (11, 7)) -> list[b
     ]
 
 
+def responses_events(response_id: str = "resp_1", words: int = 3, usage: tuple[int, int] = (11, 7)) -> list[bytes]:
+    """The events of a stream of the Responses API."""
+
+    def event(name: str, rest: bytes) -> bytes:
+        return b'event: %b\ndata: {"type":"%b",%b}\n\n' % (name.encode(), name.encode(), rest)
+
+    head = b'"response":{"id":"%b","object":"response","error":null,"status":"%b"' % (response_id.encode(), b"%b")
+    told = b',"usage":{"input_tokens":%d,"output_tokens":%d}}' % usage
+    return [
+        event("response.created", head % b"in_progress" + b"}"),
+        *(event("response.output_text.delta", b'"delta":"w%d"' % i) for i in range(words)),
+        event("response.completed", head % b"completed" + told),
+    ]
+
+
 class Upstream:
-    """An upstream that answers as it was told last; `received` has what it got, `hung_up` is set when a caller left."""
+    """An upstream that answers as it was told last; `received` has what it got, `hung_up` is set when a caller left.
+
+    What it is told behind `then()` is for the request after: `actor.answers(429); actor.then().answers()`.
+    """
 
     def __init__(self) -> None:
         self.received: list[Received] = []
         self.connections = 0
         self.hung_up = asyncio.Event()
         self.stalled = asyncio.Event()
-        self._behaviour: Behaviour
+        self._behaviours: list[Behaviour] = []
+        self._is_adding = False
         self.url = ""
         self.answers()
 
@@ -94,6 +116,20 @@ class Upstream:
 
     # -- what it does --------------------------------------------------------------------------------------------------
 
+    def then(self) -> Upstream:
+        """The same, told of the request behind those that it knows what to do with. The last goes for all that come."""
+        self._is_adding = True
+        return self
+
+    @property
+    def _behaviour(self) -> Behaviour:
+        return self._behaviours[0]
+
+    @_behaviour.setter
+    def _behaviour(self, behaviour: Behaviour) -> None:
+        self._behaviours = [*self._behaviours, behaviour] if self._is_adding else [behaviour]
+        self._is_adding = False
+
     def answers(
         self,
         status: int = 200,
@@ -102,8 +138,11 @@ class Upstream:
         headers: tuple[tuple[str, str], ...] = (),
         *,
         chunked: bool = False,
+        retry_after: str = "",
     ) -> None:
         """A whole answer."""
+        if retry_after:
+            headers = (*headers, ("Retry-After", retry_after))
         head = self._head(status, (("Content-Type", content_type), *headers), None if chunked else len(body))
 
         async def behave(_: Upstream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -197,7 +236,10 @@ class Upstream:
         try:
             while request := await read_request(reader):
                 self.received.append(request)
-                await self._behaviour(self, reader, writer)
+                behave = self._behaviour
+                if len(self._behaviours) > 1:
+                    self._behaviours.pop(0)
+                await behave(self, reader, writer)
                 await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError):
             pass  # The other side left, or this actor was told to.

@@ -20,7 +20,8 @@ _SCENARIOS = "|".join(get_args(ScenarioName))
 # The one spelling. Many servers take another letter case, a slash more, an escape or a `;` for the same path, and would
 # serve what we have not recognised, and so not counted; with `..` a client could walk to what else the account offers.
 _PLAIN = re.compile(r"/v1(?:/[a-z0-9_-]+)+")
-_BY_ID = re.compile(r"/v1/responses(?:/[A-Za-z0-9_-]+)+")
+_ID = "/v1/responses/[A-Za-z0-9_-]+"
+_BY_ID = re.compile(rf"(?:GET|DELETE) {_ID}|GET {_ID}/input_items|POST {_ID}/cancel")
 _PREFIX = re.compile(rf"^/(?:tingly/)?({_SCENARIOS})(/v1/.*)$")
 
 Kind = Literal["models", "count_tokens", "generation", "by_id"]
@@ -50,7 +51,7 @@ def route(method: str, path: str, *, speaks_anthropic: bool) -> Route | None:
         return Route(scenario=scenario, dialect=ANTHROPIC if is_anthropic else OPENAI, path=rest, kind="models")
     dialect: Dialect = ANTHROPIC if is_messages else OPENAI
     scenario = named or ("anthropic" if is_messages else "openai")
-    if _BY_ID.fullmatch(rest):
+    if _BY_ID.fullmatch(f"{method} {rest}"):
         return Route(scenario=scenario, dialect=dialect, path=rest, kind="by_id")
     if method != "POST" or not _PLAIN.fullmatch(rest):
         return None

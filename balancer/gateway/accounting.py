@@ -11,11 +11,12 @@ class Accounting(Protocol):
     """The attempt that is being relayed."""
 
     usage: Usage | None
+    is_stream: bool
 
-    def settle(self, outcome: Outcome) -> None:
+    def settle(self, outcome: Outcome, cooldown_ms: int = 0) -> None:
         """Settles the attempt; only the first call counts."""
 
-    async def settle_before_last_byte(self, outcome: Outcome) -> None:
+    async def settle_before_last_byte(self, outcome: Outcome, cooldown_ms: int = 0) -> None:
         """Settles, and returns when the rest may be sent."""
 
     def saw_token(self) -> None:
@@ -26,11 +27,12 @@ class Uncounted:
     """Stands in for the attempt where nothing is counted."""
 
     usage: Usage | None = None
+    is_stream = False
 
-    def settle(self, outcome: Outcome) -> None:
+    def settle(self, outcome: Outcome, cooldown_ms: int = 0) -> None:
         """Nothing to settle."""
 
-    async def settle_before_last_byte(self, outcome: Outcome) -> None:
+    async def settle_before_last_byte(self, outcome: Outcome, cooldown_ms: int = 0) -> None:
         """Nothing to settle."""
 
     def saw_token(self) -> None:

@@ -15,7 +15,7 @@ from balancer import log
 from balancer.config import Settings
 from balancer.domain import Provider
 from balancer.errors import StoreUnavailableError
-from balancer.gateway.attempts import Forwarder
+from balancer.gateway.forwarding import Forwarder
 from balancer.gateway.front import AiohttpStream, Front
 from balancer.gateway.front_server import QUIET, Answer, Server, drop_server_header
 from balancer.gateway.handlers import Handlers

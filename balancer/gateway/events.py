@@ -5,13 +5,15 @@ The attempt is settled before the stream's last event is sent on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from balancer.domain import Outcome
+from balancer import bodies
+from balancer.domain import ApiStyle, Outcome
 from balancer.encoding import DecodeError, Decoder
 from balancer.errors import UpstreamAnswerError, UpstreamError
+from balancer.failures import Verdict, classify_error_event
 from balancer.gateway.accounting import Accounting
 from balancer.gateway.masking import Mask
 from balancer.gateway.messages import ClientStream, UpstreamResponse
@@ -19,12 +21,22 @@ from balancer.gateway.rewriting import Rewriter
 from balancer.sse import Event, Parser
 from balancer.usage import StreamUsage
 
+Remember = Callable[[str], Awaitable[None]]
+"""Takes the id of an answer that can be asked for again, and returns once it is kept."""
+
+_EVENTS_WITHHELD = 16
+"""Behind so many events none is expected to be the first that names the answer's id."""
+_WITHHELD_LIMIT_BYTES = 8 * 1024 * 1024
+"""The first event repeats the client's instructions and tools."""
 _SMELL = b"error"
 """In every dialect it stands at the beginning of an event that tells of an error."""
 
 
 class EventRelay:
-    """Relays one stream that has been started. `decoder` is None for a coding that we cannot read."""
+    """Relays one stream that has been started. `decoder` is None for a coding that we cannot read.
+
+    With `remember`, nothing of an event that names the answer's id is sent before that is kept.
+    """
 
     def __init__(
         self,
@@ -35,6 +47,8 @@ class EventRelay:
         rewriter: Rewriter,
         mask: Mask,
         error_event: Callable[[UpstreamError], bytes],
+        style: ApiStyle = "openai",
+        remember: Remember | None = None,
     ) -> None:
         self._attempt = attempt
         self._stream = stream
@@ -42,8 +56,14 @@ class EventRelay:
         self._rewriter = rewriter
         self._mask = mask
         self._error_event = error_event
+        self._style: ApiStyle = style
+        self._remember = remember if decoder is not None else None
+        self._withheld: list[bytes] = []  # With the beginning of an event that may name the answer's id.
+        self._withheld_bytes = self._unnamed = 0
+        self._verdict: Verdict | None = None
         self._by_event = decoder is not None and rewriter.edits_events
         self._is_coded = not self._by_event and (decoder is None or not decoder.is_identity)
+        attempt.is_stream = True
         self._parser, self._usage = Parser(), StreamUsage()
         self._must_abort = False
         self._sent_bytes = 0  # How much of the unfinished event was sent before it went event by event.
@@ -70,6 +90,7 @@ class EventRelay:
         try:
             for part in self._decoder.feed(chunk) if self._decoder else ():
                 events = self._hear(part)
+                await self._keep(events)
                 if self._is_coded and self._usage.is_error and any(self._mask.shows_in(e.raw) for e in events):
                     self._must_abort = True  # Nothing can be masked in coded bytes.
                     raise UpstreamAnswerError("the upstream repeats a credential in a coded error")
@@ -79,10 +100,16 @@ class EventRelay:
         # An unfinished event is of no use to a client yet, so that holding one back costs nothing.
         may_show = self._usage.is_error or self._parser.tail_has(_SMELL, among=len(chunk))
         if may_show and self._mask and not self._is_coded:
+            if self._withheld:  # The whole unfinished event is at its end, and none of that was sent.
+                await self._release(but_bytes=sent_bytes)
+                sent_bytes = 0
             self._by_event, self._sent_bytes = True, sent_bytes
             await self._send(events)
         else:
-            await self._stream.write(chunk)
+            self._withheld.append(chunk)
+            self._withheld_bytes += len(chunk)
+            if not self._must_withhold():
+                await self._release()
 
     async def _edit(self, chunk: bytes) -> None:
         """Sends the events that the chunk finishes, each as the client should see it."""
@@ -91,6 +118,7 @@ class EventRelay:
             for part in self._decoder.feed(chunk):
                 events = self._hear(part)
                 await self._settle_if_complete()
+                await self._keep(events)
                 await self._send(events)
         except DecodeError as exc:
             # What was sent so far is decoded: coded bytes behind it would be nobody's.
@@ -106,6 +134,34 @@ class EventRelay:
         if out:
             await self._stream.write(out)
 
+    async def _keep(self, events: list[Event]) -> None:
+        """Looks for the answer's id as long as it is not known."""
+        if self._remember is None:
+            return
+        for event in events:
+            if response_id := bodies.response_id_of_event(event.data):
+                await self._remember(response_id)
+                self._remember = None
+                break
+            self._unnamed += bool(event.data)
+
+    def _must_withhold(self) -> bool:
+        """True while an unfinished event may be the first to name the answer's id."""
+        return (
+            self._remember is not None
+            and self._parser.tail_bytes > 0
+            and self._unnamed < _EVENTS_WITHHELD
+            and self._withheld_bytes <= _WITHHELD_LIMIT_BYTES
+        )
+
+    async def _release(self, *, but_bytes: int = 0) -> None:
+        """Sends what was put aside, without its last bytes."""
+        data = b"".join(self._withheld)
+        self._withheld.clear()
+        self._withheld_bytes = 0
+        if len(data) > but_bytes:
+            await self._stream.write(data[: len(data) - but_bytes])
+
     def _hear(self, part: bytes) -> list[Event]:
         events = self._parser.feed(part)
         for event in events:
@@ -115,6 +171,8 @@ class EventRelay:
     def _see(self, event: Event) -> None:
         self._usage.see(event)
         self._attempt.usage = self._usage.usage
+        if self._usage.is_error and self._verdict is None:
+            self._verdict = classify_error_event(self._style, event.data)
         if self._usage.has_content:
             self._attempt.saw_token()
 
@@ -122,8 +180,8 @@ class EventRelay:
 
     async def _settle_if_complete(self) -> None:
         if self._usage.is_complete:
-            outcome = Outcome.FAILED if self._usage.is_error else Outcome.SUCCESS
-            await self._attempt.settle_before_last_byte(outcome)
+            verdict = self._verdict or Verdict(outcome=Outcome.SUCCESS)
+            await self._attempt.settle_before_last_byte(verdict.outcome, verdict.cooldown_ms)
 
     async def _finish(self) -> None:
         """The upstream has ended the stream; its last event may lack the blank line."""
@@ -134,6 +192,9 @@ class EventRelay:
         is_cut = self._decoder is not None and not self._decoder.is_finished
         if self._by_event and is_cut and not self._usage.is_complete:
             raise UpstreamAnswerError("the upstream's stream ends before its coding does")
+        if last is not None:
+            await self._keep([last])
+        await self._release()
         if self._by_event and last is not None:
             await self._send([last])
         await self._attempt.settle_before_last_byte(Outcome.SUCCESS)
@@ -149,6 +210,7 @@ class EventRelay:
         if self._must_abort or (self._is_coded and not self._usage.is_complete):
             self._stream.abort()  # No plain event can stand behind coded bytes.
             return
+        await self._release()
         if not self._usage.is_complete:
             # Half an event may be on its way already: a blank line ends it.
             is_half_sent = self._sent_bytes > 0 if self._by_event else last is not None

@@ -11,8 +11,8 @@ from aiohttp import web
 from balancer.dialects import Dialect, Headers
 from balancer.errors import BalancerError, BodyTooLargeError, ExpectationError, RequestError
 from balancer.gateway.front_server import Answer
-from balancer.gateway.handlers import send_error
 from balancer.gateway.messages import ClientGoneError, ClientRequest
+from balancer.gateway.telling import send_error
 
 _AUTHORITY = re.compile(r"^https?://[^/]*", re.IGNORECASE)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")

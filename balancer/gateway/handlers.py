@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import time
@@ -14,36 +15,43 @@ from balancer.dialects import Dialect
 from balancer.dialects.anthropic import ANTHROPIC
 from balancer.dialects.openai import OPENAI
 from balancer.dialects.paths import Route, route
-from balancer.domain import Outcome, Provider, Rule
+from balancer.domain import Outcome, Rule
 from balancer.errors import (
     BalancerError,
     ConfigurationError,
     ContentTypeError,
     NoServiceError,
+    NotFoundError,
     NotSupportedError,
+    RateLimitedError,
     RequestError,
+    StoreUnavailableError,
     UnauthorizedError,
     UnknownModelError,
     UnknownPathError,
+    UnknownResponseError,
 )
-from balancer.gateway.attempts import Forwarder
+from balancer.gateway.course import Course
+from balancer.gateway.forwarding import Forwarder
+from balancer.gateway.matching import Directory, foreign, serving, usable
 from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
+from balancer.gateway.telling import incomplete, send_error
 from balancer.metrics import Metrics
 
 _NAMES_SHOWN = 20
+_ID_SHOWN = 100
 
 
-class Directory(Protocol):
-    """The configuration that stands."""
+class Recalled(Protocol):
+    """Who keeps a response."""
 
-    def rule(self, scenario: str, model: str) -> Rule | None:
-        """The active rule of that scenario and model."""
+    @property
+    def rule(self) -> str:
+        """The uuid of the rule under which it was asked for."""
 
-    def rules(self, scenario: str) -> tuple[Rule, ...]:
-        """The active rules of a scenario."""
-
-    def provider(self, uuid: str) -> Provider | None:
-        """The provider of that uuid."""
+    @property
+    def service(self) -> str:
+        """The id of the service that gave it."""
 
 
 class Source(Protocol):
@@ -54,6 +62,9 @@ class Source(Protocol):
 
     def cursor(self, rule: Rule) -> str:
         """The service where this worker last saw the rule's cursor, empty if never."""
+
+    async def recall(self, response_id: str) -> Recalled | None:
+        """Who keeps a response, None for one that is not known (any more). Raises StoreUnavailableError."""
 
 
 class Handlers:
@@ -82,23 +93,33 @@ class Handlers:
                 outcome = Outcome.SUCCESS
                 await self._models(wanted, stream)
                 return
+            if wanted.kind == "by_id":
+                rule, service = await self._keeper(wanted)
+                await self._forwarder.forward_uncounted(request, wanted, rule, service, stream, asked="")
+                outcome = Outcome.SUCCESS
+                return
             rule, peek = self._match(request, wanted)
             if wanted.kind == "count_tokens":
                 service = self._current_service(rule)
-                await self._forwarder.forward_uncounted(request, wanted, rule, service, stream)
+                await self._forwarder.forward_uncounted(request, wanted, rule, service, stream, asked=peek.model)
                 outcome = Outcome.SUCCESS
             else:
-                outcome = await self._forwarder.forward(request, wanted, rule, peek, stream)
+                course = await self._course(rule, peek, wanted)
+                outcome = await self._forwarder.forward(request, wanted, course, peek, stream)
         except ConfigurationError as exc:
             outcome = Outcome.FAILED
-            log.error("a request needs what the configuration does not give", reason=str(exc))
-            told = BalancerError("the gateway's configuration is incomplete; its log says what is missing")
-            await send_error(dialect, told, request, stream)
+            await send_error(dialect, incomplete(exc), request, stream)
+        except RateLimitedError as exc:
+            outcome = Outcome.RATE_LIMITED
+            await send_error(dialect, exc, request, stream)
         except BalancerError as exc:
             outcome = Outcome.REJECTED if exc.status < 500 else Outcome.FAILED
             await send_error(dialect, exc, request, stream)
         except ClientGoneError:
             outcome = Outcome.CANCELLED
+        except asyncio.CancelledError:
+            outcome = Outcome.CANCELLED
+            raise
         except Exception as exc:  # noqa: BLE001 - a task's root: whatever went wrong is logged, the worker lives.
             outcome = Outcome.FAILED
             log.error("a request failed in the gateway", exc=exc, request=request.request_id)
@@ -136,29 +157,66 @@ class Handlers:
 
     def _match(self, request: ClientRequest, wanted: Route) -> tuple[Rule, bodies.Peek]:
         """The rule of a request, once nothing speaks against picking a service for it."""
-        if wanted.kind == "by_id":
-            raise NotSupportedError("responses by id are not supported yet: which account has it is not kept")
         peek = self._peek(request)
         directory = self._source.snapshot()
         rule = directory.rule(wanted.scenario, peek.model)
         if rule is None:
             names = [rule.request_model for rule in directory.rules(wanted.scenario)]
             raise _unknown_model(peek.model, wanted.scenario, names)
-        services = self._usable(rule)
-        if not services:
+        if not usable(directory, rule):
             raise NoServiceError(f"rule {rule.uuid} has no active service with an enabled provider")
-        others = [s for s in services if (p := directory.provider(s[0])) and p.api_style != wanted.dialect.name]
+        others = foreign(directory, rule, wanted.dialect.name)
         if others:
             raise NotSupportedError(
                 f"translation is not supported yet: {wanted.dialect.name} clients cannot be served by "
-                + ", ".join(f"{provider}:{model}" for provider, model in others[:_NAMES_SHOWN])
-            )
-        if peek.previous_response_id is not None and len(services) > 1:
-            raise NotSupportedError(
-                "previous_response_id is not supported yet with several services: which account has it is not kept",
-                param="previous_response_id",
+                + ", ".join(service.id for service in others[:_NAMES_SHOWN])
             )
         return rule, peek
+
+    async def _course(self, rule: Rule, peek: bodies.Peek, wanted: Route) -> Course:
+        """The way of a request, which is short where it goes on from a response: only one service has that."""
+        directory = self._source.snapshot()
+
+        def find(uuid: str) -> Rule | None:
+            return serving(directory, uuid, wanted.dialect.name)
+
+        previous = peek.previous_response_id
+        if not wanted.path.startswith("/v1/responses") or not isinstance(previous, str) or not previous:
+            return Course(rule, find)
+        has_choice = len(usable(directory, rule)) > 1
+        try:
+            recalled = await self._source.recall(previous)
+        except StoreUnavailableError:
+            if has_choice:
+                raise
+            recalled = None
+        if recalled is not None and any(service.id == recalled.service for service in rule.services):
+            return Course(rule, find, only=recalled.service)
+        if recalled is not None:
+            why = f"it is kept by {recalled.service}, which is no service of rule {rule.uuid}"
+        elif has_choice:
+            why = "this gateway did not hand it out, or has forgotten it after 30 days"
+        else:
+            return Course(rule, find, is_bound=True)
+        raise UnknownResponseError(
+            f"previous response {previous[:_ID_SHOWN]!r} is not found: {why}", param="previous_response_id"
+        )
+
+    async def _keeper(self, wanted: Route) -> tuple[Rule, str]:
+        """The rule and the service of a response that is asked for by its id."""
+        response_id = wanted.path.split("/")[3]
+        directory = self._source.snapshot()
+        recalled = await self._source.recall(response_id)
+        rule = directory.by_uuid.get(recalled.rule) if recalled else None
+        if recalled is None or rule is None or rule.scenario != wanted.scenario:
+            raise NotFoundError(
+                f"response {response_id[:_ID_SHOWN]!r} is not found in scenario {wanted.scenario}: "
+                "this gateway did not hand it out there, or has forgotten it after 30 days"
+            )
+        provider = directory.provider(recalled.service.partition(":")[0])
+        if provider is None or not provider.enabled:
+            raise NoServiceError(f"the response is kept by {recalled.service}, whose provider is not enabled")
+        return rule, recalled.service
 
     def _peek(self, request: ClientRequest) -> bodies.Peek:
         content_type = request.header("content-type").lower()
@@ -172,36 +230,11 @@ class Handlers:
             raise RequestError("the request has no body")
         return bodies.peek(request.body)
 
-    def _usable(self, rule: Rule) -> list[tuple[str, str]]:
-        """Provider and model of the services that may serve at all."""
-        directory = self._source.snapshot()
-        return [
-            (service.provider, service.model)
-            for service in rule.active_services()
-            if (provider := directory.provider(service.provider)) and provider.enabled
-        ]
-
     def _current_service(self, rule: Rule) -> str:
         """Where the cursor was last seen, or the first usable service."""
-        usable = [f"{provider}:{model}" for provider, model in self._usable(rule)]
+        services = [service.id for service in usable(self._source.snapshot(), rule)]
         cursor = self._source.cursor(rule)
-        return cursor if cursor in usable else usable[0]
-
-
-async def send_error(dialect: Dialect, error: BalancerError, request: ClientRequest, stream: ClientStream) -> None:
-    """Tells the client of an error, or breaks its connection when its answer has begun already."""
-    if stream.is_started:
-        stream.abort()
-        return
-    body = dialect.error_body(error, request.request_id)
-    retry = (("Retry-After", "1"),) if error.status == 503 else ()
-    challenge = (("WWW-Authenticate", "Bearer"),) if error.status == 401 else ()
-    try:
-        await stream.start(error.status, (("Content-Type", "application/json"), *retry, *challenge), len(body))
-        await stream.write(body)
-        await stream.end()
-    except ClientGoneError:
-        log.debug("a client left before its error", request=request.request_id)
+        return cursor if cursor in services else services[0]
 
 
 def _unknown_model(model: str, scenario: str, names: list[str]) -> UnknownModelError:

@@ -8,30 +8,29 @@ from __future__ import annotations
 
 import contextlib
 
-from balancer import lenient
+from balancer import bodies, lenient
 from balancer.dialects import Headers
 from balancer.dialects.headers import response_headers, value_of
 from balancer.dialects.paths import Route
 from balancer.domain import Outcome
 from balancer.encoding import DecodeError, Decoder, decoded
 from balancer.errors import UpstreamAnswerError, UpstreamError
-from balancer.failures import outcome_of_status
+from balancer.failures import Verdict
 from balancer.gateway.accounting import Accounting, Uncounted
-from balancer.gateway.events import EventRelay
+from balancer.gateway.events import EventRelay, Remember
 from balancer.gateway.masking import Mask
 from balancer.gateway.messages import ClientStream, UpstreamResponse
+from balancer.gateway.opening import ERROR_LIMIT_BYTES, Opening
 from balancer.gateway.rewriting import Rewriter
 from balancer.usage import UsageTap
 
-_ERROR_LIMIT_BYTES = 1024 * 1024
-_RENAMED_LIMIT_BYTES = 64 * 1024 * 1024
+_WHOLE_LIMIT_BYTES = 64 * 1024 * 1024
 _DECODED_LIMIT_BYTES = 8 * 1024 * 1024
-_EVENT_BEGINNINGS = (b"data:", b"event:", b"id:", b": ", b":\n")
-"""Some servers send a stream under another content type: JSON cannot begin so."""
+_SUCCESS = Verdict(outcome=Outcome.SUCCESS)
 
 
 class Relay:
-    """One answer's way down."""
+    """One answer's way down. `remember` is told the answer's id before the client is."""
 
     def __init__(
         self,
@@ -44,6 +43,7 @@ class Relay:
         attempt: Accounting | None = None,
         response_model: str = "",
         hides_usage: bool = False,
+        remember: Remember | None = None,
     ) -> None:
         self._request_id = request_id
         self._route = route
@@ -52,51 +52,70 @@ class Relay:
         self._mask = mask
         self._attempt = attempt or Uncounted()
         self._rewriter = Rewriter(response_model, hides_usage=hides_usage)
+        self._remember = remember
 
-    async def run(self, response: UpstreamResponse) -> None:
+    async def run(self, answer: Opening) -> None:
         """Relays the answer to its end. Raises UpstreamError while nothing was sent yet, ClientGoneError."""
-        headers = self._mask.over_headers(response_headers(response.headers))
-        kind = value_of(headers, "content-type").lower()
-        if response.status >= 400:
-            await self._relay_error(response, headers)
-        elif not 200 <= response.status < 300:
-            # An SDK would follow a redirect, with its credential and the prompt, to where the upstream points.
-            raise UpstreamAnswerError(f"the upstream answered with status {response.status}, which is no answer")
+        headers = self._mask.over_headers(response_headers(answer.headers))
+        verdict = answer.verdict or _SUCCESS
+        if answer.status >= 400:
+            await self._relay_error(answer, headers, verdict)
+            return
+        is_json = "json" in value_of(headers, "content-type").lower()
+        # Nothing is sent before the first chunk is there: until then a failure can be told properly.
+        chunk = await answer.read()
+        if answer.is_stream:
+            await self._relay_events(answer, headers, chunk)
+            return
+        if self._remember is not None and is_json:
+            chunk = await self._remembered(answer, headers, chunk, self._remember)
+        if self._rewriter.renames and is_json:
+            await self._relay_renamed(answer, headers, chunk, verdict)
         else:
-            # Nothing is sent before the first chunk is there: until then a failure can be told properly.
-            chunk = await response.read()
-            if kind.startswith("text/event-stream") or chunk.startswith(_EVENT_BEGINNINGS):
-                await self._relay_events(response, headers, chunk)
-            elif self._rewriter.renames and "json" in kind:
-                await self._relay_renamed(response, headers, chunk)
-            else:
-                await self._relay_body(response, headers, chunk)
+            await self._relay_body(answer, headers, chunk, verdict)
 
     async def _start(self, status: int, headers: Headers, length: int | None) -> None:
         await self._stream.start(status, (*headers, *self._extra), length)
 
-    async def _send_whole(self, status: int, headers: Headers, body: bytes, outcome: Outcome) -> None:
-        await self._attempt.settle_before_last_byte(outcome)
+    async def _settle(self, verdict: Verdict) -> None:
+        await self._attempt.settle_before_last_byte(verdict.outcome, verdict.cooldown_ms)
+
+    async def _send_whole(self, status: int, headers: Headers, body: bytes, verdict: Verdict) -> None:
+        await self._settle(verdict)
         await self._start(status, headers, len(body))
         await self._stream.write(body)
         await self._stream.end()
 
-    async def _relay_error(self, response: UpstreamResponse, headers: Headers) -> None:
+    async def _relay_error(self, response: UpstreamResponse, headers: Headers, verdict: Verdict) -> None:
         """An error's body is read first: some upstreams repeat the credential in it."""
-        body, is_whole = await _read(response, await response.read(), _ERROR_LIMIT_BYTES)
+        body, is_whole = await _read(response, await response.read(), ERROR_LIMIT_BYTES)
         try:
             if not is_whole:
                 raise DecodeError("the error is too long")
-            body = self._mask.over(decoded(body, value_of(headers, "content-encoding"), _ERROR_LIMIT_BYTES))
+            body = self._mask.over(decoded(body, value_of(headers, "content-encoding"), ERROR_LIMIT_BYTES))
         except DecodeError:
             # What cannot be read cannot be cleared of credentials; an SDK still wants words.
             error = UpstreamAnswerError("the upstream's error cannot be read", status=response.status)
             body = self._route.dialect.error_body(error, self._request_id)
             headers = (*_without(headers, "content-type"), ("Content-Type", "application/json"))
         headers = _without(headers, "content-encoding")
-        await self._send_whole(response.status, headers, body, outcome_of_status(response.status))
+        await self._send_whole(response.status, headers, body, verdict)
 
-    async def _relay_body(self, response: UpstreamResponse, headers: Headers, chunk: bytes) -> None:
+    async def _remembered(
+        self, response: UpstreamResponse, headers: Headers, chunk: bytes, remember: Remember
+    ) -> bytes:
+        """The JSON answer from its first chunk on, as much of it as had to be read to know its id."""
+        coding = value_of(headers, "content-encoding")
+        with contextlib.suppress(DecodeError):
+            response_id = bodies.response_id_of_json(next(iter(Decoder(coding).feed(chunk)), b""))
+            if not response_id:
+                chunk, _ = await _read(response, chunk, _WHOLE_LIMIT_BYTES)
+                response_id = bodies.response_id_of_json(decoded(chunk, coding, _DECODED_LIMIT_BYTES))
+            if response_id:
+                await remember(response_id)
+        return chunk
+
+    async def _relay_body(self, response: UpstreamResponse, headers: Headers, chunk: bytes, verdict: Verdict) -> None:
         """The upstream's own bytes, from their first chunk on."""
         tap = UsageTap(value_of(headers, "content-encoding"))
         length, received = response.length, 0
@@ -107,7 +126,7 @@ class Relay:
                 received += len(chunk)
                 if received == length:
                     self._attempt.usage = tap.finish()
-                    await self._attempt.settle_before_last_byte(Outcome.SUCCESS)
+                    await self._settle(verdict)
                 await self._stream.write(chunk)
                 chunk = await response.read()
         except UpstreamError:
@@ -116,24 +135,26 @@ class Relay:
             return
         if received != length:
             self._attempt.usage = tap.finish()
-        await self._attempt.settle_before_last_byte(Outcome.SUCCESS)
+        await self._settle(verdict)
         await self._stream.end()
 
-    async def _relay_renamed(self, response: UpstreamResponse, headers: Headers, chunk: bytes) -> None:
+    async def _relay_renamed(
+        self, response: UpstreamResponse, headers: Headers, chunk: bytes, verdict: Verdict
+    ) -> None:
         """A JSON answer under the model's other name; what is too long, or cannot be read, passes as it came."""
-        body, is_whole = await _read(response, chunk, _RENAMED_LIMIT_BYTES)
+        body, is_whole = await _read(response, chunk, _WHOLE_LIMIT_BYTES)
         try:
             if not is_whole:
                 raise DecodeError("the answer is too long")
             plain = decoded(body, value_of(headers, "content-encoding"), _DECODED_LIMIT_BYTES)
             renamed = self._rewriter.body(plain)
         except (DecodeError, *lenient.UNREADABLE):
-            await self._relay_body(response, headers, body)
+            await self._relay_body(response, headers, body, verdict)
             return
         tap = UsageTap()
         tap.feed(plain)
         self._attempt.usage = tap.finish()
-        await self._send_whole(response.status, _without(headers, "content-encoding"), renamed, Outcome.SUCCESS)
+        await self._send_whole(response.status, _without(headers, "content-encoding"), renamed, verdict)
 
     async def _relay_events(self, response: UpstreamResponse, headers: Headers, chunk: bytes) -> None:
         decoder: Decoder | None = None
@@ -148,6 +169,8 @@ class Relay:
             decoder=decoder,
             rewriter=self._rewriter,
             mask=self._mask,
+            style=self._route.dialect.name,
+            remember=self._remember,
             error_event=lambda error: self._route.dialect.error_event(error, self._route.path),
         )
         await events.run(response, chunk)

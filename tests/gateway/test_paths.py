@@ -161,11 +161,11 @@ async def test_models_are_those_of_the_scenario_in_the_caller_s_dialect(
         ("GET", "/tingly/openai/v1/responses/r1"),
     ],
 )
-async def test_responses_by_id_are_refused_until_it_is_kept_who_has_them(
+async def test_a_response_that_nobody_keeps_is_not_found(
     gateway: Served, upstream: Upstream, method: str, path: str
 ) -> None:
     async with gateway.session.request(method, gateway.url + path) as response:
-        assert (response.status, decoded(await response.read())["error"]["code"]) == (400, "not_supported_yet")
+        assert (response.status, decoded(await response.read())["error"]["code"]) == (404, "not_found")
     assert upstream.received == []
 
 

@@ -77,10 +77,11 @@ async def test_the_first_byte_comes_before_the_upstream_sends_the_second_event(
 
 async def test_half_an_event_passes_at_once_when_nothing_is_hidden(gateway: Served, upstream: Upstream) -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-    upstream.sends(head + chunk(b"event: message_start\nda"), stalls=True)
+    first = anthropic_events()[0]
+    upstream.sends(head + chunk(first + b"event: ping\nda"), stalls=True)
     body = {"model": "claude", "stream": True, "messages": []}
     async with gateway.session.post(f"{gateway.url}/v1/messages", json=body) as response:
-        assert await response.content.readany() == b"event: message_start\nda"
+        assert await response.content.readany() == first + b"event: ping\nda"
 
 
 async def test_the_usage_chunk_is_asked_for_and_hidden_from_a_client_that_did_not(

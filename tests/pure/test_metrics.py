@@ -26,6 +26,8 @@ SERIES = {
     "balancer_attempts_total": {"pool", "rule", "service", "outcome"},
     "balancer_picks_total": {"pool", "rule", "service", "reason"},
     "balancer_switches_total": {"pool", "rule", "reason"},
+    "balancer_pinned_switches_saved_total": {"pool", "rule"},
+    "balancer_degraded_picks_total": {"pool", "rule"},
     "balancer_tokens_total": {"pool", "rule", "service", "kind"},
     "balancer_request_duration_seconds": {"scenario"},
     "balancer_upstream_duration_seconds": {"service"},
@@ -85,7 +87,7 @@ def sample(name: str, **labels: str) -> Sample:
     return name, tuple(sorted(labels.items()))
 
 
-def a_pick(service: str = "a:m", *, is_switch: bool = False, reason: str = "streak") -> Pick:
+def a_pick(service: str = "a:m", *, is_switch: bool = False, reason: str = "streak", **more: bool) -> Pick:
     return Pick(
         pool="default",
         rule="chat",
@@ -100,6 +102,7 @@ def a_pick(service: str = "a:m", *, is_switch: bool = False, reason: str = "stre
         streak=1,
         is_switch=is_switch,
         reserved=0,
+        **more,
     )
 
 
@@ -116,7 +119,7 @@ def a_pool(pool: str = "default") -> PoolGauges:
 def test_every_series_has_the_name_and_labels_of_the_contract() -> None:
     metrics = Metrics()
     metrics.requests.labels("openai", "chat", "success").inc()
-    metrics.picked(a_pick(is_switch=True))
+    metrics.picked(a_pick(is_switch=True, is_saved=True, is_local=True))
     metrics.settled(a_pick(), Outcome.SUCCESS, Usage(input=1))
     for counter in (
         metrics.stale_picks,

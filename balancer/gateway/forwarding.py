@@ -1,0 +1,351 @@
+"""A request on its way: pick, send, look at the answer's opening, and go on to the next service or relay it.
+
+What is tried next is the course's to decide. Until the client was sent a byte, a failure is the next service's chance;
+from then on the answer is what it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import msgspec
+
+from balancer import bodies, log
+from balancer.dialects.headers import client_timeout_s
+from balancer.dialects.paths import Route
+from balancer.domain import DEFAULT_TIMEOUT_S, Outcome, Pick, Rule
+from balancer.errors import (
+    BalancerError,
+    ConfigurationError,
+    DeadlineError,
+    NoServiceError,
+    StoreUnavailableError,
+)
+from balancer.failures import Verdict
+from balancer.gateway.attempts import Attempt, Balance, Providers
+from balancer.gateway.course import Course
+from balancer.gateway.events import Remember
+from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream, Upstream, UpstreamRequest
+from balancer.gateway.opening import Opening
+from balancer.gateway.outgoing import Preparer, with_model
+from balancer.gateway.relay import Relay
+from balancer.gateway.telling import decision_headers, incomplete, send_error
+from balancer.metrics import Metrics
+from balancer.sessions import session_of
+from balancer.store.calls import needs_estimate
+
+_DEADLINE_MARGIN_S = 30.0
+"""Beyond the provider's timeout: when it has passed, the attempt cannot be alive any more."""
+
+_CLIENT_MARGIN_S = 1.0
+_LEAST_S = 0.001
+_WARN_INTERVAL_S = 10.0
+
+
+class Clock:
+    """How long a request may still take, counted from its arrival over all attempts."""
+
+    def __init__(self, request: ClientRequest) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._began = self._loop.time()
+        patience_s = client_timeout_s(request.headers)
+        self._client_at = self._began + patience_s if patience_s is not None else None
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since the request's arrival."""
+        return self._loop.time() - self._began
+
+    def left_s(self, timeout_s: float) -> float:
+        """Until the whole request's limit, or the client's own if that is earlier."""
+        return self._ends_at(timeout_s) - self._loop.time()
+
+    @contextlib.asynccontextmanager
+    async def until_first_byte(self, timeout_s: float | None = None) -> AsyncIterator[None]:
+        """Raises DeadlineError when the client's time is over, or the whole request's where that is given.
+
+        SDKs wait so long for the first byte; what comes behind it they wait for anew.
+        """
+        try:
+            async with asyncio.timeout_at(self._client_at if timeout_s is None else self._ends_at(timeout_s)) as limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineError("no answer came in the time that the client, or the provider, gives to it") from None
+
+    def _ends_at(self, timeout_s: float) -> float:
+        ends_at = self._began + timeout_s
+        return ends_at if self._client_at is None else min(ends_at, self._client_at)
+
+
+class _Errand(msgspec.Struct, frozen=True, kw_only=True):
+    """A request and what goes with it on its way."""
+
+    request: ClientRequest
+    route: Route
+    peek: bodies.Peek
+    course: Course
+    stream: ClientStream
+    clock: Clock
+
+
+class _Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """An attempt that failed before the client was sent anything: it is settled, its connection given back.
+
+    `tell` lets the client know of it, when nothing else is tried.
+    """
+
+    verdict: Verdict
+    outcome: Outcome
+    tell: Callable[[], Awaitable[None]]
+
+
+class Forwarder:
+    """Picks services for a request and forwards it."""
+
+    def __init__(
+        self, balance: Balance, providers: Providers, upstream: Upstream, metrics: Metrics, *, decision_headers: bool
+    ) -> None:
+        self._balance = balance
+        self._providers = providers
+        self._preparer = Preparer(providers)
+        self._upstream = upstream
+        self._metrics = metrics
+        self._decision_headers = decision_headers
+        self._warned_at = 0.0
+
+    async def forward(
+        self, request: ClientRequest, route: Route, course: Course, peek: bodies.Peek, stream: ClientStream
+    ) -> Outcome:
+        """Picks, sends and relays until the client has its answer, be it the last failure; the outcome of that.
+
+        Raises BalancerError when nothing was sent to the client yet.
+        """
+        errand = _Errand(request=request, route=route, peek=peek, course=course, stream=stream, clock=Clock(request))
+        failure: _Failure | None = None
+        refusal: NoServiceError | None = None
+        while True:
+            try:
+                pick, rule = await self._select(errand)
+            except NoServiceError as exc:
+                refusal = refusal or exc
+                if course.fall_back():
+                    continue
+                break
+            except StoreUnavailableError:
+                if failure is None:
+                    raise
+                break
+            course.picked(pick.service, rule)
+            ended = await self._attempt(errand, Attempt(self._balance, self._metrics, rule, pick))
+            if isinstance(ended, Outcome):
+                return ended
+            failure = ended
+            if not course.go_on(failure.verdict):
+                break
+            pause_s = course.backoff_s(random.random())
+            if pause_s >= errand.clock.left_s(self._longest_s(course.rule)):
+                break
+            await asyncio.sleep(pause_s)
+        if failure is None:
+            assert refusal is not None, "there is a reason why nothing was picked"
+            raise refusal
+        await failure.tell()
+        return failure.outcome
+
+    async def forward_uncounted(
+        self, request: ClientRequest, route: Route, rule: Rule, service_id: str, stream: ClientStream, *, asked: str
+    ) -> None:
+        """Sends a request that no tactic picks for and nothing counts; `asked`: the model in its body, if it has one.
+
+        Raises BalancerError when nothing was sent to the client yet.
+        """
+        body = request.body
+        if asked:
+            body = with_model(body, request.header("content-type"), asked=asked, model=service_id.partition(":")[2])
+        needs_plain = bool(rule.response_model)
+        outgoing = self._preparer.request(request, route, service_id, body, needs_plain=needs_plain)
+        relay = Relay(
+            request_id=request.request_id,
+            route=route,
+            stream=stream,
+            extra_headers=(),
+            mask=outgoing.mask,
+            response_model=rule.response_model,
+        )
+        answer: Opening | None = None
+        try:
+            async with _no_longer_than(outgoing.request.timeout_s, stream):
+                async with Clock(request).until_first_byte():
+                    answer = await self._open(outgoing.request)
+                    await answer.look(route.dialect.name, _now_ms())
+                await relay.run(answer)
+        finally:
+            if answer is not None:
+                await answer.close()
+
+    # -- select --------------------------------------------------------------------------------------------------------
+
+    async def _select(self, errand: _Errand) -> tuple[Pick, Rule]:
+        course, clock, request = errand.course, errand.clock, errand.request
+        rule = course.rule
+        longest_s = self._longest_s(rule)
+        late = (s.id for s in rule.services if self._timeout_s(s.provider) <= clock.elapsed_s)
+        try:
+            async with clock.until_first_byte(longest_s):
+                return await self._balance.select(
+                    rule,
+                    reserved=self._reserved(rule, errand.peek, request.body),
+                    deadline_ms=round((max(longest_s - clock.elapsed_s, 0) + _DEADLINE_MARGIN_S) * 1000),
+                    excluded=tuple(dict.fromkeys((*course.tried, *late))),
+                    session="" if course.only else session_of(rule, request.headers, errand.peek),
+                    only=course.only,
+                )
+        except NoServiceError as exc:
+            if not course.only:
+                raise
+            told = f"{exc.message}; the response that the request goes on from is kept by {course.only} alone"
+            raise type(exc)(told, cause=exc.cause, retry_after_s=exc.retry_after_s) from exc
+
+    def _reserved(self, rule: Rule, peek: bodies.Peek, body: bytes) -> int:
+        """The tokens that the request holds while it is in flight; a limit of tokens always wants to know them."""
+        tactic = rule.lb_tactic
+        if tactic.reserve == "none" and not needs_estimate(rule, self._providers.provider):
+            return 0
+        most_output = peek.most_output if tactic.reserve == "full" else 0
+        return min(bodies.estimate_tokens(body) + most_output, tactic.reserve_cap)
+
+    def _timeout_s(self, uuid: str) -> float:
+        provider = self._providers.provider(uuid)
+        return provider.timeout if provider else DEFAULT_TIMEOUT_S
+
+    def _longest_s(self, rule: Rule) -> float:
+        """The longest that a service of the rule gives to a whole request."""
+        return max((self._timeout_s(service.provider) for service in rule.services), default=DEFAULT_TIMEOUT_S)
+
+    # -- one attempt ---------------------------------------------------------------------------------------------------
+
+    async def _attempt(self, errand: _Errand, attempt: Attempt) -> Outcome | _Failure:
+        """Sends, and relays the answer, unless it is a failure after which the course goes on, or none has come."""
+        pick, stream = attempt.pick, errand.stream
+        self._metrics.picked(pick)
+        answer: Opening | None = None
+        try:
+            outgoing, relay = self._prepare(errand, attempt)
+            if errand.course.attempts == 1:
+                self._metrics.overhead.observe(errand.clock.elapsed_s)
+            async with _no_longer_than(outgoing.timeout_s, stream):
+                async with errand.clock.until_first_byte():
+                    answer = await self._open(outgoing)
+                    await answer.look(errand.route.dialect.name, _now_ms())
+                if answer.verdict is not None and errand.course.goes_on(answer.verdict):
+                    attempt.settle(answer.verdict.outcome, answer.verdict.cooldown_ms)
+                    return _held(answer, answer.verdict, relay, outgoing, stream)
+                await relay.run(answer)
+        except BalancerError as exc:
+            if stream.is_started:
+                raise
+            return self._without_answer(errand, attempt, exc)
+        except (ClientGoneError, asyncio.CancelledError):
+            attempt.settle(Outcome.CANCELLED)
+            raise
+        finally:
+            # Whatever else went wrong is ours: the attempt is over all the same.
+            attempt.settle(Outcome.FAILED)
+            if answer is not None:
+                await answer.close()
+            log.debug(
+                "attempt",
+                request=errand.request.request_id,
+                decision=pick.decision,
+                service=pick.service,
+                outcome=attempt.outcome,
+            )
+        return attempt.outcome or Outcome.FAILED
+
+    async def _open(self, outgoing: UpstreamRequest) -> Opening:
+        return Opening(await self._upstream.send(outgoing))
+
+    def _without_answer(self, errand: _Errand, attempt: Attempt, error: BalancerError) -> _Failure:
+        """Settles an attempt that has brought no answer."""
+        # A service is not to blame for a client that waits no longer.
+        outcome = Outcome.CANCELLED if isinstance(error, DeadlineError) else Outcome.FAILED
+        attempt.settle(outcome)
+        told = incomplete(error) if isinstance(error, ConfigurationError) else error
+        headers = self._headers(errand, attempt.pick)
+
+        async def tell() -> None:
+            await send_error(errand.route.dialect, told, errand.request, errand.stream, headers)
+
+        return _Failure(verdict=Verdict(outcome=outcome), outcome=Outcome.FAILED, tell=tell)
+
+    def _prepare(self, errand: _Errand, attempt: Attempt) -> tuple[UpstreamRequest, Relay]:
+        pick, route, course, peek = attempt.pick, errand.route, errand.course, errand.peek
+        is_kept = route.path == "/v1/responses" and peek.store
+        outgoing = self._preparer.generation(
+            errand.request, route, peek, pick.service, needs_plain=bool(course.response_model)
+        )
+        left_s = max(outgoing.request.timeout_s - errand.clock.elapsed_s, _LEAST_S)
+        relay = Relay(
+            request_id=errand.request.request_id,
+            route=route,
+            stream=errand.stream,
+            extra_headers=self._headers(errand, pick),
+            mask=outgoing.mask,
+            attempt=attempt,
+            response_model=course.response_model,
+            hides_usage=outgoing.hides_usage,
+            remember=self._remembers(pick) if is_kept else None,
+        )
+        return msgspec.structs.replace(outgoing.request, timeout_s=left_s), relay
+
+    def _headers(self, errand: _Errand, pick: Pick) -> tuple[tuple[str, str], ...]:
+        return decision_headers(pick, errand.course.attempts) if self._decision_headers else ()
+
+    def _remembers(self, pick: Pick) -> Remember:
+        async def remember(response_id: str) -> None:
+            try:
+                await self._balance.remember(pick, response_id)
+            except StoreUnavailableError as exc:
+                now = time.monotonic()
+                if now - self._warned_at >= _WARN_INTERVAL_S:
+                    self._warned_at = now
+                    log.warning("a response cannot be asked for again", pool=pick.pool, reason=exc.message)
+
+        return remember
+
+
+def _held(answer: Opening, verdict: Verdict, relay: Relay, outgoing: UpstreamRequest, stream: ClientStream) -> _Failure:
+    """An error that was answered, kept until it is known whether the client gets it."""
+
+    async def tell() -> None:
+        async with _no_longer_than(outgoing.timeout_s, stream):
+            await relay.run(answer)
+
+    return _Failure(verdict=verdict, outcome=verdict.outcome, tell=tell)
+
+
+def _now_ms() -> int:
+    return round(time.time() * 1000)
+
+
+@contextlib.asynccontextmanager
+async def _no_longer_than(timeout_s: float, stream: ClientStream) -> AsyncIterator[None]:
+    """Breaks the client's connection, and raises ClientGoneError, when a request outlives its provider's timeout.
+
+    The upstream's part has limits of its own, which end it first: what is late here is a client that does not read.
+    Its attempt would be taken for lost, and what it holds given away, while it still lives.
+    """
+    try:
+        async with asyncio.timeout(timeout_s + _CLIENT_MARGIN_S) as deadline:
+            yield
+    except TimeoutError:
+        if not deadline.expired():
+            raise
+        stream.abort()
+        raise ClientGoneError from None

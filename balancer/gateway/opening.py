@@ -1,0 +1,127 @@
+"""An answer's opening: as much of it as tells whether it is one, read before the client is sent anything.
+
+As long as nothing was sent, another service can still be tried.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+
+from balancer.dialects.headers import value_of
+from balancer.domain import ApiStyle, Outcome
+from balancer.encoding import DecodeError, Decoder, decoded
+from balancer.errors import UpstreamAnswerError
+from balancer.failures import Verdict, classify, classify_error_event
+from balancer.gateway.messages import UpstreamResponse
+from balancer.sse import Event, Parser
+from balancer.usage import StreamUsage
+
+ERROR_LIMIT_BYTES = 1024 * 1024
+_FIRST_EVENT_LIMIT_BYTES = 64 * 1024
+_EVENT_BEGINNINGS = (b"data:", b"event:", b"id:", b": ", b":\n")
+"""Some servers send a stream under another content type: JSON cannot begin so."""
+_PLAIN_EVENT = re.compile(rb"\n\r?\n")
+_ERROR_WORDS = re.compile(rb"error|failed")
+_ERROR_BODY = re.compile(rb'\s*+\{\s*+"error"\s*+:\s*+[{"]')
+
+
+class Opening:
+    """An answer whose first bytes were read ahead; who reads it gets them all. A verdict says that it is an error.
+
+    What was read ahead of it outlives the connection.
+    """
+
+    def __init__(self, response: UpstreamResponse) -> None:
+        self._response = response
+        self._ahead: deque[bytes] = deque()
+        self._is_closed = False
+        self.status = response.status
+        self.headers = response.headers
+        self.length = response.length
+        self.is_stream = False
+        self.verdict: Verdict | None = None
+
+    async def look(self, style: ApiStyle, now_ms: int) -> None:
+        """Reads ahead until it is clear what the answer is. Raises UpstreamError when it breaks off, or is none."""
+        if self.status >= 400:
+            body, _ = await self._read_ahead(ERROR_LIMIT_BYTES)
+            self.verdict = classify(style, self.status, self.headers, self._decoded(body), now_ms)
+            return
+        if not 200 <= self.status < 300:
+            # An SDK would follow a redirect, with its credential and the prompt, to where the upstream points.
+            raise UpstreamAnswerError(f"the upstream answered with status {self.status}, which is no answer")
+        chunk = await self._next_ahead()
+        kind = value_of(self.headers, "content-type").lower()
+        self.is_stream = kind.startswith("text/event-stream") or chunk.startswith(_EVENT_BEGINNINGS)
+        if self.is_stream:
+            event = await self._first_event(chunk)
+            usage = StreamUsage()
+            if event is not None:
+                usage.see(event)
+            if event is not None and usage.is_error:
+                self.verdict = classify_error_event(style, event.data)
+        elif _ERROR_BODY.match(chunk):
+            body, is_whole = await self._read_ahead(ERROR_LIMIT_BYTES)
+            verdict = classify(style, self.status, self.headers, body, now_ms)
+            if is_whole and verdict.outcome is not Outcome.SUCCESS:
+                self.verdict = verdict
+
+    # -- as a response -------------------------------------------------------------------------------------------------
+
+    async def read(self) -> bytes:
+        """The next bytes: those that were read ahead, and then the rest."""
+        if self._ahead:
+            return self._ahead.popleft()
+        return b"" if self._is_closed else await self._response.read()
+
+    async def close(self) -> None:
+        """Gives the connection back; what was read ahead can still be read."""
+        self._is_closed = True
+        await self._response.close()
+
+    # -- reading ahead -------------------------------------------------------------------------------------------------
+
+    async def _next_ahead(self) -> bytes:
+        chunk = await self._response.read()
+        if chunk:
+            self._ahead.append(chunk)
+        return chunk
+
+    async def _read_ahead(self, limit_bytes: int) -> tuple[bytes, bool]:
+        """The body, and True when that is all of it: reading ends beyond the limit."""
+        held, is_whole = sum(map(len, self._ahead)), False
+        while held <= limit_bytes and not is_whole:
+            chunk = await self._next_ahead()
+            held += len(chunk)
+            is_whole = not chunk
+        return b"".join(self._ahead), is_whole
+
+    def _decoded(self, body: bytes) -> bytes:
+        try:
+            return decoded(body, value_of(self.headers, "content-encoding"), ERROR_LIMIT_BYTES)
+        except DecodeError:
+            return b""
+
+    async def _first_event(self, chunk: bytes) -> Event | None:
+        """The stream's first event, None when it is no error for certain, or cannot be read.
+
+        Half an event is of no use to a client yet, so that waiting for the rest costs it nothing.
+        """
+        coding = value_of(self.headers, "content-encoding")
+        if not coding and _PLAIN_EVENT.search(chunk) and not _ERROR_WORDS.search(chunk):
+            return None  # The common case.
+        parser, held = Parser(), 0
+        try:
+            decoder = Decoder(coding)
+            while chunk:
+                for part in decoder.feed(chunk):
+                    if events := parser.feed(part):
+                        return events[0]
+                held += len(chunk)
+                if held > _FIRST_EVENT_LIMIT_BYTES:
+                    return None
+                chunk = await self._next_ahead()
+        except DecodeError:
+            return None
+        return parser.finish()

@@ -1,0 +1,101 @@
+"""The request as it goes upstream: made anew for each service that is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import msgspec
+
+from balancer import bodies
+from balancer.dialects import Headers
+from balancer.dialects.headers import request_headers
+from balancer.dialects.paths import Route, upstream_url
+from balancer.domain import Provider, is_secret_name
+from balancer.errors import NoServiceError
+from balancer.gateway.attempts import Providers
+from balancer.gateway.masking import Mask
+from balancer.gateway.messages import ClientRequest, UpstreamRequest
+
+
+class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
+    """A request for one service, and the mask over what must not come back of it.
+
+    `hides_usage`: its stream will tell a usage that the client did not ask for.
+    """
+
+    request: UpstreamRequest
+    mask: Mask
+    hides_usage: bool = False
+
+
+class Preparer:
+    """Makes them, with the credentials of the providers."""
+
+    def __init__(self, providers: Providers) -> None:
+        self._providers = providers
+
+    def provider(self, service_id: str) -> Provider:
+        """The provider of a service. Raises NoServiceError when it is gone."""
+        provider = self._providers.provider(service_id.partition(":")[0])
+        if provider is None:
+            raise NoServiceError(f"the provider of service {service_id} is gone")
+        return provider
+
+    def generation(
+        self, request: ClientRequest, route: Route, peek: bodies.Peek, service_id: str, *, needs_plain: bool
+    ) -> Outgoing:
+        """A request that a model answers; `needs_plain` when its answer is to be read or edited on its way."""
+        provider = self.provider(service_id)
+        body = request.body
+        hides_usage = False
+        if peek.stream and route.path in ("/v1/chat/completions", "/v1/completions") and not peek.asks_for_usage:
+            hides_usage = provider.stream_usage
+        if hides_usage:
+            body = bodies.ask_for_usage(body)
+        body = with_model(body, request.header("content-type"), asked=peek.model, model=service_id.partition(":")[2])
+        outgoing = self.request(request, route, service_id, body, needs_plain=needs_plain or hides_usage)
+        return msgspec.structs.replace(outgoing, hides_usage=hides_usage)
+
+    def request(
+        self, request: ClientRequest, route: Route, service_id: str, body: bytes, *, needs_plain: bool
+    ) -> Outgoing:
+        """A request with this body, as it is. Raises ConfigurationError when a credential is not there."""
+        provider = self.provider(service_id)
+        token = "" if provider.no_key_required else self._providers.access_token(provider)
+        own, query = self._providers.headers(provider), self._providers.query(provider)
+        ours = route.dialect.credential_headers(provider, token, _joined(request.headers)) | own
+        outgoing = UpstreamRequest(
+            provider=provider.name,
+            method=request.method,
+            url=upstream_url(provider, route.path, service_id.partition(":")[2], request.query, query),
+            headers=request_headers(request.headers, ours, identity_only=needs_plain, request_id=request.request_id),
+            body=body,
+            proxy_url=self._providers.proxy_url(provider),
+            timeouts=provider.timeouts,
+            timeout_s=provider.timeout,
+        )
+        mask = Mask((token, *_secrets(own, provider.headers), *_secrets(query, provider.query)))
+        return Outgoing(request=outgoing, mask=mask)
+
+
+def with_model(body: bytes, content_type: str, *, asked: str, model: str) -> bytes:
+    """The body, JSON or a form, with the service's model for the one that was asked for."""
+    if not content_type.lower().startswith("multipart/"):
+        return bodies.replace_model(body, model, known=asked)
+    return body if model == asked else bodies.replace_form_model(body, content_type, model)
+
+
+def _secrets(resolved: Mapping[str, str], kept: Mapping[str, str]) -> Iterator[str]:
+    """Of a provider's headers or parameters the credentials: by their name, or because they are kept elsewhere."""
+    for name, value in resolved.items():
+        if is_secret_name(name) or value != kept[name]:
+            yield from value.split()  # A scheme, as in `Bearer …`, may be left out where it is repeated.
+
+
+def _joined(headers: Headers) -> dict[str, str]:
+    """The headers by name in lower case; what came in several lines is one list (RFC 9110 §5.3)."""
+    joined: dict[str, str] = {}
+    for name, value in headers:
+        key = name.lower()
+        joined[key] = f"{joined[key]}, {value}" if key in joined else value
+    return joined

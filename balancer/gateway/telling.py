@@ -1,0 +1,55 @@
+"""How a client is told of an error of ours, and where its request went."""
+
+from __future__ import annotations
+
+import math
+
+from balancer import log
+from balancer.dialects import Dialect, Headers
+from balancer.domain import Pick
+from balancer.errors import BalancerError, ConfigurationError, NoServiceError
+from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
+
+
+async def send_error(
+    dialect: Dialect, error: BalancerError, request: ClientRequest, stream: ClientStream, extra: Headers = ()
+) -> None:
+    """Tells the client of an error, or breaks its connection when its answer has begun already."""
+    if stream.is_started:
+        stream.abort()
+        return
+    body = dialect.error_body(error, request.request_id)
+    challenge = (("WWW-Authenticate", "Bearer"),) if error.status == 401 else ()
+    headers = (("Content-Type", "application/json"), *retry_after(error), *challenge, *extra)
+    try:
+        await stream.start(error.status, headers, len(body))
+        await stream.write(body)
+        await stream.end()
+    except ClientGoneError:
+        log.debug("a client left before its error", request=request.request_id)
+
+
+def retry_after(error: BalancerError) -> Headers:
+    """When the error says that it is worth to ask again: whole seconds, at least 1 (RFC 9110 §10.2.3)."""
+    wait_s = error.retry_after_s if isinstance(error, NoServiceError) else None
+    if wait_s is not None:
+        return (("Retry-After", str(max(1, math.ceil(wait_s)))),)
+    return (("Retry-After", "1"),) if error.status == 503 else ()
+
+
+def decision_headers(pick: Pick, attempts: int) -> Headers:
+    """What tells a client where its request went."""
+    service = pick.service.encode("ascii", "backslashreplace").decode()
+    degraded = (("x-balancer-degraded", "store"),) if pick.is_local else ()
+    return (
+        ("x-balancer-decision", pick.decision),
+        ("x-balancer-service", service),
+        ("x-balancer-attempts", str(attempts)),
+        *degraded,
+    )
+
+
+def incomplete(error: ConfigurationError) -> BalancerError:
+    """What a client is told where the configuration lacks something; what that is, only the log is told."""
+    log.error("a request needs what the configuration does not give", reason=str(error))
+    return BalancerError("the gateway's configuration is incomplete; its log says what is missing")
