@@ -388,7 +388,7 @@ async def test_without_redis_failures_go_on_elsewhere_too_and_answers_say_so(
 
     async def is_settled() -> bool:
         with contextlib.suppress(ValueError, AssertionError):
-            return sum((await settled(gateway)).values()) == counted + 1
+            return bool(sum((await settled(gateway)).values()) == counted + 1)
         return False
 
     await eventually(is_settled)
