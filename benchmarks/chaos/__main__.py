@@ -66,7 +66,7 @@ if __name__ == "__main__":
     parser.add_argument("--overlap-only", action="store_true", help="no faults one after the other")
     parser.add_argument("--overlap", type=float, default=120.0, help="seconds of faults that overlap")
     parser.add_argument("--every", type=float, default=4.0, help="seconds from one overlapping fault to the next")
-    parser.add_argument("--rest", type=float, default=20.0, help="seconds until workers at rest are measured")
+    parser.add_argument("--rest", type=float, default=35.0, help="seconds until workers at rest are measured")
     parser.add_argument("--soak", type=float, default=0.0, help="minutes of overlapping faults instead of all that")
     parser.add_argument("--logs", default="", help="folder in which the fleets' logs are kept")
     parser.add_argument("--json", default="", help="file for the reports")
