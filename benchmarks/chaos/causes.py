@@ -112,6 +112,14 @@ class Judge:
             case _:
                 return None
 
+    def is_needlessly_degraded(self, answer: Answer) -> bool:
+        """True when its worker picked without the store, which was there, or when it must not."""
+        was_away = any(
+            fault.kind in OF_THE_STORE and fault.meets(answer.began, answer.ended, self._store_grace_s)
+            for fault in self._faults
+        )
+        return bool(answer.degraded) and (answer.ask.rule in self._closed or not was_away)
+
     def attempts_of(self, request_id: str) -> list[Attempt]:
         """What the accounts have seen of a request."""
         return self._attempts.get(request_id, [])

@@ -260,6 +260,7 @@ class Run:
             recovery_s=_RECOVERY_S,
             store_grace_s=_STORE_GRACE_S,
         )
+        needless = [answer for answer in answers if judge.is_needlessly_degraded(answer)]
         causes: list[Cause] = []
         without_cause: list[str] = []
         for answer in answers:
@@ -302,6 +303,11 @@ class Run:
                 f"with a worker while the store was away, {balance.unsent} settled for clients that left unsent",
             ),
             Bar(name="every pick is right", holds=not told.violations, detail=f"{len(told.violations)} violations"),
+            Bar(
+                name="workers pick alone only while the store is away",
+                holds=not needless,
+                detail=f"{sum(bool(a.degraded) for a in answers)} answers without it, {len(needless)} needlessly",
+            ),
             Bar(name="limits hold", holds=rpm <= most_rpm, detail=f"{rpm} of {RPM} a minute, bound {most_rpm}"),
             Bar(
                 name="memory is flat",
