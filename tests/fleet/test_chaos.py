@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from balancer.store.views import PoolView, ServiceView
@@ -69,6 +70,7 @@ def a_judge(
         most_attempts=most_attempts,
         accounts=("anna", "boris"),
         has_budget=lambda rule, at: has_budget,
+        serving_since={7: 1.0},
         store_grace_s=1.0,
         recovery_s=5.0,
     )
@@ -141,6 +143,13 @@ def test_a_retry_budget_is_reckoned_from_what_the_accounts_saw() -> None:
     assert budget.is_left("chat", 10.0)
     assert not budget.is_left("chat", 29.0)
     assert budget.is_left("another", 29.0)
+
+
+def test_a_worker_that_starts_while_the_store_is_away_may_refuse_what_goes_on_elsewhere() -> None:
+    away = Fault(FaultKind.KILL_STORE, "store", 8.0, 11.0)
+    refused = an_answer(End.ERROR, status=503, message="Redis is away")
+    assert judged(refused, [away]) == "none"
+    assert judged(msgspec.structs.replace(refused, pid=8), [away]) == Cause.STORE_CLOSED
 
 
 def test_a_pick_without_the_store_is_needless_while_it_is_there_or_where_the_rule_forbids_it() -> None:
