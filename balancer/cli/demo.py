@@ -145,6 +145,7 @@ class _Demo:
                 "scenario": rule.scenario,
                 "request_model": rule.model,
                 "lb_tactic": rule.tactic,
+                "on_store_loss": "closed",  # What a worker picks alone cannot be proven.
                 "services": [
                     {"provider": f"{name}-{rule.scenario}", "model": rule.model, "weight": weight}
                     for name, weight in zip(ACCOUNTS, rule.weights, strict=True)

@@ -396,9 +396,9 @@ class Link:
                     if not isinstance(reply, ResponseError | RefusedError):
                         raise
                 future, sent_at = self._waiting.popleft()
-                if time.monotonic() - sent_at < self._deadline_s:
-                    self._is_late = False
                 reply = self._noted(reply)
+                if time.monotonic() - sent_at < self._deadline_s and not isinstance(reply, RefusedError):
+                    self._is_late = False
                 if future.done():
                     continue
                 if isinstance(reply, ResponseError | RefusedError):

@@ -127,6 +127,11 @@ class LocalPool:
         return self._twin is not None
 
     @property
+    def has_picture(self) -> bool:
+        """True once the pool was looked at."""
+        return self._picture.now_ms > 0
+
+    @property
     def workers(self) -> int:
         """How many workers were alive: the most of the last looks, for after an outage all leases have ended."""
         return max(self._counts, default=1)
@@ -185,7 +190,7 @@ class LocalPool:
 
     def now_ms(self) -> int:
         """The server's time, as far as we know it."""
-        if not self._picture.now_ms:
+        if not self.has_picture:
             return round(self._wall() * 1000)
         return self._picture.now_ms + round((self._clock() - self._picture.taken_at) * 1000)
 

@@ -82,6 +82,7 @@ def a_document(rand: random.Random) -> dict[str, Any]:
                 "pool": pool,
                 "lb_tactic": {"type": tactic, "params": params},
                 "services": services,
+                "on_store_loss": "closed",  # What a worker picks alone is in no history, and nothing of it is proven.
             }
             if rand.random() < 0.2:
                 rule["current_service_index"] = rand.randrange(len(services))

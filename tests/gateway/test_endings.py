@@ -371,6 +371,27 @@ async def test_without_redis_requests_of_closed_rules_get_503_at_once_and_readin
     assert all(state.in_flight == 0 for state in (await gateway.view()).services.values())
 
 
+async def test_without_redis_requests_are_served_all_the_same_and_counted_when_it_is_back(
+    serve: Serve, upstream: Upstream, store_url: str
+) -> None:
+    gateway = await serve(a_document(upstream.url), redis_deadline_ms=100)
+    upstream.answers()
+    async with redis.asyncio.Redis.from_url(store_url) as control:
+        await control.client_pause(700)
+        for _ in range(10):
+            status, _ = await post(gateway, "/v1/chat/completions", b'{"model": "gpt"}')
+            assert status == 200
+        async with gateway.session.get(f"{gateway.url}/readyz") as response:
+            assert response.status == 200
+            assert decoded(await response.read())["pools"] == {"default": "away: local"}
+
+    async def is_counted() -> bool:
+        views = await gateway.gateway.balance.views()
+        return [(s.requests, s.in_flight) for v in views for s in v.services.values() if s.requests] == [(10, 0)]
+
+    await eventually(is_counted)
+
+
 async def test_a_draining_worker_is_not_ready_and_finishes_what_is_open(serve: Serve, upstream: Upstream) -> None:
     gateway = await serve(a_document(upstream.url), drain_delay_s=0.3, drain_timeout_s=5.0)
     gate = asyncio.Event()

@@ -383,12 +383,12 @@ async def test_without_redis_failures_go_on_elsewhere_too_and_answers_say_so(
                 told = response.status, response.headers["x-balancer-attempts"]
                 assert response.headers["x-balancer-degraded"] == "store"
         assert told == (200, "2")
-    counted = gateway.gateway.metrics.degraded_picks.labels("default", "gpt")._value.get()
+    counted: float = gateway.gateway.metrics.degraded_picks.labels("default", "gpt")._value.get()
     assert counted == len(upstream.received) + len(other.received) - 1
 
     async def is_settled() -> bool:
         with contextlib.suppress(ValueError, AssertionError):
-            return sum((await settled(gateway)).values()) == counted + 1
+            return bool(sum((await settled(gateway)).values()) == counted + 1)
         return False
 
     await eventually(is_settled)

@@ -152,6 +152,16 @@ def test_once_redis_picks_again_its_cursor_stands() -> None:
     assert worker.picks(2) == ["c:m", "a:m"]
 
 
+def test_an_outage_that_comes_and_goes_is_told_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    worker = Alone(a_rule())
+    for position in range(1, 41):
+        worker.picks()
+        worker.redis_picks("a:m", position=position)
+        worker.now_s += 0.5
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == ["picking without Redis", "Redis picks again"] * 2
+
+
 # -- what was used -----------------------------------------------------------------------------------------------------
 
 
