@@ -490,9 +490,12 @@ class Balance:
         return None
 
     async def _recall(self, name: str, response_id: str) -> Recalled | None:
+        pool = self._pool(name)
+        if pool.was_up and not pool.is_up:
+            raise StoreUnavailableError("Redis is away: where the response is kept cannot be asked for")
         try:
             async with asyncio.timeout(self._settings.redis_deadline_ms / 1000):
-                pool = await self._up(name)
+                await self._up(name)
                 value: bytes | None = await pool.command("GET", keys.response(name, response_id))
         except TimeoutError:
             raise StoreUnavailableError("Redis did not answer in time") from None
