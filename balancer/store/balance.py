@@ -24,7 +24,7 @@ from balancer.store.local import ASIDE
 from balancer.store.pool import PoolClient, PoolEvents
 from balancer.store.prober import Probe, Probed, Prober, probed
 from balancer.store.queue import Queues
-from balancer.store.registry import Directory, Follower, Registry
+from balancer.store.registry import Directory, Follower, Registry, kept_file
 from balancer.store.topology import Topology
 from balancer.store.views import PoolView
 
@@ -59,7 +59,8 @@ class Balance:
         self._events = events or BalanceEvents()
         self._commands = Commands(self._topology)
         self.registry = Registry(self._commands, settings.scripts_dir)
-        self._follower = Follower(self._commands, self.registry)
+        self._outbox_dir = Path(settings.outbox_dir).expanduser() if settings.outbox_dir else None
+        self._follower = Follower(self._commands, self.registry, kept_file(settings.outbox_dir))
         self._pools: dict[str, PoolClient] = {}
         self._numbers = itertools.count(1)
         self._cursors: dict[str, str] = {}
@@ -67,7 +68,6 @@ class Balance:
         self._probe: Probe | None = None
         self._probers: list[asyncio.Task[None]] = []
         self._opener: asyncio.Task[None] | None = None
-        self._outbox_dir = Path(settings.outbox_dir).expanduser() if settings.outbox_dir else None
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
