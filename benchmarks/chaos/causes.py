@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 
 import msgspec
@@ -76,13 +76,15 @@ class Judge:
         most_attempts: int,
         accounts: Sequence[str],
         has_budget: Callable[[str, float], bool],
+        serving_since: Mapping[int, float],
         store_grace_s: float,
         recovery_s: float,
     ) -> None:
         """`attempts`: what all accounts have seen, by request id; a request has `most_attempts` if it needs them.
 
         It has fewer where the retry budget of its rule is used up (`has_budget`: of a rule, at a time), or where every
-        account was befallen not longer than `recovery_s` ago, so that breakers may be open and services cool.
+        account was befallen not longer than `recovery_s` ago, so that breakers may be open and services cool. A worker
+        that has not served before the store left (`serving_since`) knows no rules to go on with.
         """
         self._faults = faults
         self._attempts = attempts
@@ -92,6 +94,7 @@ class Judge:
         self._accounts = accounts
         self._has_budget = has_budget
         self._recovery_s = recovery_s
+        self._serving_since = serving_since
         self._store_grace_s = store_grace_s
 
     def cause(self, answer: Answer) -> Cause | None:
@@ -111,6 +114,14 @@ class Judge:
                 return Cause.UPSTREAM_EXHAUSTED
             case _:
                 return None
+
+    def is_needlessly_degraded(self, answer: Answer) -> bool:
+        """True when its worker picked without the store, which was there, or when it must not."""
+        was_away = any(
+            fault.kind in OF_THE_STORE and fault.meets(answer.began, answer.ended, self._store_grace_s)
+            for fault in self._faults
+        )
+        return bool(answer.degraded) and (answer.ask.rule in self._closed or not was_away)
 
     def attempts_of(self, request_id: str) -> list[Attempt]:
         """What the accounts have seen of a request."""
@@ -140,8 +151,11 @@ class Judge:
         )
 
     def _store_was_away(self, answer: Answer) -> bool:
-        return answer.ask.rule in self._closed and any(
-            fault.kind in OF_THE_STORE and fault.meets(answer.began, answer.ended, self._store_grace_s)
+        since = self._serving_since.get(answer.pid, math.inf)
+        return any(
+            fault.kind in OF_THE_STORE
+            and fault.meets(answer.began, answer.ended, self._store_grace_s)
+            and (answer.ask.rule in self._closed or since > fault.began)
             for fault in self._faults
         )
 

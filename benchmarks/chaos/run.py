@@ -258,8 +258,10 @@ class Run:
             accounts=ACCOUNTS,
             has_budget=RetryBudget(attempts, RETRY_RATIO, MOST_RETRIES).is_left,
             recovery_s=_RECOVERY_S,
+            serving_since=_serving_since(answers),
             store_grace_s=_STORE_GRACE_S,
         )
+        needless = [answer for answer in answers if judge.is_needlessly_degraded(answer)]
         causes: list[Cause] = []
         without_cause: list[str] = []
         for answer in answers:
@@ -302,6 +304,11 @@ class Run:
                 f"with a worker while the store was away, {balance.unsent} settled for clients that left unsent",
             ),
             Bar(name="every pick is right", holds=not told.violations, detail=f"{len(told.violations)} violations"),
+            Bar(
+                name="workers pick alone only while the store is away",
+                holds=not needless,
+                detail=f"{sum(bool(a.degraded) for a in answers)} answers without it, {len(needless)} needlessly",
+            ),
             Bar(name="limits hold", holds=rpm <= most_rpm, detail=f"{rpm} of {RPM} a minute, bound {most_rpm}"),
             Bar(
                 name="memory is flat",
@@ -476,6 +483,15 @@ def _latencies(calm: Loaded, chaos: Loaded) -> dict[str, report.Latency]:
         if a.ask.rule not in CLOSED_RULES and any(fault.began <= a.began <= fault.ended for fault in silences)
     ]
     return {"calm": of(calm.answers), "under faults": of(chaos.answers), "store away": of(away)}
+
+
+def _serving_since(answers: list[Answer]) -> dict[int, float]:
+    """When each worker gave its first whole answer, by its process."""
+    since: dict[int, float] = {}
+    for answer in answers:
+        if answer.end is End.WHOLE:
+            since[answer.pid] = min(answer.ended, since.get(answer.pid, answer.ended))
+    return since
 
 
 def _most_in_a_minute(attempts: list[Attempt]) -> int:

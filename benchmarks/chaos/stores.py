@@ -15,6 +15,11 @@ from tests import topologies
 
 Strike = Callable[[float], Awaitable[None]]
 KINDS = ("standalone", "sentinel")
+_APPEND_ONLY = (
+    *("--save", "", "--appendonly", "yes"),
+    # What is written survives SIGKILL all the same. A busy disk, or a fork, would be an outage that nobody injects.
+    *("--appendfsync", "no", "--auto-aof-rewrite-percentage", "0"),
+)
 _FAILOVER_S = 4.0
 """So long a master is away at least, for its replica to be promoted."""
 
@@ -33,7 +38,7 @@ async def running(kind: str) -> AsyncIterator[Store]:
         with on_core(SERVERS_CORE):
             if kind == "standalone":
                 group: Any = stack.enter_context(topologies.Group())
-                server = group.add("valkey-9", "--save", "", "--appendonly", "yes", "--appendfsync", "everysec")
+                server = group.add("valkey-9", *_APPEND_ONLY)
                 store = Store(url=f"redis://{server.address}", faults=_of_a_server(server))
             else:
                 group = await asyncio.to_thread(stack.enter_context, topologies.named("sentinel"))

@@ -5,10 +5,10 @@ end
 
 -- The argument as a whole number of at least `least`, or nil. It has one spelling: some numbers become names of fields.
 local function to_whole(text, least)
-  local digits = string.match(text or '', '^[1-9]%d*$') or string.match(text or '', '^0$')
-  local value = tonumber(digits)
-  if value and value >= least and value < 9007199254740992 then return value end
-  return nil
+  local value = string.find(text or '', '^%d+$') and tonumber(text)
+  if not value or value < least or value > 9007199254740991 then return nil end
+  if string.byte(text) == 48 and text ~= '0' then return nil end
+  return value
 end
 
 -- True when a comes before b, byte by byte: the server compares strings by its locale.

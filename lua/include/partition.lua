@@ -11,6 +11,7 @@ local function load_partition(key, id)
     hold = tonumber(values[8] or 0), memory = values[9] or '',
   }
   part.current = parse_current(part.cursor, values[4] or '')
+  part.loaded = part.current
   for name, value in string.gmatch(part.params_text, '([%l_]+) (%d+)') do part.params[name] = tonumber(value) end
   return part
 end
@@ -63,7 +64,8 @@ end
 
 -- Adds to the fields of an HSET what a pick has changed.
 local function save_partition(part, set)
-  local changed = {cursor = part.cursor, line = current_text(part.current), streak = whole(part.streak)}
+  local changed = {streak = whole(part.streak)}
+  if part.current ~= part.loaded then changed.cursor, changed.line = part.cursor, current_text(part.current) end
   if part.top >= 0 then changed.tier, changed.hold = whole(part.tier), whole(part.hold) end
   if part.memory ~= '' then changed.memory = part.memory end
   for name, value in pairs(changed) do

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from balancer.store.views import PoolView, ServiceView
@@ -58,14 +59,10 @@ def an_attempt(storm: Storm = Storm.NONE, at: float = 10.5, serial: int = 1) -> 
     return Attempt(serial, "r1", SERVICE, at, storm)
 
 
-def judged(
-    answer: Answer,
-    faults: list[Fault],
-    attempts: tuple[Attempt, ...] = (),
-    most_attempts: int = 1,
-    has_budget: bool = True,
-) -> str:
-    judge = Judge(
+def a_judge(
+    faults: list[Fault], attempts: tuple[Attempt, ...] = (), most_attempts: int = 1, has_budget: bool = True
+) -> Judge:
+    return Judge(
         faults,
         by_request(attempts),
         closed_rules=frozenset({"strict"}),
@@ -73,10 +70,20 @@ def judged(
         most_attempts=most_attempts,
         accounts=("anna", "boris"),
         has_budget=lambda rule, at: has_budget,
+        serving_since={7: 1.0},
         store_grace_s=1.0,
         recovery_s=5.0,
     )
-    return str(judge.cause(answer) or "none")
+
+
+def judged(
+    answer: Answer,
+    faults: list[Fault],
+    attempts: tuple[Attempt, ...] = (),
+    most_attempts: int = 1,
+    has_budget: bool = True,
+) -> str:
+    return str(a_judge(faults, attempts, most_attempts, has_budget).cause(answer) or "none")
 
 
 BROKEN = an_answer(End.BROKEN)
@@ -136,6 +143,22 @@ def test_a_retry_budget_is_reckoned_from_what_the_accounts_saw() -> None:
     assert budget.is_left("chat", 10.0)
     assert not budget.is_left("chat", 29.0)
     assert budget.is_left("another", 29.0)
+
+
+def test_a_worker_that_starts_while_the_store_is_away_may_refuse_what_goes_on_elsewhere() -> None:
+    away = Fault(FaultKind.KILL_STORE, "store", 8.0, 11.0)
+    refused = an_answer(End.ERROR, status=503, message="Redis is away")
+    assert judged(refused, [away]) == "none"
+    assert judged(msgspec.structs.replace(refused, pid=8), [away]) == Cause.STORE_CLOSED
+
+
+def test_a_pick_without_the_store_is_needless_while_it_is_there_or_where_the_rule_forbids_it() -> None:
+    judge = a_judge([Fault(FaultKind.KILL_STORE, "store", 8.0, 9.5)])
+    alone = an_answer(End.WHOLE, degraded="store")
+    assert not judge.is_needlessly_degraded(alone)
+    assert judge.is_needlessly_degraded(an_answer(End.WHOLE, degraded="store", rule="strict"))
+    assert a_judge([]).is_needlessly_degraded(alone)
+    assert not a_judge([]).is_needlessly_degraded(an_answer(End.WHOLE))
 
 
 # -- the books ---------------------------------------------------------------------------------------------------------
