@@ -1,4 +1,4 @@
-"""Accounts for black-box tests: each logs every request with its times, and what the log says is held against limits."""
+"""Accounts for black-box tests: each logs every request with its times, to be held against what was promised."""
 
 from __future__ import annotations
 
@@ -126,9 +126,10 @@ class Account:
                 line.input, line.output = INPUT, int(body.get("max_tokens", OUTPUT))
             answer = _body(path, line, f"resp_{self.name}_{len(self.lines)}")
         text = msgspec.json.encode(answer)
-        again = f"Retry-After: {fault.retry_after}\r\n" if fault and fault.retry_after else ""
-        head = f"HTTP/1.1 {line.status} Whatever\r\nContent-Type: application/json\r\n{again}Content-Length: {len(text)}"
-        writer.write(head.encode() + b"\r\n\r\n" + text)
+        head = [f"HTTP/1.1 {line.status} Whatever", "Content-Type: application/json", f"Content-Length: {len(text)}"]
+        if fault and fault.retry_after:
+            head.append(f"Retry-After: {fault.retry_after}")
+        writer.write("\r\n".join(head).encode() + b"\r\n\r\n" + text)
         await writer.drain()
         return True
 

@@ -48,8 +48,8 @@ class Pair:
 
     async def close(self) -> None:
         """Closes the SDKs' connections."""
-        for client in (*self._openai, *self._anthropic):
-            await client.close()
+        await asyncio.gather(*(client.close() for client in self._openai))
+        await asyncio.gather(*(client.close() for client in self._anthropic))
 
     # -- asking --------------------------------------------------------------------------------------------------------
 
@@ -91,6 +91,10 @@ class Pair:
         one = self._sessions[number % len(self._sessions)]
         async with one.post(url, json={"model": model, **said, **more}, headers=headers) as response:
             return await answer_of(response)
+
+    async def asks(self, model: str, count: int) -> list[Answer]:
+        """So many at once by plain HTTP, over both fleets in turn."""
+        return await self.several(count, lambda number: self.ask(model, number))
 
     async def several(self, count: int, ask: Callable[[int], Coroutine[Any, Any, Answer]]) -> list[Answer]:
         """So many at once, over both fleets in turn."""

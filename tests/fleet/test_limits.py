@@ -46,7 +46,7 @@ async def test_requests_a_minute_are_counted_over_the_whole_fleet(start: Start, 
             chats, messages, both = await asyncio.gather(
                 pair.several(80, lambda n: pair.chat("chat", n)),
                 pair.several(60, lambda n: pair.message("claude", n)),
-                pair.several(60, lambda n: pair.ask("both", n)),
+                pair.asks("both", 60),
             )
             await pair.books_are_those_of([anna, claude, small, free])
 
@@ -118,9 +118,9 @@ async def test_requests_in_flight_are_those_of_all_workers_and_a_queue_serves_ev
         async with pair_of(start, store_url, document) as pair:
             refuses, waits, messages, by_service = await asyncio.gather(
                 pair.several(40, lambda n: pair.chat("refuses", n)),
-                pair.several(150, lambda n: pair.ask("waits", n)),
+                pair.asks("waits", 150),
                 pair.several(40, lambda n: pair.message("claude", n)),
-                pair.several(60, lambda n: pair.ask("service", n)),
+                pair.asks("service", 60),
             )
             await pair.books_are_those_of([anna, boris, carla, claude])
 
@@ -173,8 +173,8 @@ async def test_two_pools_share_a_provider_s_limits_as_the_split_says(start: Star
         }
         async with pair_of(start, store_url, document) as pair:
             one, two, many, few = await asyncio.gather(
-                *(pair.several(50, lambda n, m=model: pair.ask(m, n)) for model in ("rpm-one", "rpm-two")),
-                *(pair.several(60, lambda n, m=model: pair.ask(m, n)) for model in ("at-once-one", "at-once-two")),
+                *(pair.asks(model, 50) for model in ("rpm-one", "rpm-two")),
+                *(pair.asks(model, 60) for model in ("at-once-one", "at-once-two")),
             )
             await pair.books_are_those_of([anna, boris])
 
@@ -201,7 +201,7 @@ async def test_a_killed_worker_s_places_are_free_once_its_lease_is_over(start: S
                 lost = [asyncio.create_task(asker.is_whole("chat")) for asker in askers[victim][:3]]
                 kept = asyncio.create_task(askers[other][0].is_whole("chat"))
                 await eventually(lambda: _has(anna, 4))
-                assert statuses(await pair.several(8, lambda n: pair.ask("chat", n))) == {LIMITED: 8}
+                assert statuses(await pair.asks("chat", 8)) == {LIMITED: 8}
 
                 os.kill(victim, signal.SIGKILL)
 
@@ -218,7 +218,7 @@ async def test_a_killed_worker_s_places_are_free_once_its_lease_is_over(start: S
                 assert await kept
             anna.gate = None
             await fleet.workers()
-            many = await pair.several(80, lambda n: pair.ask("waits", n))
+            many = await pair.asks("waits", 80)
             await pair.books_are_those_of([anna], lost=3)
 
     assert 0 < free_s < LEASE_S + 1.5
