@@ -363,7 +363,7 @@ def test_a_provider_without_limits_any_more_gets_back_what_was_held(fleet: Fleet
 
 
 @pytest.mark.parametrize("limit", [{"rpm": -1}, {"tpm": -1}, {"in_flight": -1}, {"rpm": -1, "tpm": 50}])
-def test_below_zero_nothing_is_let_through_by_a_service_or_a_provider(fleet: Fleet, limit: dict[str, int]) -> None:
+def test_below_zero_nothing_is_let_through_by_a_service_or_a_provider(fleet: Fleet, limit: dict[str, Any]) -> None:
     fleet.fence(a_rule(services=[a_service(A, **limit), B], requests=1))
     fleet.fence(a_rule(services=[C], rule="other", providers=[a_provider("c", **limit)]))
     assert fleet.picks(3) == "bbb"
@@ -403,7 +403,7 @@ def test_a_name_that_limits_kept_back_may_be_asked_again(fleet: Fleet) -> None:
 @pytest.mark.parametrize("kind", ["service", "provider"])
 def test_time_flows_to_the_limit_over_an_hour(fleet: Fleet, kind: str) -> None:
     """A client that comes again after each wait gets close to the limit: 12 of 13 buckets' worth."""
-    limits = {"rpm": 12}
+    limits: dict[str, Any] = {"rpm": 12}
     provider = [a_provider("a", **limits)] if kind == "provider" else []
     fleet.fence(a_rule(services=[a_service(A, **({} if provider else limits))], providers=provider))
     made = 0
