@@ -5,19 +5,23 @@ As long as nothing was sent, another service can still be tried.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 from collections import deque
 
 from balancer.dialects.headers import value_of
 from balancer.domain import ApiStyle, Outcome
 from balancer.encoding import DecodeError, Decoder, decoded
-from balancer.errors import UpstreamAnswerError
+from balancer.errors import UpstreamAnswerError, UpstreamError
 from balancer.failures import Verdict, classify, classify_error_event
 from balancer.gateway.messages import UpstreamResponse
 from balancer.sse import Event, Parser
 from balancer.usage import StreamUsage
 
 ERROR_LIMIT_BYTES = 1024 * 1024
+_ERROR_LIMIT_S = 5.0
+"""An error that drips in must not hold up the next service's chance."""
 _FIRST_EVENT_LIMIT_BYTES = 64 * 1024
 _EVENT_BEGINNINGS = (b"data:", b"event:", b"id:", b": ", b":\n")
 """Some servers send a stream under another content type: JSON cannot begin so."""
@@ -40,12 +44,14 @@ class Opening:
         self.headers = response.headers
         self.length = response.length
         self.is_stream = False
+        self.is_cut = False
+        """True for an error of which only a part has come; that can be read, but is no body."""
         self.verdict: Verdict | None = None
 
     async def look(self, style: ApiStyle, now_ms: int) -> None:
         """Reads ahead until it is clear what the answer is. Raises UpstreamError when it breaks off, or is none."""
         if self.status >= 400:
-            body, _ = await self._read_ahead(ERROR_LIMIT_BYTES)
+            body = await self._error_ahead()
             self.verdict = classify(style, self.status, self.headers, self._decoded(body), now_ms)
             return
         if not 200 <= self.status < 300:
@@ -96,6 +102,20 @@ class Opening:
             held += len(chunk)
             is_whole = not chunk
         return b"".join(self._ahead), is_whole
+
+    async def _error_ahead(self) -> bytes:
+        """The body of an error, or as much of it as comes: its status and headers tell most.
+
+        A 429 whose body never ended was once a failure that cooled nothing, and opened breakers.
+        """
+        self.is_cut = True
+        with contextlib.suppress(UpstreamError, TimeoutError):
+            async with asyncio.timeout(_ERROR_LIMIT_S):
+                await self._read_ahead(ERROR_LIMIT_BYTES)
+                self.is_cut = False
+        if self.is_cut:
+            await self.close()
+        return b"".join(self._ahead)
 
     def _decoded(self, body: bytes) -> bytes:
         try:

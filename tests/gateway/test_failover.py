@@ -17,6 +17,7 @@ import openai
 import pytest
 import redis.asyncio
 
+from balancer.gateway import opening
 from tests.actors import (
     OPENAI_JSON,
     STREAM_HEAD,
@@ -31,6 +32,10 @@ from tests.gateway.pairs import a_pair, requests_total, settled
 from tests.store.conftest import eventually
 
 OVERLOADED = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"x"}}\n\n'
+HALF_A_429 = (
+    b"HTTP/1.1 429 Oh\r\nContent-Type: application/json\r\nRetry-After: 30\r\nContent-Length: 99\r\n\r\n"
+    b'{"error":{"message":"key ' + KEY.encode()
+)
 QUICK: dict[str, Any] = {"timeouts": {"headers_s": 0.2, "first_byte_s": 0.2, "idle_s": 0.2}}
 WANTS_USAGE: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 
@@ -98,6 +103,8 @@ BEFORE: dict[str, tuple[Tell, str]] = {
         lambda up: up.sends(b"HTTP/1.1 500 Oh\r\nContent-Type: text/plain\r\nContent-Length: 9\r\n\r\nno"),
         "failed",
     ),
+    "half a 429": (lambda up: up.sends(HALF_A_429), "rate_limited"),
+    "half a 429 and silence": (lambda up: up.sends(HALF_A_429, stalls=True), "rate_limited"),
 }
 
 
@@ -255,6 +262,24 @@ async def test_the_credential_in_an_error_that_was_held_back_is_masked(
     async with gateway.chat() as response:
         assert (response.status, response.headers["x-balancer-attempts"]) == (401, "2")
         assert b"bad key: Bearer ***" in await response.read()
+
+
+@pytest.mark.parametrize("stalls", [False, True])
+async def test_half_an_error_counts_by_its_status_and_headers(
+    serve: Serve, upstream: Upstream, other: Upstream, monkeypatch: pytest.MonkeyPatch, stalls: bool
+) -> None:
+    """It was once a failure of the connection: it cooled nothing, and hid from the client when to come again."""
+    monkeypatch.setattr(opening, "_ERROR_LIMIT_S", 0.1)
+    gateway = await serve(a_pair(upstream, other, no_key_required=False, token=KEY))
+    for each in (upstream, other):
+        each.sends(HALF_A_429, stalls=stalls)
+    async with gateway.chat() as response:
+        assert (response.status, response.headers["Retry-After"]) == (429, "30")
+        assert decoded(await response.read())["error"]["message"] == "the upstream's error cannot be read"
+    assert await settled(gateway) == {("o0:m", "rate_limited"): 1, ("o1:m", "rate_limited"): 1}
+    async with gateway.chat() as response:
+        assert (response.status, int(response.headers["Retry-After"]) > 20) == (429, True)
+    assert len(upstream.received) + len(other.received) == 2 + 1
 
 
 async def test_a_first_event_that_was_held_back_reaches_the_client_when_nothing_else_does(
