@@ -67,9 +67,9 @@ class Opening:
                 usage.see(event)
             if event is not None and usage.is_error:
                 self.verdict = classify_error_event(style, event.data)
-        elif _ERROR_BODY.match(chunk):
+        elif _ERROR_BODY.match(self._beginning(chunk)):
             body, is_whole = await self._read_ahead(ERROR_LIMIT_BYTES)
-            verdict = classify(style, self.status, self.headers, body, now_ms)
+            verdict = classify(style, self.status, self.headers, self._decoded(body), now_ms)
             if is_whole and verdict.outcome is not Outcome.SUCCESS:
                 self.verdict = verdict
 
@@ -116,6 +116,13 @@ class Opening:
         if self.is_cut:
             await self.close()
         return b"".join(self._ahead)
+
+    def _beginning(self, chunk: bytes) -> bytes:
+        """What the body begins with, decoded as far as one step goes."""
+        try:
+            return next(iter(Decoder(value_of(self.headers, "content-encoding")).feed(chunk)), b"")
+        except DecodeError:
+            return b""
 
     def _decoded(self, body: bytes) -> bytes:
         try:

@@ -58,7 +58,7 @@ class Relay:
         """Relays the answer to its end. Raises UpstreamError while nothing was sent yet, ClientGoneError."""
         headers = self._mask.over_headers(response_headers(answer.headers))
         verdict = answer.verdict or _SUCCESS
-        if answer.status >= 400:
+        if answer.status >= 400 or (answer.verdict is not None and not answer.is_stream):
             await self._relay_error(answer, headers, verdict)
             return
         is_json = "json" in value_of(headers, "content-type").lower()

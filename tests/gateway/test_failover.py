@@ -77,6 +77,14 @@ BEFORE: dict[str, tuple[Tell, str]] = {
         lambda up: up.answers(200, b'{"error":{"code":503,"message":"overloaded"}}'),
         "overloaded",
     ),
+    "a coded error under status 200": (
+        lambda up: up.answers(
+            200,
+            gzip.compress(b'{"error":{"code":503,"message":"overloaded"}}'),
+            headers=(("Content-Encoding", "gzip"),),
+        ),
+        "overloaded",
+    ),
     "no answer": (lambda up: up.stalls(), "failed"),
     "a broken connection": (lambda up: up.sends(b""), "failed"),
     "a reset connection": (lambda up: up.sends(b"", resets=True), "failed"),
@@ -253,14 +261,16 @@ async def test_when_all_fail_the_client_gets_the_last_error_as_it_came(
     assert requests_total(gateway)["gpt", "overloaded"] == 1
 
 
+@pytest.mark.parametrize("status", [401, 200])
 async def test_the_credential_in_an_error_that_was_held_back_is_masked(
-    serve: Serve, upstream: Upstream, other: Upstream
+    serve: Serve, upstream: Upstream, other: Upstream, status: int
 ) -> None:
+    """Under status 200 it once came through."""
     gateway = await serve(a_pair(upstream, other, no_key_required=False, token=KEY))
-    upstream.echoes_its_credential()
-    other.echoes_its_credential()
+    upstream.echoes_its_credential(status)
+    other.echoes_its_credential(status)
     async with gateway.chat() as response:
-        assert (response.status, response.headers["x-balancer-attempts"]) == (401, "2")
+        assert (response.status, response.headers["x-balancer-attempts"]) == (status, "2")
         assert b"bad key: Bearer ***" in await response.read()
 
 
