@@ -107,6 +107,13 @@ BEFORE: dict[str, tuple[Tell, str]] = {
         ),
         "rate_limited",
     ),
+    "a stream that begins with comments and an error": (
+        lambda up: up.streams([b": PROCESSING\n\n", b": PROCESSING\n\n", b'data: {"error":{"code":429}}\n\n']),
+        "rate_limited",
+    ),
+    "nothing under status 200": (lambda up: up.answers(200, b""), "failed"),
+    "a stream of nothing": (lambda up: up.streams([]), "failed"),
+    "a stream of comments": (lambda up: up.streams([b": PROCESSING\n\n"]), "failed"),
     "half an error": (
         lambda up: up.sends(b"HTTP/1.1 500 Oh\r\nContent-Type: text/plain\r\nContent-Length: 9\r\n\r\nno"),
         "failed",
@@ -290,6 +297,18 @@ async def test_half_an_error_counts_by_its_status_and_headers(
     async with gateway.chat() as response:
         assert (response.status, int(response.headers["Retry-After"]) > 20) == (429, True)
     assert len(upstream.received) + len(other.received) == 2 + 1
+
+
+async def test_comments_that_go_on_and_on_reach_the_client(
+    gateway: Served, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "_COMMENTS_S", 0.0)
+    gate = asyncio.Event()
+    upstream.streams([b": PROCESSING\n\n", *openai_events()], gates={1: gate})
+    async with gateway.chat(**WANTS_USAGE) as response:
+        assert await response.content.readany() == b": PROCESSING\n\n"
+        gate.set()
+        assert await response.read() == b"".join(openai_events())
 
 
 async def test_a_first_event_that_was_held_back_reaches_the_client_when_nothing_else_does(
