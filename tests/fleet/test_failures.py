@@ -265,6 +265,29 @@ async def _by_id(asker: Asker, method: str, path: str) -> Answer:
         return await answer_of(response)
 
 
+async def test_a_conversation_goes_on_where_another_rule_has_stood_in(start: Start, store_url: str) -> None:
+    """Its next turn was refused for ever: the asked rule has no such service."""
+    dead, other = Account("dead"), Account("other")
+    async with running(dead, other):
+        document = {
+            "providers": [provider(dead), provider(other)],
+            "rules": [
+                rule("chat", service(dead), fallback=["between"], response_model="name", retry={"backoff_ms": 1}),
+                rule("between", service(dead), fallback=["other"]),
+                rule("other", service(other)),
+            ],
+        }
+        async with pair_of(start, store_url, document) as pair:
+            dead.fails(503)
+            first = await pair.ask("chat", 0, path="/v1/responses")
+            dead.recovers()
+            second = await pair.ask("chat", 1, path="/v1/responses", previous_response_id=first.body["id"])
+            await pair.books_are_those_of([dead, other])
+
+    assert (first.status, first.service) == (200, "other:m")
+    assert told([second]) == [(200, "other", 1)]
+
+
 # -- rules that stand in -----------------------------------------------------------------------------------------------
 
 
