@@ -234,6 +234,24 @@ async def test_two_pools_share_a_provider_s_limits_as_the_split_says(start: Star
     assert most_at_once(boris.lines) <= 8
 
 
+async def test_a_gateway_that_starts_later_knows_what_the_minute_has_seen(start: Start, store_url: str) -> None:
+    anna = Account("anna")
+    async with running(anna):
+        document = {
+            "providers": [provider(anna, limits={"rpm": 10})],
+            "rules": [rule("chat", service(anna))],
+        }
+        async with pair_of(start, store_url, document) as pair:
+            first = await pair.asks("chat", 6)
+            for fleet in pair.fleets:
+                await fleet.stopped()
+        async with pair_of(start, store_url, document) as pair:
+            second = await pair.asks("chat", 40)
+            await pair.books_are_those_of([anna])
+
+    assert (statuses(first), statuses(second)) == ({200: 6}, {200: 4, LIMITED: 36})
+
+
 async def test_a_killed_worker_s_places_are_free_once_its_lease_is_over(start: Start, store_url: str) -> None:
     """Not before: nobody can know that the account does not work on them any more."""
     anna = Account("anna")
