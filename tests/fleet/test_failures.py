@@ -75,6 +75,33 @@ async def test_an_account_that_asks_for_two_seconds_is_left_alone_by_every_worke
     assert (stats["breaker"], stats["cooling_until"] is not None, stats["failures"]) == ("closed", True, 1)
 
 
+async def test_a_rule_that_refuses_sends_nothing_while_all_its_accounts_are_away(start: Start, store_url: str) -> None:
+    """Where all ask for time it is a rate limit, where one is broken an outage; either way the client is told when."""
+    cooling, broken = Account("cooling"), Account("broken")
+    async with running(cooling, broken):
+        document = {
+            "providers": [provider(cooling), provider(broken, breaker={"failures": 1, "open_s": 60})],
+            "rules": [
+                rule("one", service(cooling), on_exhausted="refuse"),
+                rule("both", service(cooling), service(broken), on_exhausted="refuse", retry={"backoff_ms": 1}),
+            ],
+        }
+        async with pair_of(start, store_url, document) as pair:
+            cooling.fails(429, retry_after="30")
+            broken.fails(503)
+            first = await pair.ask("both")
+            one = await pair.several(20, lambda n: pair.chat("one", n))
+            both = await pair.several(20, lambda n: pair.chat("both", n))
+            await pair.books_are_those_of([cooling, broken])
+
+    assert told([first]) == [(503, "broken", 2)]
+    assert {(answer.status, answer.error) for answer in one} == {(429, "openai.RateLimitError")}
+    assert {(answer.status, answer.error) for answer in both} == {(503, "openai.InternalServerError")}
+    assert all(25 <= int(answer.retry_after) <= 30 for answer in one)
+    assert all(55 <= int(answer.retry_after) <= 72 for answer in both)
+    assert (len(cooling.lines), len(broken.lines)) == (1, 1)
+
+
 async def test_a_broken_account_gets_one_probe_at_a_time_from_the_whole_fleet(start: Start, store_url: str) -> None:
     """The breaker opens for ever longer while probes fail, and closes after three that succeed."""
     open_s, anna, boris = 0.5, Account("anna"), Account("boris")
@@ -146,6 +173,39 @@ async def test_a_probe_that_dies_with_its_worker_is_followed_by_another(start: S
 async def _ask_on(asker: Asker) -> None:
     while True:
         assert await asker.is_whole("chat")
+
+
+async def test_one_prober_of_the_whole_fleet_opens_and_closes_a_breaker(start: Start, store_url: str) -> None:
+    """No request meets an account that does not answer, and none is risked to learn that it does again."""
+    anna, boris = Account("anna"), Account("boris")
+    health = {"path": "/health", "interval_s": 1}
+    breaker = {"failures": 2, "open_s": 0.5, "successes": 1}
+    async with running(anna, boris):
+        document = {
+            "providers": [provider(anna, health=health, breaker=breaker), provider(boris)],
+            "rules": [rule("chat", service(anna), service(boris))],
+        }
+        anna.fails(503)
+        async with pair_of(start, store_url, document) as pair:
+            await _breaker_is(pair, "open")
+            away = await pair.asks("chat", 20)
+            anna.recovers()
+            await _breaker_is(pair, "closed")
+            back = await asked_in_turn(pair, "chat", 4)
+            await pair.books_are_those_of([anna, boris])
+
+    assert told(away) == [(200, "boris", 1)] * 20
+    assert {answer.status for answer in back} == {200}
+    assert len(anna.of("m")) == 2
+    probes = [line for line in anna.lines if line.path == "/health"]
+    assert min(pauses(probes)) > 0.7
+
+
+async def _breaker_is(pair: Pair, state: str) -> None:
+    async def is_so() -> bool:
+        return bool((await pair.stats())["anna:m"]["breaker"] == state)
+
+    await eventually(is_so, 8.0)
 
 
 # -- tiers -------------------------------------------------------------------------------------------------------------

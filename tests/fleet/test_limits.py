@@ -8,9 +8,12 @@ import os
 import signal
 import time
 from collections import Counter
+from pathlib import Path
+
+import yaml
 
 from tests.fleet.account_log import INPUT, Account, most_a_minute, most_at_once, tokens
-from tests.fleet.conftest import Start
+from tests.fleet.conftest import Start, run_command
 from tests.fleet.pairs import LIMITED, Answer, pair_of, provider, rule, running, service
 from tests.store.conftest import eventually
 
@@ -26,7 +29,7 @@ def statuses(answers: list[Answer]) -> Counter[int]:
 
 
 async def test_requests_a_minute_are_counted_over_the_whole_fleet(start: Start, store_url: str) -> None:
-    """Of a provider for either dialect, of a service beside one without limits; and the rest is told when to ask."""
+    """Of a provider over all its models, of either dialect, of a service beside one without; the rest is told when."""
     anna, claude, small, free = (Account(name, hold_s=0.01) for name in ("anna", "claude", "small", "free"))
     async with running(anna, claude, small, free):
         document = {
@@ -38,13 +41,14 @@ async def test_requests_a_minute_are_counted_over_the_whole_fleet(start: Start, 
             ],
             "rules": [
                 rule("chat", service(anna)),
+                rule("mini", service(anna, "mini")),
                 rule("claude", service(claude), scenario="anthropic"),
                 rule("both", service(small, limits={"rpm": 12}), service(free)),
             ],
         }
         async with pair_of(start, store_url, document) as pair:
             chats, messages, both = await asyncio.gather(
-                pair.several(80, lambda n: pair.chat("chat", n)),
+                pair.several(80, lambda n: pair.chat(("chat", "mini")[n // 2 % 2], n)),
                 pair.several(60, lambda n: pair.message("claude", n)),
                 pair.asks("both", 60),
             )
@@ -250,6 +254,28 @@ async def test_a_gateway_that_starts_later_knows_what_the_minute_has_seen(start:
             await pair.books_are_those_of([anna])
 
     assert (statuses(first), statuses(second)) == ({200: 6}, {200: 4, LIMITED: 36})
+
+
+async def test_an_edited_limit_holds_for_all_workers_at_once(
+    start: Start, store_url: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    anna = Account("anna")
+    file = tmp_path / "edited.yaml"
+    async with running(anna):
+        document = {
+            "providers": [provider(anna, limits={"rpm": 10})],
+            "rules": [rule("chat", service(anna))],
+        }
+        async with pair_of(start, store_url, document) as pair:
+            before = await pair.asks("chat", 40)
+            document["providers"][0]["limits"]["rpm"] = 15
+            file.write_text(yaml.safe_dump(document), encoding="utf-8")
+            applied = await run_command("apply", str(file), "--redis", store_url, environment=environment)
+            after = await pair.asks("chat", 40)
+            await pair.books_are_those_of([anna])
+
+    assert applied[0] == 0
+    assert (statuses(before), statuses(after)) == ({200: 10, LIMITED: 30}, {200: 5, LIMITED: 35})
 
 
 async def test_a_killed_worker_s_places_are_free_once_its_lease_is_over(start: Start, store_url: str) -> None:
