@@ -24,6 +24,7 @@ from balancer.errors import (
     DeadlineError,
     NoServiceError,
     StoreUnavailableError,
+    UpstreamAnswerError,
 )
 from balancer.failures import Verdict
 from balancer.gateway.attempts import Attempt, Balance, Providers
@@ -243,6 +244,8 @@ class Forwarder:
                 async with errand.clock.until_first_byte():
                     answer = await self._open(outgoing)
                     await answer.look(errand.route.dialect.name, _now_ms())
+                if answer.is_empty:
+                    raise UpstreamAnswerError("the upstream answered with nothing")
                 if answer.verdict is not None and errand.course.goes_on(answer.verdict):
                     attempt.settle(answer.verdict.outcome, answer.verdict.cooldown_ms)
                     return _held(answer, answer.verdict, relay, outgoing, stream)

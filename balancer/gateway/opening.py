@@ -5,20 +5,26 @@ As long as nothing was sent, another service can still be tried.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 from collections import deque
 
 from balancer.dialects.headers import value_of
 from balancer.domain import ApiStyle, Outcome
 from balancer.encoding import DecodeError, Decoder, decoded
-from balancer.errors import UpstreamAnswerError
+from balancer.errors import UpstreamAnswerError, UpstreamError
 from balancer.failures import Verdict, classify, classify_error_event
 from balancer.gateway.messages import UpstreamResponse
 from balancer.sse import Event, Parser
 from balancer.usage import StreamUsage
 
 ERROR_LIMIT_BYTES = 1024 * 1024
+_ERROR_LIMIT_S = 5.0
+"""An error that drips in must not hold up the next service's chance."""
 _FIRST_EVENT_LIMIT_BYTES = 64 * 1024
+_COMMENTS_S = 10.0
+"""Comments are held back for no longer: they keep connections alive that somebody between here and the client ends."""
 _EVENT_BEGINNINGS = (b"data:", b"event:", b"id:", b": ", b":\n")
 """Some servers send a stream under another content type: JSON cannot begin so."""
 _PLAIN_EVENT = re.compile(rb"\n\r?\n")
@@ -40,12 +46,16 @@ class Opening:
         self.headers = response.headers
         self.length = response.length
         self.is_stream = False
+        self.is_cut = False
+        """True for an error of which only a part has come; that can be read, but is no body."""
+        self.is_empty = False
+        """True when it ended without having told anything."""
         self.verdict: Verdict | None = None
 
     async def look(self, style: ApiStyle, now_ms: int) -> None:
         """Reads ahead until it is clear what the answer is. Raises UpstreamError when it breaks off, or is none."""
         if self.status >= 400:
-            body, _ = await self._read_ahead(ERROR_LIMIT_BYTES)
+            body = await self._error_ahead()
             self.verdict = classify(style, self.status, self.headers, self._decoded(body), now_ms)
             return
         if not 200 <= self.status < 300:
@@ -61,9 +71,11 @@ class Opening:
                 usage.see(event)
             if event is not None and usage.is_error:
                 self.verdict = classify_error_event(style, event.data)
-        elif _ERROR_BODY.match(chunk):
+        elif not chunk:
+            self.is_empty = self.status != 204
+        elif _ERROR_BODY.match(self._beginning(chunk)):
             body, is_whole = await self._read_ahead(ERROR_LIMIT_BYTES)
-            verdict = classify(style, self.status, self.headers, body, now_ms)
+            verdict = classify(style, self.status, self.headers, self._decoded(body), now_ms)
             if is_whole and verdict.outcome is not Outcome.SUCCESS:
                 self.verdict = verdict
 
@@ -97,6 +109,27 @@ class Opening:
             is_whole = not chunk
         return b"".join(self._ahead), is_whole
 
+    async def _error_ahead(self) -> bytes:
+        """The body of an error, or as much of it as comes: its status and headers tell most.
+
+        A 429 whose body never ended was once a failure that cooled nothing, and opened breakers.
+        """
+        self.is_cut = True
+        with contextlib.suppress(UpstreamError, TimeoutError):
+            async with asyncio.timeout(_ERROR_LIMIT_S):
+                await self._read_ahead(ERROR_LIMIT_BYTES)
+                self.is_cut = False
+        if self.is_cut:
+            await self.close()
+        return b"".join(self._ahead)
+
+    def _beginning(self, chunk: bytes) -> bytes:
+        """What the body begins with, decoded as far as one step goes."""
+        try:
+            return next(iter(Decoder(value_of(self.headers, "content-encoding")).feed(chunk)), b"")
+        except DecodeError:
+            return b""
+
     def _decoded(self, body: bytes) -> bytes:
         try:
             return decoded(body, value_of(self.headers, "content-encoding"), ERROR_LIMIT_BYTES)
@@ -104,24 +137,29 @@ class Opening:
             return b""
 
     async def _first_event(self, chunk: bytes) -> Event | None:
-        """The stream's first event, None when it is no error for certain, or cannot be read.
+        """The stream's first event with data, None when it is no error for certain, has none, or cannot be read.
 
-        Half an event is of no use to a client yet, so that waiting for the rest costs it nothing.
+        Half an event is of no use to a client yet, so that waiting for the rest costs it nothing. Comments stand before
+        errors too (OpenRouter sends them while it looks for somebody to serve).
         """
         coding = value_of(self.headers, "content-encoding")
-        if not coding and _PLAIN_EVENT.search(chunk) and not _ERROR_WORDS.search(chunk):
+        if not coding and not chunk.startswith(b":") and _PLAIN_EVENT.search(chunk) and not _ERROR_WORDS.search(chunk):
             return None  # The common case.
+        now = asyncio.get_running_loop().time
+        until = now() + _COMMENTS_S
         parser, held = Parser(), 0
         try:
             decoder = Decoder(coding)
             while chunk:
                 for part in decoder.feed(chunk):
-                    if events := parser.feed(part):
-                        return events[0]
+                    if event := next((event for event in parser.feed(part) if event.data), None):
+                        return event
                 held += len(chunk)
-                if held > _FIRST_EVENT_LIMIT_BYTES:
+                if held > _FIRST_EVENT_LIMIT_BYTES or now() > until:
                     return None
                 chunk = await self._next_ahead()
         except DecodeError:
             return None
-        return parser.finish()
+        event = parser.finish()
+        self.is_empty = event is None or not event.data
+        return event

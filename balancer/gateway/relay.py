@@ -58,7 +58,7 @@ class Relay:
         """Relays the answer to its end. Raises UpstreamError while nothing was sent yet, ClientGoneError."""
         headers = self._mask.over_headers(response_headers(answer.headers))
         verdict = answer.verdict or _SUCCESS
-        if answer.status >= 400:
+        if answer.status >= 400 or (answer.verdict is not None and not answer.is_stream):
             await self._relay_error(answer, headers, verdict)
             return
         is_json = "json" in value_of(headers, "content-type").lower()
@@ -86,12 +86,12 @@ class Relay:
         await self._stream.write(body)
         await self._stream.end()
 
-    async def _relay_error(self, response: UpstreamResponse, headers: Headers, verdict: Verdict) -> None:
+    async def _relay_error(self, response: Opening, headers: Headers, verdict: Verdict) -> None:
         """An error's body is read first: some upstreams repeat the credential in it."""
         body, is_whole = await _read(response, await response.read(), ERROR_LIMIT_BYTES)
         try:
-            if not is_whole:
-                raise DecodeError("the error is too long")
+            if response.is_cut or not is_whole:
+                raise DecodeError("the error is cut, or too long")
             body = self._mask.over(decoded(body, value_of(headers, "content-encoding"), ERROR_LIMIT_BYTES))
         except DecodeError:
             # What cannot be read cannot be cleared of credentials; an SDK still wants words.

@@ -17,6 +17,7 @@ import openai
 import pytest
 import redis.asyncio
 
+from balancer.gateway import opening
 from tests.actors import (
     OPENAI_JSON,
     STREAM_HEAD,
@@ -31,6 +32,10 @@ from tests.gateway.pairs import a_pair, requests_total, settled
 from tests.store.conftest import eventually
 
 OVERLOADED = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"x"}}\n\n'
+HALF_A_429 = (
+    b"HTTP/1.1 429 Oh\r\nContent-Type: application/json\r\nRetry-After: 30\r\nContent-Length: 99\r\n\r\n"
+    b'{"error":{"message":"key ' + KEY.encode()
+)
 QUICK: dict[str, Any] = {"timeouts": {"headers_s": 0.2, "first_byte_s": 0.2, "idle_s": 0.2}}
 WANTS_USAGE: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 
@@ -72,6 +77,14 @@ BEFORE: dict[str, tuple[Tell, str]] = {
         lambda up: up.answers(200, b'{"error":{"code":503,"message":"overloaded"}}'),
         "overloaded",
     ),
+    "a coded error under status 200": (
+        lambda up: up.answers(
+            200,
+            gzip.compress(b'{"error":{"code":503,"message":"overloaded"}}'),
+            headers=(("Content-Encoding", "gzip"),),
+        ),
+        "overloaded",
+    ),
     "no answer": (lambda up: up.stalls(), "failed"),
     "a broken connection": (lambda up: up.sends(b""), "failed"),
     "a reset connection": (lambda up: up.sends(b"", resets=True), "failed"),
@@ -94,10 +107,19 @@ BEFORE: dict[str, tuple[Tell, str]] = {
         ),
         "rate_limited",
     ),
+    "a stream that begins with comments and an error": (
+        lambda up: up.streams([b": PROCESSING\n\n", b": PROCESSING\n\n", b'data: {"error":{"code":429}}\n\n']),
+        "rate_limited",
+    ),
+    "nothing under status 200": (lambda up: up.answers(200, b""), "failed"),
+    "a stream of nothing": (lambda up: up.streams([]), "failed"),
+    "a stream of comments": (lambda up: up.streams([b": PROCESSING\n\n"]), "failed"),
     "half an error": (
         lambda up: up.sends(b"HTTP/1.1 500 Oh\r\nContent-Type: text/plain\r\nContent-Length: 9\r\n\r\nno"),
         "failed",
     ),
+    "half a 429": (lambda up: up.sends(HALF_A_429), "rate_limited"),
+    "half a 429 and silence": (lambda up: up.sends(HALF_A_429, stalls=True), "rate_limited"),
 }
 
 
@@ -246,15 +268,47 @@ async def test_when_all_fail_the_client_gets_the_last_error_as_it_came(
     assert requests_total(gateway)["gpt", "overloaded"] == 1
 
 
+@pytest.mark.parametrize("status", [401, 200])
 async def test_the_credential_in_an_error_that_was_held_back_is_masked(
-    serve: Serve, upstream: Upstream, other: Upstream
+    serve: Serve, upstream: Upstream, other: Upstream, status: int
 ) -> None:
+    """Under status 200 it once came through."""
     gateway = await serve(a_pair(upstream, other, no_key_required=False, token=KEY))
-    upstream.echoes_its_credential()
-    other.echoes_its_credential()
+    upstream.echoes_its_credential(status)
+    other.echoes_its_credential(status)
     async with gateway.chat() as response:
-        assert (response.status, response.headers["x-balancer-attempts"]) == (401, "2")
+        assert (response.status, response.headers["x-balancer-attempts"]) == (status, "2")
         assert b"bad key: Bearer ***" in await response.read()
+
+
+@pytest.mark.parametrize("stalls", [False, True])
+async def test_half_an_error_counts_by_its_status_and_headers(
+    serve: Serve, upstream: Upstream, other: Upstream, monkeypatch: pytest.MonkeyPatch, stalls: bool
+) -> None:
+    """It was once a failure of the connection: it cooled nothing, and hid from the client when to come again."""
+    monkeypatch.setattr(opening, "_ERROR_LIMIT_S", 0.1)
+    gateway = await serve(a_pair(upstream, other, no_key_required=False, token=KEY))
+    for each in (upstream, other):
+        each.sends(HALF_A_429, stalls=stalls)
+    async with gateway.chat() as response:
+        assert (response.status, response.headers["Retry-After"]) == (429, "30")
+        assert decoded(await response.read())["error"]["message"] == "the upstream's error cannot be read"
+    assert await settled(gateway) == {("o0:m", "rate_limited"): 1, ("o1:m", "rate_limited"): 1}
+    async with gateway.chat() as response:
+        assert (response.status, int(response.headers["Retry-After"]) > 20) == (429, True)
+    assert len(upstream.received) + len(other.received) == 2 + 1
+
+
+async def test_comments_that_go_on_and_on_reach_the_client(
+    gateway: Served, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "_COMMENTS_S", 0.0)
+    gate = asyncio.Event()
+    upstream.streams([b": PROCESSING\n\n", *openai_events()], gates={1: gate})
+    async with gateway.chat(**WANTS_USAGE) as response:
+        assert await response.content.readany() == b": PROCESSING\n\n"
+        gate.set()
+        assert await response.read() == b"".join(openai_events())
 
 
 async def test_a_first_event_that_was_held_back_reaches_the_client_when_nothing_else_does(

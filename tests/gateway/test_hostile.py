@@ -871,7 +871,7 @@ ANSWERED: dict[str, Answered] = {
     ),
     "nested 100 000 deep": Answered(an_answer(DEEP), body=DEEP, books=UNREPORTED),
     "HTML": Answered(an_answer(b"<html>").replace(b"application/json", b"text/html"), body=b"<html>", books=UNREPORTED),
-    "nothing": Answered(an_answer(b""), body=b"", books=UNREPORTED),
+    "nothing": Answered(an_answer(b""), 502, None, FAILED),
     "half a JSON": Answered(an_answer(OPENAI_JSON[:40]), body=OPENAI_JSON[:40], books=UNREPORTED),
     "gzip that breaks off": Answered(
         an_answer(GZIPPED[:60], b"Content-Encoding: gzip"), body=GZIPPED[:60], books=UNREPORTED
@@ -1078,7 +1078,6 @@ STREAMED: dict[str, Streamed] = {
     "no line end behind the usage": Streamed(b"".join([*WORDS, USAGE.rstrip()]), b"".join(WORDS)),
     "no blank line behind the usage": Streamed(b"".join([*WORDS, USAGE.rstrip(), b"\n"]), b"".join(WORDS)),
     "no line end behind [DONE]": Streamed(WHOLE.rstrip(), HIDDEN.rstrip()),
-    "nothing": Streamed(b"", books=UNREPORTED),
 }
 
 

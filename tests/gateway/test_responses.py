@@ -326,7 +326,7 @@ async def test_while_redis_is_away_an_answer_passes_all_the_same_and_an_id_is_a_
 ) -> None:
     gateway = await serve(a_pair(upstream, other), redis_deadline_ms=100)
     gate = asyncio.Event()
-    upstream.streams([b": soon\n\n", *responses_events("resp_0")], gates={1: gate})
+    upstream.streams([b'data: {"type":"soon"}\n\n', *responses_events("resp_0")], gates={1: gate})
     body = {"model": "gpt", "input": "hi", "stream": True}
     async with (
         redis.asyncio.Redis.from_url(store_url) as control,
