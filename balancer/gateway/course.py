@@ -17,20 +17,23 @@ class Course:
     """Where one request stands: `rule` is the one to pick under next, `attempts` how many were made, over all rules.
 
     Each rule is entered once. A rule's own fallbacks come before those that are left of the rule that led to it.
-    With `only`, or when it `is_bound`, the request belongs to one service: nothing else is ever tried.
+    With `only`, or when it `is_bound`, the request belongs to one service: nothing else is ever tried. That service may
+    be one of a rule that stands in for the asked one: then it begins `under` that.
     """
 
-    def __init__(self, rule: Rule, find: FindRule, *, only: str = "", is_bound: bool = False) -> None:
+    def __init__(
+        self, rule: Rule, find: FindRule, *, under: Rule | None = None, only: str = "", is_bound: bool = False
+    ) -> None:
         self.asked = rule
-        self.rule = rule
+        self.rule = under or rule
         self.only = only
         self.attempts = 0
         self._find = find
         self._is_bound = is_bound or bool(only)
         self._here = 0
         self._tried: list[str] = []
-        self._entered = {rule.uuid}
-        self._fallbacks = rule.fallback
+        self._entered = {self.rule.uuid}
+        self._fallbacks = self.rule.fallback
         self._has_overflowed = False
 
     @property

@@ -33,7 +33,7 @@ from balancer.errors import (
 )
 from balancer.gateway.course import Course
 from balancer.gateway.forwarding import Forwarder
-from balancer.gateway.matching import Directory, foreign, serving, usable
+from balancer.gateway.matching import Directory, foreign, serving, standing_in, usable
 from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
 from balancer.gateway.telling import incomplete, send_error
 from balancer.metrics import Metrics
@@ -190,9 +190,10 @@ class Handlers:
             if has_choice:
                 raise
             recalled = None
-        if recalled is not None and any(service.id == recalled.service for service in rule.services):
-            return Course(rule, find, only=recalled.service)
         if recalled is not None:
+            for other in standing_in(rule, find):
+                if any(service.id == recalled.service for service in other.services):
+                    return Course(rule, find, under=other, only=recalled.service)
             why = f"it is kept by {recalled.service}, which is no service of rule {rule.uuid}"
         elif has_choice:
             why = "this gateway did not hand it out, or has forgotten it after 30 days"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 from balancer.domain import ApiStyle, Provider, Rule, Service
@@ -49,3 +49,15 @@ def serving(directory: Directory, uuid: str, style: ApiStyle) -> Rule | None:
     if rule is None or not rule.active or not usable(directory, rule) or foreign(directory, rule, style):
         return None
     return rule
+
+
+def standing_in(rule: Rule, find: Callable[[str], Rule | None]) -> Iterator[Rule]:
+    """The rule, then those that may serve its requests in its stead, over any number of links, each once."""
+    waiting, seen = [rule], {rule.uuid}
+    while waiting:
+        at = waiting.pop(0)
+        yield at
+        for uuid in (*at.fallback, at.on_context_overflow):
+            if uuid not in seen and (other := find(uuid)):
+                seen.add(uuid)
+                waiting.append(other)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import signal
+import time
 from collections.abc import Iterable
 
+import aiohttp
 import pytest
 
 from tests.fleet.account_log import Account, Line, most_at_once
@@ -14,6 +18,7 @@ from tests.fleet.pairs import Answer, Pair, answer_of, pair_of, provider, rule, 
 from tests.store.conftest import eventually
 
 NO_BREAKER = {"failures": 0, "ratio": 0}
+LEASE_S = 1.0
 CLOCK_S = 0.002
 """Redis counts in whole milliseconds."""
 OVERFLOW = {
@@ -104,6 +109,45 @@ async def test_a_broken_account_gets_one_probe_at_a_time_from_the_whole_fleet(st
     assert most_at_once(anna.lines[8:]) > 1
 
 
+async def test_a_probe_that_dies_with_its_worker_is_followed_by_another(start: Start, store_url: str) -> None:
+    """Once the lease is over: until then nothing else is sent to the account, for its probe may live."""
+    anna, boris = Account("anna"), Account("boris")
+    async with running(anna, boris):
+        document = {
+            "providers": [provider(anna, breaker={"failures": 1, "open_s": 0.2, "successes": 1}), provider(boris)],
+            "rules": [rule("chat", service(anna), service(boris), retry={"backoff_ms": 1})],
+        }
+        async with pair_of(start, store_url, document, {"BALANCER_LEASE_S": str(LEASE_S)}) as pair:
+            fleet, _ = pair.fleets
+            async with fleet.askers() as askers:
+                victim, (asker,) = next(iter(askers.items()))
+                anna.fails(500, times=1)
+                failed = await pair.ask("chat", 1)
+                anna.gate = asyncio.Event()
+                probing = asyncio.create_task(_ask_on(asker))
+                await has(anna, 2)
+                meanwhile = await pair.asks("chat", 20)
+                os.kill(victim, signal.SIGKILL)
+                killed = time.monotonic()
+                with pytest.raises((aiohttp.ClientError, ConnectionError)):
+                    await probing
+            anna.gate = None
+            async with pair.under_load("chat") as answers:
+                await has(anna, 10)
+            await pair.books_are_those_of([anna, boris], lost=1)
+
+    assert told([failed]) == [(200, "boris", 2)]
+    assert told(meanwhile) == [(200, "boris", 1)] * 20
+    assert 0 < anna.lines[2].began - killed < LEASE_S + 1.5
+    # The load began when that worker was dead, but its socket is served by its successor.
+    assert [answer for answer in answers if answer.status != 200] == []
+
+
+async def _ask_on(asker: Asker) -> None:
+    while True:
+        assert await asker.is_whole("chat")
+
+
 # -- tiers -------------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +201,8 @@ async def test_a_session_stays_with_its_account_and_comes_back_after_a_cooldown(
         async with pair_of(start, store_url, document) as pair:
             answers = await pair.several(96, lambda number: ask(pair, number))
             home = {name: {answers[i].service for i in range(n, 96, 12)} for n, name in enumerate(names)}
+            assert sorted(len(some) for some in home.values()) == [1] * 12
+            assert set().union(*home.values()) == {"anna:m", "boris:m"}
             seen = len(anna.lines)
             guest = next(n for n, name in enumerate(names) if home[name] == {"anna:m"})
             anna.fails(429, times=1, retry_after="1")
@@ -166,8 +212,6 @@ async def test_a_session_stays_with_its_account_and_comes_back_after_a_cooldown(
             await pair.books_are_those_of([anna, boris])
 
     assert {answer.status for answer in answers} == {200}
-    assert sorted(len(some) for some in home.values()) == [1] * 12
-    assert set().union(*home.values()) == {"anna:m", "boris:m"}
     assert told(away) == [(200, "boris", 2)] + [(200, "boris", 1)] * 3
     assert told(back) == [(200, "anna", 1)] * 4
     texts = {account.name: {line.text for line in account.lines} for account in (anna, boris)}
@@ -219,6 +263,29 @@ async def _is_at_home(answer: Answer, askers: list[Asker]) -> None:
 async def _by_id(asker: Asker, method: str, path: str) -> Answer:
     async with asker.session.request(method, f"{asker.url}/v1/responses{path}") as response:
         return await answer_of(response)
+
+
+async def test_a_conversation_goes_on_where_another_rule_has_stood_in(start: Start, store_url: str) -> None:
+    """Its next turn was refused for ever: the asked rule has no such service."""
+    dead, other = Account("dead"), Account("other")
+    async with running(dead, other):
+        document = {
+            "providers": [provider(dead), provider(other)],
+            "rules": [
+                rule("chat", service(dead), fallback=["between"], response_model="name", retry={"backoff_ms": 1}),
+                rule("between", service(dead), fallback=["other"]),
+                rule("other", service(other)),
+            ],
+        }
+        async with pair_of(start, store_url, document) as pair:
+            dead.fails(503)
+            first = await pair.ask("chat", 0, path="/v1/responses")
+            dead.recovers()
+            second = await pair.ask("chat", 1, path="/v1/responses", previous_response_id=first.body["id"])
+            await pair.books_are_those_of([dead, other])
+
+    assert (first.status, first.service) == (200, "other:m")
+    assert told([second]) == [(200, "other", 1)]
 
 
 # -- rules that stand in -----------------------------------------------------------------------------------------------

@@ -156,6 +156,55 @@ async def test_who_waits_in_vain_is_told_so_when_its_time_is_over(start: Start, 
     assert len(anna.lines) == 3
 
 
+async def test_retries_count_against_limits_like_all_attempts(start: Start, store_url: str) -> None:
+    anna, boris = Account("anna", hold_s=0.01), Account("boris", hold_s=0.01)
+    async with running(anna, boris):
+        document = {
+            "providers": [
+                provider(anna, limits={"rpm": 10}, breaker={"failures": 0, "ratio": 0}),
+                provider(boris, limits={"rpm": 25}),
+            ],
+            "rules": [rule("chat", service(anna), service(boris), retry={"backoff_ms": 1})],
+        }
+        async with pair_of(start, store_url, document) as pair:
+            anna.fails(500)
+            answers = await pair.asks("chat", 80)
+            await pair.books_are_those_of([anna, boris])
+
+    assert (most_a_minute(anna.lines), most_a_minute(boris.lines)) == (10, 25)
+    assert statuses(answers)[200] == 25
+    # A request whose retry finds no room gets the failure that it had.
+    assert set(statuses(answers)) <= {200, LIMITED, 500}
+    assert all(answer.retry_after for answer in answers if answer.status == LIMITED)
+
+
+async def test_clients_that_leave_hold_no_place_neither_in_the_queue_nor_at_the_account(
+    start: Start, store_url: str
+) -> None:
+    anna = Account("anna")
+    anna.gate = asyncio.Event()
+    async with running(anna):
+        document = {
+            "providers": [provider(anna, limits={"in_flight": 2})],
+            "rules": [rule("waits", service(anna), queue_timeout_ms=20_000), rule("chat", service(anna))],
+        }
+        async with pair_of(start, store_url, document, {"BALANCER_LEASE_S": "30"}) as pair:
+            held = [asyncio.create_task(pair.ask("waits", n)) for n in range(2)]
+            await eventually(lambda: _has(anna, 2))
+            waiting = [asyncio.create_task(pair.ask("waits", n)) for n in range(20)]
+            await asyncio.sleep(0.3)  # So that most are in line; nothing fails where they are not.
+            for task in (*held, *waiting[:16]):
+                task.cancel()
+            anna.gate = None
+            stayed = await asyncio.gather(*waiting[16:])
+            more = await asyncio.gather(*(pair.ask("chat", n) for n in range(2)))
+            await asyncio.gather(*held, *waiting[:16], return_exceptions=True)
+            await pair.books_are_those_of([anna])
+
+    assert (statuses(stayed), statuses(more)) == ({200: 4}, {200: 2})
+    assert [line.status for line in anna.lines] == [0, 0] + [200] * 6
+
+
 async def test_two_pools_share_a_provider_s_limits_as_the_split_says(start: Start, store_url: str) -> None:
     anna, boris = Account("anna"), Account("boris", hold_s=0.03)
     split = {"one": 0.75, "two": 0.25}
@@ -183,6 +232,24 @@ async def test_two_pools_share_a_provider_s_limits_as_the_split_says(start: Star
     assert most_a_minute(anna.lines) == 40
     assert [most_at_once(boris.of(f"m-{pool}")) for pool in split] == [6, 2]
     assert most_at_once(boris.lines) <= 8
+
+
+async def test_a_gateway_that_starts_later_knows_what_the_minute_has_seen(start: Start, store_url: str) -> None:
+    anna = Account("anna")
+    async with running(anna):
+        document = {
+            "providers": [provider(anna, limits={"rpm": 10})],
+            "rules": [rule("chat", service(anna))],
+        }
+        async with pair_of(start, store_url, document) as pair:
+            first = await pair.asks("chat", 6)
+            for fleet in pair.fleets:
+                await fleet.stopped()
+        async with pair_of(start, store_url, document) as pair:
+            second = await pair.asks("chat", 40)
+            await pair.books_are_those_of([anna])
+
+    assert (statuses(first), statuses(second)) == ({200: 6}, {200: 4, LIMITED: 36})
 
 
 async def test_a_killed_worker_s_places_are_free_once_its_lease_is_over(start: Start, store_url: str) -> None:
