@@ -75,7 +75,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         name="outbox_dir",
         default="",
-        meaning="folder where settles that Redis has not acknowledged outlive their process; empty: memory only",
+        meaning="folder where settles that Redis has not acknowledged, and the configuration, outlive their process; "
+        "empty: memory only",
     ),
     Setting(
         name="outbox_max_entries",

@@ -25,6 +25,7 @@ local part_fields = {
   'tactic', 'params', 'cursor', 'line', 'streak', 'services', 'top', 'refuses', 'tier', 'hold', 'memory',
 }
 local line_fields = {'window', 'weight', 'tier', 'rpm', 'tpm', 'in_flight', 'cost'}
+local is_limit = {rpm = true, tpm = true, in_flight = true}
 local provider_fields = {
   'rpm', 'tpm', 'in_flight', 'failures', 'ratio_permille', 'min_requests', 'window_ms', 'open_ms', 'successes',
 }
@@ -52,15 +53,17 @@ local function all(list, passes)
   return true
 end
 
--- True when the value has an id, and whole numbers under these names.
+-- True when the value has an id that fits in a line, and whole numbers under these names, below zero only as limits.
 local function has_numbers(value, names)
-  return has(value, {id = 'string'}) and all(names, function(name)
-    return type(value[name]) == 'number' and value[name] % 1 == 0
-  end)
+  return has(value, {id = 'string'}) and value.id ~= '' and not string.find(value.id, '\n', 1, true)
+    and all(names, function(name)
+      local number = value[name]
+      return type(number) == 'number' and number % 1 == 0 and (number >= 0 or is_limit[name])
+    end)
 end
 
 local function is_service(value)
-  return has_numbers(value, line_fields) and type(value.active) == 'number'
+  return has_numbers(value, line_fields) and (value.active == 0 or value.active == 1)
 end
 
 local function is_partition(value)
@@ -83,7 +86,8 @@ end
 
 local function is_rule(value)
   return has(value, {rule = 'string', revision = 'number', retry_permille = 'number', partitions = 'table',
-    windows = 'table', providers = 'table'}) and all(value.partitions, is_partition)
+    windows = 'table', providers = 'table'}) and value.retry_permille >= 0 and value.retry_permille % 1 == 0
+    and all(value.partitions, is_partition)
     and all(value.windows, is_windows) and all(value.providers, is_provider)
 end
 

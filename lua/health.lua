@@ -18,6 +18,9 @@ local is_alive = ARGV[4] == '1'
 if not (now_arg and seen_epoch and seen_position and (is_alive or ARGV[4] == '0')) then
   return redis.error_reply('BALANCER health: malformed argument')
 end
+for at = 5, #ARGV do
+  if ARGV[at] == '' then return redis.error_reply('BALANCER health: a service without an id') end
+end
 
 local now = clock(now_arg)
 local pool = open_pool(partitions_key, decisions_key, seen_epoch, seen_position, now)

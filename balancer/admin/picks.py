@@ -17,10 +17,15 @@ from balancer.store.calls import needs_estimate
 
 _MOST = 2**52
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
+_Name = Annotated[str, msgspec.Meta(max_length=4096)]
 
 
 class PickRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A rule by its uuid, or by scenario and model; what is held, for how long; services that were tried before."""
+    """A rule by its uuid, or by scenario and model; what is held, for how long; services that were tried before.
+
+    A `session` is pinned as the rule says; `only` is the id of the one service that will do.
+    """
 
     rule: str = ""
     scenario: str = ""
@@ -28,6 +33,8 @@ class PickRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     reserved: _Tokens = 0
     hold_s: Annotated[float, msgspec.Meta(ge=1, le=86_400)] = 300
     excluded: Annotated[tuple[str, ...], msgspec.Meta(max_length=1000)] = ()
+    session: _Name = ""
+    only: _Name = ""
 
 
 class UsageReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,13 +48,20 @@ class UsageReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class SettleRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the attempt ended; `abandoned` means that it was never sent."""
+    """How the attempt ended; `abandoned` means that it was never sent.
+
+    `cooldown_s`: so long the upstream asks to be left alone. `first_token_s` passed until the first token of a stream,
+    `stream_s` from there to its end, or for an answer in one piece the whole time; 0 is not known.
+    """
 
     hold: str
     outcome: Literal[
         "success", "rate_limited", "unauthorized", "overloaded", "failed", "rejected", "cancelled", "abandoned"
     ]
     usage: UsageReport = UsageReport()
+    cooldown_s: _Seconds = 0
+    first_token_s: _Seconds = 0
+    stream_s: _Seconds = 0
 
 
 class Picks:
@@ -74,12 +88,14 @@ class Picks:
             reserved=min(wanted.reserved, rule.lb_tactic.reserve_cap) if is_held else 0,
             hold_ms=math.ceil(wanted.hold_s * 1000),
             excluded=wanted.excluded,
+            session=wanted.session,
+            only=wanted.only,
         )
         self._metrics.picked(pick)
         uuid, _, model = pick.service.partition(":")
         provider = self._balance.directory.provider(uuid)
         if provider is None:
-            await self._settle(hold, Outcome.ABANDONED, Usage())
+            await self._settle(hold, SettleRequest(hold="", outcome="abandoned"))
             raise NoServiceError(f"the provider of service {pick.service} is gone")
         return {
             "decision": pick.decision,
@@ -100,12 +116,19 @@ class Picks:
         """Settles an attempt. `repeated` is there when it was settled before, and nothing was changed."""
         report = call.read(SettleRequest)
         hold = holds.read(report.hold)
-        usage = Usage(**msgspec.structs.asdict(report.usage))
-        is_first = await self._settle(hold, Outcome(report.outcome), usage)
+        is_first = await self._settle(hold, report)
         return {"settled": True} if is_first else {"settled": True, "repeated": True}
 
-    async def _settle(self, hold: holds.Hold, outcome: Outcome, usage: Usage) -> bool:
-        is_first = await self._balance.settle_held(hold, outcome, usage)
+    async def _settle(self, hold: holds.Hold, report: SettleRequest) -> bool:
+        outcome, usage = Outcome(report.outcome), Usage(**msgspec.structs.asdict(report.usage))
+        is_first = await self._balance.settle_held(
+            hold,
+            outcome,
+            usage,
+            cooldown_ms=math.ceil(report.cooldown_s * 1000),
+            first_token_us=round(report.first_token_s * 1_000_000),
+            stream_us=round(report.stream_s * 1_000_000),
+        )
         rule = self._balance.directory.by_uuid.get(hold.rule)
         # The hold came from outside: only what is configured becomes a label.
         if is_first and rule and any(service.id == hold.service for service in rule.services):

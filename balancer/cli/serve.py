@@ -24,10 +24,10 @@ from balancer.cli.configuration import describe, read_file
 from balancer.cli.store import Store, opened
 from balancer.config import Settings
 from balancer.domain import Configuration
-from balancer.errors import BalancerError, ConfigurationError
+from balancer.errors import BalancerError, ConfigurationError, StoreUnavailableError
 from balancer.store import connection
 from balancer.store.publishing import Publication, publish_file
-from balancer.store.registry import Registry
+from balancer.store.registry import Registry, kept_file
 from balancer.store.topology import Topology
 
 _BACKLOG = 1024
@@ -73,7 +73,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 async def _prepare(store: Store, settings: Settings, configuration: Configuration | None) -> Publication | None:
-    await connection.check_server(store.url)
+    try:
+        await connection.check_server(store.url)
+    except StoreUnavailableError as exc:
+        kept = kept_file(settings.outbox_dir)
+        if kept is None or not kept.exists():
+            raise
+        note = "what --config names is not published" if configuration else ""
+        log.warning("starting without Redis, on the configuration that was kept", reason=exc.message, note=note)
+        return None
     if configuration is None:
         return None
     commands = connection.Commands(Topology(store.url))

@@ -24,7 +24,7 @@ from balancer.store.local import ASIDE
 from balancer.store.pool import PoolClient, PoolEvents
 from balancer.store.prober import Probe, Probed, Prober, probed
 from balancer.store.queue import Queues
-from balancer.store.registry import Directory, Follower, Registry
+from balancer.store.registry import Directory, Follower, Registry, kept_file
 from balancer.store.topology import Topology
 from balancer.store.views import PoolView
 
@@ -59,7 +59,8 @@ class Balance:
         self._events = events or BalanceEvents()
         self._commands = Commands(self._topology)
         self.registry = Registry(self._commands, settings.scripts_dir)
-        self._follower = Follower(self._commands, self.registry)
+        self._outbox_dir = Path(settings.outbox_dir).expanduser() if settings.outbox_dir else None
+        self._follower = Follower(self._commands, self.registry, kept_file(settings.outbox_dir))
         self._pools: dict[str, PoolClient] = {}
         self._numbers = itertools.count(1)
         self._cursors: dict[str, str] = {}
@@ -67,7 +68,6 @@ class Balance:
         self._probe: Probe | None = None
         self._probers: list[asyncio.Task[None]] = []
         self._opener: asyncio.Task[None] | None = None
-        self._outbox_dir = Path(settings.outbox_dir).expanduser() if settings.outbox_dir else None
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -431,20 +431,52 @@ class Balance:
         self._queues.settled(pick.pool, pick.service)
 
     async def pick_held(
-        self, rule: Rule, *, reserved: int, hold_ms: int, excluded: tuple[str, ...] = ()
+        self,
+        rule: Rule,
+        *,
+        reserved: int,
+        hold_ms: int,
+        excluded: tuple[str, ...] = (),
+        session: str = "",
+        only: str = "",
     ) -> tuple[Pick, holds.Hold]:
         """A pick that any worker can settle. Raises as `select`."""
         holder = holds.new_worker()
-        pick, _ = await self.select(rule, reserved=reserved, deadline_ms=hold_ms, excluded=excluded, holder=holder)
+        pick, _ = await self.select(
+            rule,
+            reserved=reserved,
+            deadline_ms=hold_ms,
+            excluded=excluded,
+            session=session,
+            only=only,
+            holder=holder,
+        )
         until_ms = round(time.time() * 1000) + hold_ms
         return pick, holds.Hold(pool=pick.pool, worker=holder, rule=pick.rule, service=pick.service, until_ms=until_ms)
 
-    async def settle_held(self, hold: holds.Hold, outcome: Outcome, usage: Usage) -> bool:
+    async def settle_held(
+        self,
+        hold: holds.Hold,
+        outcome: Outcome,
+        usage: Usage,
+        *,
+        cooldown_ms: int = 0,
+        first_token_us: int = 0,
+        stream_us: int = 0,
+    ) -> bool:
         """Settles such a pick; False if it was settled before. Raises NotFoundError, StoreUnavailableError."""
         kept_ms = hold.kept_ms()
         if hold.pool not in self._pools and hold.pool not in self.directory.configuration.pool_names():
             raise NotFoundError("the hold's pool is not known here", param="hold")
-        entry = Entry(number=1, service=hold.service, outcome=outcome, usage=usage)
+        entry = Entry(
+            number=1,
+            service=hold.service,
+            outcome=outcome,
+            usage=usage,
+            cooldown_ms=cooldown_ms,
+            first_token_us=first_token_us,
+            stream_us=stream_us,
+        )
         return await (await self._up(hold.pool)).settle_held(hold.worker, entry, kept_ms)
 
     async def flushed(self, pool: str) -> None:

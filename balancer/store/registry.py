@@ -8,8 +8,10 @@ that meets the raised fence.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -158,20 +160,7 @@ class Registry:
             text: Any = await self._commands.run(keys.HEAD, "GET", keys.snapshot(revision))
         if text is None:
             return None
-        try:
-            stored = msgspec.json.decode(text, type=_Stored)
-        except msgspec.DecodeError as exc:
-            raise ConfigurationError(f"the snapshot of revision {revision} cannot be read: {exc}") from exc
-        reading = document.read(stored.document, door="stored")
-        return Snapshot(
-            revision=stored.revision,
-            configuration=reading.configuration,
-            digest=stored.digest,
-            made_at=stored.made_at,
-            rule_revisions=stored.rule_revisions,
-            tombstones=stored.tombstones,
-            edits=stored.edits,
-        )
+        return decoded(text)
 
     async def current(self) -> Snapshot | None:
         """The snapshot that stands, None before the first."""
@@ -211,7 +200,7 @@ class Registry:
             {
                 "base": base.revision if base else 0,
                 "revision": revision,
-                "document": msgspec.json.encode(_stored(snapshot)).decode(),
+                "document": encoded(snapshot).decode(),
             },
         )
         if word != b"prepared":
@@ -279,15 +268,35 @@ class Registry:
         return list(reply)
 
 
-def _stored(snapshot: Snapshot) -> _Stored:
-    return _Stored(
-        revision=snapshot.revision,
-        digest=snapshot.digest,
-        made_at=snapshot.made_at,
-        rule_revisions=snapshot.rule_revisions,
-        tombstones=snapshot.tombstones,
-        edits=snapshot.edits,
-        document=document.write(snapshot.configuration),
+def encoded(snapshot: Snapshot) -> bytes:
+    """The snapshot as it is stored, defaults left out."""
+    return msgspec.json.encode(
+        _Stored(
+            revision=snapshot.revision,
+            digest=snapshot.digest,
+            made_at=snapshot.made_at,
+            rule_revisions=snapshot.rule_revisions,
+            tombstones=snapshot.tombstones,
+            edits=snapshot.edits,
+            document=document.write(snapshot.configuration),
+        )
+    )
+
+
+def decoded(text: bytes) -> Snapshot:
+    """The snapshot that was stored so. Raises ConfigurationError for what is none."""
+    try:
+        stored = msgspec.json.decode(text, type=_Stored)
+    except msgspec.DecodeError as exc:
+        raise ConfigurationError(f"the snapshot of the configuration cannot be read: {exc}") from exc
+    return Snapshot(
+        revision=stored.revision,
+        configuration=document.read(stored.document, door="stored").configuration,
+        digest=stored.digest,
+        made_at=stored.made_at,
+        rule_revisions=stored.rule_revisions,
+        tombstones=stored.tombstones,
+        edits=stored.edits,
     )
 
 
@@ -323,12 +332,21 @@ def _tombstones(new: Configuration, base: Snapshot | None) -> tuple[Tombstone, .
     )
 
 
-class Follower:
-    """A worker's copy of the head: polled every second, sooner when the feed announces one."""
+def kept_file(outbox_dir: str) -> Path | None:
+    """Where workers keep the snapshot that stands, for those that start while Redis is away; None without a folder."""
+    return Path(outbox_dir).expanduser() / "configuration.json" if outbox_dir else None
 
-    def __init__(self, client: Commands | redis.asyncio.Redis, registry: Registry) -> None:
+
+class Follower:
+    """A worker's copy of the head: polled every second, sooner when the feed announces one.
+
+    With a file, the copy is kept there too: a worker that starts while Redis is away begins with it.
+    """
+
+    def __init__(self, client: Commands | redis.asyncio.Redis, registry: Registry, kept: Path | None = None) -> None:
         self._commands = client if isinstance(client, Commands) else WrappedClient(client)
         self._registry = registry
+        self._kept = kept
         self._directory: Directory | None = None
         self._loading = asyncio.Lock()
         self._wake = asyncio.Event()
@@ -352,7 +370,27 @@ class Follower:
             await self.refresh()
         except BalancerError as exc:
             self._note(exc)
+            if self._kept and isinstance(exc, StoreUnavailableError):
+                await self._begin_with(self._kept)
         self._tasks = [asyncio.create_task(self._poll()), asyncio.create_task(self._listen())]
+
+    async def _begin_with(self, kept: Path) -> None:
+        """Takes over what an earlier worker has left, if there is such a thing."""
+        try:
+            self._directory = directory_of(decoded(await asyncio.to_thread(kept.read_bytes)))
+        except FileNotFoundError:
+            return
+        except (OSError, ConfigurationError) as exc:
+            log.warning("cannot read the configuration that was kept", file=str(kept), reason=str(exc))
+        else:
+            log.warning("beginning with the configuration that was kept", revision=self._directory.revision)
+
+    async def _keep(self, kept: Path, snapshot: Snapshot) -> None:
+        """Leaves the snapshot to workers that start while Redis is away. Its credentials are references or sealed."""
+        try:
+            await asyncio.to_thread(_replace, kept, encoded(snapshot))
+        except OSError as exc:
+            log.warning("cannot keep the configuration", file=str(kept), reason=exc.strerror)
 
     async def close(self) -> None:
         """Stops following."""
@@ -407,6 +445,8 @@ class Follower:
         if snapshot is None:
             raise StoreUnavailableError(f"the snapshot of revision {head.revision} is missing")
         self._directory = directory_of(snapshot)
+        if self._kept:
+            await self._keep(self._kept, snapshot)
         log.info("configuration loaded", revision=head.revision, rules=len(snapshot.configuration.rules))
 
     def _note(self, exc: BalancerError) -> None:
@@ -439,3 +479,11 @@ class Follower:
             except StoreUnavailableError as exc:
                 log.debug("the feed is away", reason=exc.message)
             await asyncio.sleep(POLL_S)
+
+
+def _replace(path: Path, text: bytes) -> None:
+    """Writes a file that nobody else reads, at once or not at all."""
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(text)
+    new.replace(path)

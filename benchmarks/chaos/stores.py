@@ -17,7 +17,7 @@ Strike = Callable[[float], Awaitable[None]]
 KINDS = ("standalone", "sentinel")
 _APPEND_ONLY = (
     *("--save", "", "--appendonly", "yes"),
-    # What is written survives SIGKILL all the same. A busy disk, or a fork, would be an outage that nobody injected.
+    # What is written survives SIGKILL all the same. A busy disk, or a fork, would be an outage that nobody injects.
     *("--appendfsync", "no", "--auto-aof-rewrite-percentage", "0"),
 )
 _FAILOVER_S = 4.0

@@ -312,3 +312,40 @@ async def test_picks_over_the_api_are_in_the_metrics(admin: Admin) -> None:
         f'balancer_tokens_total{{kind="input",{labels}}} 11.0',
     ):
         assert line in text
+
+
+async def test_a_cooldown_that_is_reported_holds_for_the_whole_fleet(start: Start) -> None:
+    one, two = (
+        await start(a_document(params={"request_threshold": 1})),
+        await start(a_document(params={"request_threshold": 1})),
+    )
+    first = await one.pick()
+    report = {"hold": first["hold"], "outcome": "rate_limited", "cooldown_s": 60}
+    assert await one.send("/api/v1/settle", report) == {"settled": True}
+    assert {(await two.pick())["service"] for _ in range(4)} == {SECOND}
+
+
+async def test_a_session_stays_where_its_first_pick_was(start: Start) -> None:
+    document = a_document(params={"request_threshold": 1})
+    document["rules"][0]["session_affinity"] = 60
+    admin = await start(document)
+    where = {session: (await admin.pick(session=session))["service"] for session in "ab"}
+    assert set(where.values()) == {FIRST, SECOND}
+    for session in "bbaab":
+        pick = await admin.pick(session=session)
+        assert (pick["service"], pick["reason"]) == (where[session], "pinned")
+
+
+async def test_only_one_service_will_do(admin: Admin) -> None:
+    picks = [await admin.pick(only=SECOND) for _ in range(3)]
+    assert {(pick["service"], pick["reason"]) for pick in picks} == {(SECOND, "pinned")}
+    assert (await admin.ask("POST", "/api/v1/pick", {"rule": RULE, "only": "c:m"}))[0] == 503
+    assert (await admin.pick())["service"] == FIRST
+
+
+@pytest.mark.parametrize("wrong", [{"cooldown_s": -1}, {"cooldown_s": "1"}, {"stream_s": 1e9}])
+async def test_times_that_cannot_be_are_refused(admin: Admin, wrong: dict[str, Any]) -> None:
+    pick = await admin.pick()
+    status, *_ = await admin.ask("POST", "/api/v1/settle", {"hold": pick["hold"], "outcome": "success"} | wrong)
+    assert status == 400
+    assert await admin.settle(pick["hold"]) == {"settled": True}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -285,6 +286,7 @@ async def start(environment: dict[str, str], tmp_path: Path) -> AsyncIterator[St
     A fleet's log must be JSON lines without a traceback, whatever the test did to it.
     """
     fleets: list[Fleet] = []
+    numbers = itertools.count()
 
     async def started(
         *arguments: str,
@@ -294,7 +296,7 @@ async def start(environment: dict[str, str], tmp_path: Path) -> AsyncIterator[St
         variables: dict[str, str] | None = None,
         command: tuple[str, ...] = (sys.executable, "-m", "balancer"),
     ) -> Fleet:
-        number = len(fleets)
+        number = next(numbers)
         line = [*command, "serve", "--workers", str(workers), "--port", str(port), *arguments]
         if document is not None:
             file = tmp_path / f"balancer-{number}.yaml"

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import redis
 
+from balancer.reference import Pool
 from tests import servers
+from tests.lua.builders import Fleet
 from tests.lua.pool import LuaPool
 
 _PARAMETERS = [
@@ -40,3 +42,9 @@ def new_pool(client: Any) -> Iterator[Callable[..., LuaPool]]:
     yield lambda **options: LuaPool(client, f"pool-{next(numbers)}", **options)
     immortal = [key for key in client.scan_iter("*") if client.pttl(key) < 0]
     assert not immortal, f"keys without an expiry: {immortal}"
+
+
+@pytest.fixture(params=["scripts", "reference"])
+def fleet(request: pytest.FixtureRequest, new_pool: Callable[..., LuaPool]) -> Fleet:
+    """A fleet at an empty pool, told once to the scripts and once to the reference. Some modules have their own."""
+    return Fleet(new_pool() if request.param == "scripts" else Pool())

@@ -21,6 +21,7 @@ from tests.lua.builders import (
     C,
     D,
     Fleet,
+    a_provider,
     a_rule,
     a_selection,
     a_service,
@@ -326,6 +327,16 @@ def broken_part(**changes: Any) -> dict[str, Any]:
     return broken(partitions=[{k: v for k, v in (part | changes).items() if v is not None}])
 
 
+def broken_service(**changes: Any) -> dict[str, Any]:
+    services: list[dict[str, Any]] = broken()["partitions"][0]["services"]
+    return broken_part(services=[services[0] | changes, *services[1:]])
+
+
+def broken_provider(**changes: Any) -> dict[str, Any]:
+    provider = msgspec.to_builtins(a_provider()) | changes
+    return broken(providers=[{k: v for k, v in provider.items() if v is not None}])
+
+
 MALFORMED = {
     "no JSON": b"{",
     "no object": b"7",
@@ -341,6 +352,24 @@ MALFORMED = {
     "a partition without services": broken_part(services=None),
     "a service without an id": broken_part(services=[{"active": 1, "window": 5, "weight": 1}]),
     "a service without a weight": broken_part(services=[{"id": A, "active": 1, "window": 5}]),
+    "a service of a tier below zero": broken_service(tier=-1),
+    "a service with a weight below zero": broken_service(weight=-1),
+    "a service with a window below zero": broken_service(window=-5),
+    "a service with a cost below zero": broken_service(cost=-5),
+    "a service with a limit in words": broken_service(rpm="many"),
+    "a service with half a limit": broken_service(tpm=0.5),
+    "a service that is neither active nor not": broken_service(active=2),
+    "a service without an id in it": broken_service(id=""),
+    "a service with two lines for an id": broken_service(id="a:m\n1"),
+    "a provider without an id": broken_provider(id=None),
+    "a provider without breaker numbers": broken_provider(failures=None),
+    "a provider with half a failure": broken_provider(failures=0.5),
+    "a provider with a breaker number below zero": broken_provider(window_ms=-1),
+    "no providers": broken(providers=None),
+    "no share of retries": broken(retry_permille=None),
+    "a share of retries below zero": broken(retry_permille=-1),
+    "a share of retries between thousandths": broken(retry_permille=0.5),
+    "a parameter in words": broken_part(params={"request_threshold": "x"}),
 }
 
 
@@ -358,4 +387,6 @@ def test_a_malformed_definition_is_refused_with_all_others_of_its_call(
 
 def test_the_definitions_above_are_taken_when_nothing_is_broken(fence_raw: Callable[..., Any]) -> None:
     assert fence_raw({}, json.dumps(broken()).encode())[:2] == ["raised", 1]
+    assert fence_raw({}, json.dumps(broken_service(rpm=-1) | {"revision": 3}).encode())[:2] == ["raised", 1]
+    assert fence_raw({}, json.dumps(broken_provider(tpm=-1) | {"revision": 4}).encode())[:2] == ["raised", 1]
     assert NEVER == 2**53

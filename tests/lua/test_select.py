@@ -11,6 +11,7 @@ from balancer.domain import Configuration, Provider, Rule, ServiceDefinition
 from balancer.domain import Service as ConfiguredService
 from balancer.store import keys
 from balancer.store.calls import rule_definition, selection_arguments
+from balancer.store.scripts import load
 from balancer.tactics import Hybrid, RoundRobin, TokenBased
 from tests.lua.builders import (
     ABC,
@@ -753,6 +754,23 @@ def test_a_selection_that_is_cut_short_is_refused(new_pool: NewPool, kept: int) 
     assert isinstance(fleet.pool, LuaPool)
     with refused(fleet.pool.client, "select"):
         ask_raw(fleet, {}, [100, *SELECTION[1:], *[101, *SELECTION[1:]][:kept]])
+
+
+@pytest.mark.parametrize(("affinities", "pins"), [((9_000,), 0), ((0,), 1), ((9_000, 0), 2), ((9_000, 9_000), 1)])
+def test_a_call_with_another_number_of_pins_than_its_sessions_is_refused(
+    new_pool: NewPool, affinities: tuple[int, ...], pins: int
+) -> None:
+    """The second session would be found out after the first was picked."""
+    fleet = used(new_pool)
+    assert isinstance(fleet.pool, LuaPool)
+    client, name = fleet.pool.client, fleet.pool.name
+    rest: list[Any] = []
+    for number, affinity_ms in enumerate(affinities, start=100):
+        rest += [number, *SELECTION[1:7], affinity_ms, *SELECTION[8:]]
+    script = load("select")
+    names = [keys.pin(name, f"s{number}") for number in range(pins)]
+    with refused(client, "select"):
+        client.execute_command("EVAL", script.source, *script.command(pool_keys(name, "w1"), ARGUMENTS, rest, names))
 
 
 @pytest.mark.parametrize("number", ["01", "1.0", "1e0", "0x1", " 1", "1 ", "+1"])

@@ -22,7 +22,7 @@ from balancer.tactics import RoundRobin
 from tests.faults import FaultProxy
 from tests.store.conftest import eventually
 from tests.store.test_balance import Start, are_ready, history, is_away, pick, settled, started, the_rule
-from tests.store.test_registry import a_configuration, a_door, a_rule, a_service
+from tests.store.test_registry import a_configuration, a_door, a_rule, a_service, edited
 from tests.topologies import Server
 
 DEADLINE_MS = 200
@@ -435,3 +435,63 @@ async def test_trouble_with_the_registry_is_no_loss_of_the_pool(
     monkeypatch.setattr(worker._follower, "refresh", fails)
     with pytest.raises(StoreUnavailableError, match="registry"):
         await pick(worker)
+
+
+# -- starting without Redis --------------------------------------------------------------------------------------------
+
+
+async def test_a_worker_that_starts_without_redis_goes_on_with_what_was_kept(
+    start: Start, proxy: FaultProxy, tmp_path: Path, control: Any
+) -> None:
+    configuration = a_configuration(a_rule(lb_tactic=RoundRobin(request_threshold=2)))
+    folder = tmp_path / "outbox"
+    (first,) = await started(start, configuration, outbox_dir=str(folder))
+    kept = folder / "configuration.json"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    await first.close(timeout_s=1)
+    proxy.refuses()
+    second = await start(proxy.url, redis_deadline_ms=DEADLINE_MS, outbox_dir=str(folder))
+    assert second.is_ready
+    picks = [await pick(second) for _ in range(5)]
+    assert [p.is_local for p in picks] == [True] * 5
+    assert [p.service for p in picks] == ["a:m", "a:m", "b:m", "b:m", "c:m"]
+    for one in picks:
+        second.settle(one, Outcome.SUCCESS, Usage(input=3, output=4))
+    proxy.passes()
+    await eventually(lambda: is_up(second))
+    assert await second.registry.current() is not None
+    async with asyncio.timeout(10):
+        while any(second.outbox_entries().values()):  # noqa: ASYNC110  Redis empties it
+            await asyncio.sleep(0.01)
+    stored = await control.hgetall(keys.services("default"))
+    requests = sum(int(v) for k, v in stored.items() if k.startswith(b"requests:"))
+    inputs = sum(int(v) for k, v in stored.items() if k.startswith(b"input:"))
+    assert (requests, inputs) == (5, 15)
+
+
+async def test_a_newer_configuration_replaces_what_was_kept(start: Start, tmp_path: Path, proxy: FaultProxy) -> None:
+    folder = tmp_path / "outbox"
+    configuration = a_configuration(a_rule())
+    (first,) = await started(start, configuration, outbox_dir=str(folder))
+    edited_one = edited(configuration, "chat", request_model="other")
+    await first.registry.publish(edited_one, await first.registry.current())
+    await first.refresh()
+    proxy.refuses()
+    second = await start(proxy.url, redis_deadline_ms=DEADLINE_MS, outbox_dir=str(folder))
+    assert second.directory.rule("openai", "other") is not None
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", b"[]", b'{"revision": "x"}'])
+async def test_a_kept_configuration_that_cannot_be_read_is_none(
+    start: Start, proxy: FaultProxy, tmp_path: Path, text: bytes
+) -> None:
+    folder = tmp_path / "outbox"
+    folder.mkdir()
+    (folder / "configuration.json").write_bytes(text)
+    proxy.refuses()
+    worker = await start(proxy.url, redis_deadline_ms=DEADLINE_MS, outbox_dir=str(folder))
+    assert not worker.is_ready
+
+
+async def is_up(worker: Balance) -> bool:
+    return all(worker.pools_up().values()) and bool(worker.pools_up())
