@@ -289,6 +289,9 @@ class Forwarder:
 
     def _prepare(self, errand: _Errand, attempt: Attempt) -> tuple[UpstreamRequest, Relay]:
         pick, route, course, peek = attempt.pick, errand.route, errand.course, errand.peek
+        if errand.clock.elapsed_s >= self._timeout_s(pick.service.partition(":")[0]):
+            # It came free too late. Sent all the same, it would be a failure of a service that has done nothing wrong.
+            raise DeadlineError("the request has waited for as long as the provider gives to a whole one")
         is_kept = route.path == "/v1/responses" and peek.store
         outgoing = self._preparer.generation(
             errand.request, route, peek, pick.service, needs_plain=bool(course.response_model)

@@ -17,6 +17,7 @@ import openai
 import pytest
 import redis.asyncio
 
+from balancer.domain import Outcome
 from balancer.gateway import opening
 from tests.actors import (
     OPENAI_JSON,
@@ -544,6 +545,35 @@ async def test_waiting_for_room_ends_with_the_client_s_timeout(serve: Serve, ups
     await asyncio.gather(first, return_exceptions=True)
     assert await settled(gateway) == {("o0:m", "cancelled"): 1}
     assert len(upstream.received) == 1
+
+
+async def test_a_service_that_comes_free_too_late_is_not_to_blame(
+    serve: Serve, upstream: Upstream, other: Upstream
+) -> None:
+    """Whoever had waited for longer than its timeout was sent with no time left, and fed its breaker."""
+    raw = a_pair(upstream, other, rule={"queue_timeout_ms": 5000}, limits={"in_flight": 1}, timeout=60)
+    raw["providers"][0]["timeout"] = 1
+    upstream.stalls()
+    gateway = await serve(raw)
+    balance = gateway.gateway.balance
+    rule = balance.snapshot().by_uuid["gpt"]
+    held = {}
+    for _ in range(2):
+        pick, _ = await balance.select(rule, reserved=0, deadline_ms=60_000)
+        held[pick.service] = pick
+
+    async def ask() -> int:
+        async with gateway.chat() as response:
+            await response.read()
+            return int(response.status)
+
+    asking = asyncio.create_task(ask())
+    await asyncio.sleep(1.1)  # As long as the first provider gives to a whole request.
+    balance.settle(held["o0:m"], Outcome.SUCCESS, None)
+    assert await asking == 504
+    balance.settle(held["o1:m"], Outcome.SUCCESS, None)
+    assert not upstream.received
+    assert (await gateway.view()).services["o0:m"].breaker.consecutive == 0
 
 
 async def test_the_client_s_timeout_ends_with_the_first_byte(gateway: Served, upstream: Upstream) -> None:
