@@ -70,7 +70,7 @@ async def test_an_account_that_asks_for_two_seconds_is_left_alone_by_every_worke
             await pair.books_are_those_of([anna, boris])
 
     assert told([first]) == [(200, "boris", 2)]
-    assert 2.0 - CLOCK_S <= pauses(anna.lines)[0] < 3.0
+    assert 2.0 - CLOCK_S <= pauses(anna.lines)[0] < 4.0
     assert [answer for answer in answers if answer.status != 200] == []
     assert (stats["breaker"], stats["cooling_until"] is not None, stats["failures"]) == ("closed", True, 1)
 
@@ -131,7 +131,7 @@ async def test_a_broken_account_gets_one_probe_at_a_time_from_the_whole_fleet(st
     assert [line.status for line in anna.lines[:8]] == [500, 0, 503, 503, 503, 200, 200, 200]
     for factor, pause_s in zip((1, 2, 4), pauses(anna.lines[2:6]), strict=True):
         # Up to a fifth longer, and until somebody asks.
-        assert factor * open_s - CLOCK_S <= pause_s < 1.2 * factor * open_s + 0.5
+        assert factor * open_s - CLOCK_S <= pause_s < 1.2 * factor * open_s + 1
     assert most_at_once(anna.lines[2:8]) == 1
     assert most_at_once(anna.lines[8:]) > 1
 
@@ -165,7 +165,7 @@ async def test_a_probe_that_dies_with_its_worker_is_followed_by_another(start: S
 
     assert told([failed]) == [(200, "boris", 2)]
     assert told(meanwhile) == [(200, "boris", 1)] * 20
-    assert 0 < anna.lines[2].began - killed < LEASE_S + 1.5
+    assert 0 < anna.lines[2].began - killed < LEASE_S + 3
     # The load began when that worker was dead, but its socket is served by its successor.
     assert [answer for answer in answers if answer.status != 200] == []
 

@@ -238,6 +238,27 @@ async def test_a_response_of_another_rule_s_service_is_refused_with_its_name(
     assert "kept by o0:m, which is no service of rule mini" in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("link", [{"fallback": ["between"]}, {"on_context_overflow": "between"}])
+async def test_a_response_of_a_rule_that_stands_in_is_gone_on_from_there(
+    link: dict[str, object], serve: Serve, upstream: Upstream, other: Upstream
+) -> None:
+    """Every further turn was refused: the asked rule has no such service."""
+    raw = a_pair(upstream, other)
+    far = raw["rules"][0]
+    far["services"] = [{"provider": "o0", "model": "m"}]
+    near = far | {"services": [{"provider": "o1", "model": "m"}]}
+    raw["rules"] += [
+        near | {"uuid": "between", "request_model": "between", "fallback": [far["uuid"]]},
+        near | {"uuid": "mini", "request_model": "mini", "response_model": "small", **link},
+    ]
+    gateway = await serve(raw)
+    upstream.answers(body=an_answer("resp_0"))
+    assert (await create(gateway))[1] == "o0:m"
+    status, service, answer = await create(gateway, model="mini", previous_response_id="resp_0")
+    assert (status, service, answer["model"]) == (200, "o0:m", "small")
+    assert other.received == []
+
+
 async def test_a_failure_of_who_keeps_the_response_is_nobody_else_s_chance(
     gateway: Served, upstream: Upstream, other: Upstream
 ) -> None:
