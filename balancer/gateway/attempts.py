@@ -43,7 +43,10 @@ class Balance(Protocol):
         """Returns once everything settled before is applied, or the deadline has passed."""
 
     async def remember(self, pick: Pick, response_id: str) -> None:
-        """Keeps which service has a response; returns once that is written to Redis' socket."""
+        """Keeps which service has a response; returns once every worker can look it up.
+
+        Raises StoreUnavailableError.
+        """
 
 
 class Providers(Protocol):

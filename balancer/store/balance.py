@@ -492,12 +492,12 @@ class Balance:
     # -- answers by id -------------------------------------------------------------------------------------------------
 
     async def remember(self, pick: Pick, response_id: str) -> None:
-        """Keeps for 30 days who gave the answer of that id; returns when that is written to Redis' socket.
+        """Keeps for 30 days who gave the answer of that id; returns when every worker can recall it.
 
-        Raises StoreUnavailableError when the pool is away.
+        Raises StoreUnavailableError when the pool is away, or does not answer in time.
         """
         pool = self._pool(pick.pool)
-        pool.put(keys.response(pick.pool, response_id), f"{pick.rule}\n{pick.service}", _RESPONSE_MS)
+        await pool.put(keys.response(pick.pool, response_id), f"{pick.rule}\n{pick.service}", _RESPONSE_MS)
 
     async def recall(self, response_id: str) -> Recalled | None:
         """Who gave the answer of that id, None when no pool knows it. All pools are asked at once.

@@ -437,20 +437,18 @@ class PoolClient:
         except ResponseError as exc:
             raise _store_error(exc) from exc
 
-    def put(self, key: str, value: str, lifetime_ms: int) -> None:
-        """Writes a string to the socket, at once. Raises StoreUnavailableError when Redis is known to be away.
+    async def put(self, key: str, value: str, lifetime_ms: int) -> None:
+        """Keeps a string, and returns when it is there for all workers.
 
-        Nobody waits for the answer; a refusal is logged.
+        Raises StoreUnavailableError: after the deadline, at once where Redis is known to be away.
         """
         if not self._link.is_up:
             raise StoreUnavailableError(f"Redis is away: {self._link.failure}")
-        reply = self._link.send("SET", key, value, "PX", lifetime_ms)
-        reply.add_done_callback(self._on_put)
-        self._link.flush()
-
-    def _on_put(self, done: asyncio.Future[Any]) -> None:
-        if not done.cancelled() and (exc := done.exception()):
-            log.warning("the store did not keep a value", pool=self.pool, reason=str(_store_error(exc)))
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                await self.command("SET", key, value, "PX", lifetime_ms)
+        except TimeoutError:
+            raise StoreUnavailableError("Redis did not answer in time") from None
 
     async def _ask(
         self,

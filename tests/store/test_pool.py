@@ -117,13 +117,23 @@ async def test_sessions_of_one_call_stay_where_they_were_and_the_others_go_on(jo
 
 
 async def test_a_string_that_is_put_is_there_for_the_next_command_of_any_worker(join: Any, control: Any) -> None:
+    """However long that takes Redis: it reads the sockets of two workers in any order, and one was read too early."""
     one, two = await join("w1"), await join("w2")
     key = keys.response("default", "resp_1")
-    one.put(key, "chat\na:m", 60_000)
+    await control.execute_command("CLIENT PAUSE", 100, "WRITE")
+    await one.put(key, "chat\na:m", 60_000)
     assert await one.command("GET", key) == b"chat\na:m"
     assert await two.command("GET", key) == b"chat\na:m"
     assert await two.command("GET", keys.response("default", "resp_2")) is None
     assert 50_000 < await control.pttl(key) <= 60_000
+
+
+async def test_putting_a_string_takes_no_longer_than_the_deadline(join: Any, control: Any) -> None:
+    pool = await join("w", deadline_ms=100)
+    await control.execute_command("CLIENT PAUSE", 400, "WRITE")
+    with pytest.raises(StoreUnavailableError, match="did not answer in time"):
+        await pool.put(keys.response("default", "resp_1"), "chat\na:m", 60_000)
+    await control.execute_command("CLIENT UNPAUSE")
 
 
 async def test_signs_of_life_and_death_are_noted_on_breakers(join: Any) -> None:
