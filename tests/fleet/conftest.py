@@ -29,6 +29,8 @@ from tests import servers
 from tests.store.conftest import eventually
 from tests.store.test_embedded import is_gone
 
+pytest.register_assert_rewrite("tests.fleet.pairs")
+
 LEASE_S = 3.0
 START_S = 20.0
 END_S = 20.0

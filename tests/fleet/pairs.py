@@ -11,6 +11,7 @@ import aiohttp
 import anthropic
 import msgspec
 import openai
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.fleet.account_log import Account
 from tests.fleet.conftest import Fleet, Start
@@ -129,6 +130,17 @@ class Pair:
             assert response.status == 200, await response.text()
             stats: dict[str, Json] = (await response.json())["stats"]
             return stats
+
+    async def cancelled(self) -> float:
+        """How many requests ended because their client had left, by the metrics of both fleets."""
+        count = 0.0
+        for fleet, session in zip(self.fleets, self._sessions, strict=True):
+            async with session.get(f"{fleet.url}/metrics") as response:
+                for family in text_string_to_metric_families(await response.text()):
+                    for sample in family.samples:
+                        if sample.name == "balancer_requests_total" and sample.labels["outcome"] == "cancelled":
+                            count += sample.value
+        return count
 
     async def books_are_those_of(self, accounts: Sequence[Account], lost: int = 0) -> None:
         """Fails unless every attempt in the accounts' logs is settled, and no other, with the tokens they reported."""
