@@ -82,9 +82,10 @@ class Judge:
     ) -> None:
         """`attempts`: what all accounts have seen, by request id; a request has `most_attempts` if it needs them.
 
-        It has fewer where the retry budget of its rule is used up (`has_budget`: of a rule, at a time), or where every
-        account was befallen not longer than `recovery_s` ago, so that breakers may be open and services cool. A worker
-        that has not served before the store left (`serving_since`) knows no rules to go on with.
+        It has fewer where its rule's other services are at their limits, where the rule's retry budget is used up
+        (`has_budget`: of a rule, at a time), or where every account was befallen not longer than `recovery_s` ago, so
+        that breakers may be open and services cool. A worker that has not served before the store left
+        (`serving_since`) knows no rules to go on with.
         """
         self._faults = faults
         self._attempts = attempts
@@ -166,6 +167,7 @@ class Judge:
             return False
         return (
             len(attempts) >= self._most_attempts
+            or answer.ask.rule in self._limited  # More is asked for than all of its services may do.
             or not self._has_budget(answer.ask.rule, answer.ended)
             or all(self._was_befallen(account, answer) for account in self._accounts)
         )

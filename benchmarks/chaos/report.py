@@ -50,6 +50,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     slope_mib_per_h: float | None
     balance: Balance
     violations: list[str]
+    needless: list[str]
+    """Answers without the store, which was there."""
     bars: list[Bar]
 
     @property
@@ -92,7 +94,7 @@ def show(report: Report) -> None:
         print(f"    {service:30}{count.seen:>8}{count.settled:>9}{count.lost:>6}{count.theirs:>14}{count.ours:>12}")
     for bar in report.bars:
         print(f"  {'holds' if bar.holds else 'MISSED'}: {bar.name} ({bar.detail})")
-    for fault in (*report.balance.faults[:20], *report.violations[:5]):
+    for fault in (*report.balance.faults[:20], *report.violations[:5], *report.needless[:5]):
         print(f"    WRONG: {fault}")
     print(f"  {'right' if report.is_right else 'WRONG'}", flush=True)
 

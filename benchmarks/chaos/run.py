@@ -359,6 +359,7 @@ class Run:
             slope_mib_per_h=slope,
             balance=balance,
             violations=told.violations,
+            needless=[_described(answer, judge) for answer in needless],
             bars=bars,
         )
 
@@ -525,7 +526,7 @@ def _store_is_away(kill: Fault, chaos: Loaded) -> bool:
 
 
 def _described(answer: Answer, judge: Judge) -> str:
-    """All that is known of an error without a cause."""
+    """All that is known of an answer that should not be."""
     ask = answer.ask
     attempts = ", ".join(f"{a.service} {a.storm or 'calm'}" for a in judge.attempts_of(ask.request_id))
     during = ", ".join(f"{f.kind} {f.target}" for f in judge.faults_during(answer))

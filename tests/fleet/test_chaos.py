@@ -129,12 +129,15 @@ def test_upstreams_are_exhausted_only_when_every_attempt_was_made_and_befallen()
     assert judged(FAILED, [storm], (), most_attempts=2) == "none"
 
 
-def test_fewer_attempts_are_enough_when_no_retry_was_left_or_every_account_may_still_be_avoided() -> None:
+def test_fewer_attempts_are_enough_when_no_retry_or_no_other_account_was_left() -> None:
     storm, befallen = Fault(Storm.SERVER_ERROR, "anna", 10.0, 12.0), an_attempt(Storm.SERVER_ERROR)
     earlier, long_ago = Fault(Storm.RATE_LIMIT, "boris", 1.0, 6.0), Fault(Storm.RATE_LIMIT, "boris", 1.0, 4.0)
     assert judged(FAILED, [storm], (befallen,), most_attempts=2, has_budget=False) == Cause.UPSTREAM_EXHAUSTED
     assert judged(FAILED, [storm, earlier], (befallen,), most_attempts=2) == Cause.UPSTREAM_EXHAUSTED
     assert judged(FAILED, [storm, long_ago], (befallen,), most_attempts=2) == "none"
+    limited = an_answer(End.ERROR, status=500, code="api_error", rule="few")
+    assert judged(limited, [storm], (befallen,), most_attempts=2) == Cause.UPSTREAM_EXHAUSTED
+    assert judged(limited, [storm], (an_attempt(),), most_attempts=2) == "none"
 
 
 def test_a_retry_budget_is_reckoned_from_what_the_accounts_saw() -> None:
