@@ -16,7 +16,7 @@ import msgspec
 from balancer import checkpoint
 from balancer.domain import Candidate, Entry, Outcome, RuleDefinition, Selection, Usage
 from balancer.ledger import CLEAR_COUNTERS, LEDGER_COUNTERS, PICK_COUNTERS, ServiceState
-from balancer.reference import BY_SERVICE, Held, Pool, Reply
+from balancer.reference import BY_SERVICE, Held, Pool, Reply, minute_tokens
 from balancer.tactics import choose, tactic_of
 
 Event = Mapping[str, str]
@@ -351,8 +351,10 @@ class Checker:
     def _check_settle_by_itself(self, event: Event, entry: Entry) -> None:
         """What the attempt held is not known: what it gave back is taken from the event, the rest must follow."""
         state, after = _state(event["before"], LEDGER_COUNTERS), _state(event["after"], LEDGER_COUNTERS)
+        reserved = 0
         if after.in_flight == state.in_flight - 1 and after.reserved <= state.reserved:
-            state.release(state.reserved - after.reserved)
+            reserved = state.reserved - after.reserved
+            state.release(reserved)
         elif after.lost < state.lost:
             return  # A lost attempt was found again; when it was lost is not known here.
         if entry.outcome is Outcome.ABANDONED:
@@ -362,7 +364,7 @@ class Checker:
             state.count(now_ms, entry)
             state.cool_down(now_ms, entry)
             state.measure(now_ms, entry)
-        self._compare_loosely(event, state, entry.usage.input + entry.usage.output)
+        self._compare_loosely(event, state, minute_tokens(entry, reserved))
 
     def _on_reap(self, event: Event) -> None:
         self.verdict.lost += 1

@@ -568,7 +568,7 @@ class Pool:
         service = self.service(id_)
         service.count(now_ms, entry)
         if held and entry.age_ms < MINUTE_MS:
-            self._count_minute(now_ms, id_, held.meters, 0, entry.usage.input + entry.usage.output)
+            self._count_minute(now_ms, id_, held.meters, 0, minute_tokens(entry, held.reserved))
         service.cool_down(now_ms, entry)
         service.measure(now_ms, entry)
         if not is_late:
@@ -637,6 +637,12 @@ class Pool:
 def provider_of(service: str) -> str:
     """The uuid of a service's provider."""
     return service.partition(":")[0]
+
+
+def minute_tokens(entry: Entry, reserved: int) -> int:
+    """What a minute counts of an attempt: the usage, or what one that was served without a word of it had reserved."""
+    tokens = entry.usage.input + entry.usage.output
+    return reserved if not tokens and entry.outcome in (Outcome.SUCCESS, Outcome.CANCELLED) else tokens
 
 
 def _shape(definition: PartitionDefinition) -> object:

@@ -84,6 +84,14 @@ local function count(entry, service)
   end
 end
 
+-- What a minute counts of an attempt: what was reported; of one that was served and reported nothing, as when its
+-- client left, what it had reserved. Otherwise such clients would have no limit.
+local function minute_tokens(entry, holding)
+  local tokens = entry.input + entry.output
+  local is_served = entry.outcome == 'success' or entry.outcome == 'cancelled'
+  return tokens == 0 and is_served and holding.reserved or tokens
+end
+
 -- Applies the entry at a place of the batch. A holding is one of `ledger`'s, `x until_ms`, or
 -- `l reserved reaped_ms position id`.
 local function apply(entry, place)
@@ -106,7 +114,7 @@ local function apply(entry, place)
   else
     count(entry, service)
     if holding and entry.age_ms < 60000 then
-      add_minute_tokens(service, meter, holding, entry.input + entry.output, now)
+      add_minute_tokens(service, meter, holding, minute_tokens(entry, holding), now)
     end
   end
   if service and not lost_reserved then

@@ -178,9 +178,10 @@ def test_tokens_used_in_sixty_seconds_and_in_flight_are_within_the_limit_at_ever
             assert log.within(fleet.now_ms, FORGOTTEN_MS) + reserved > tpm
             assert wait_ms == -1 if reserved > tpm else wait_ms > 0
         for number in rand.sample(sorted(log.out), rand.randint(0, len(log.out))):
-            tokens = rand.randint(0, log.out.pop(number))
-            fleet.settle(an_entry(number, A, rand.choice((SUCCESS, FAILED, CANCELLED)), input=tokens))
-            log.used.append((fleet.now_ms, tokens))
+            held, outcome = log.out.pop(number), rand.choice((SUCCESS, FAILED, CANCELLED))
+            tokens = rand.randint(0, held)
+            fleet.settle(an_entry(number, A, outcome, input=tokens))
+            log.used.append((fleet.now_ms, tokens or (0 if outcome is FAILED else held)))
         fleet.pass_ms(rand.choice((0, 0, 40, 1_000, 5_000, 21_000)))
     assert refused > 20
 
@@ -247,6 +248,19 @@ def test_a_lost_attempt_counts_as_what_it_had_reserved_and_its_late_end_no_more(
     end(fleet, A, input=5, worker="dead")
     assert ask(fleet, reserved=31) == ("none", "limited", FORGOTTEN_MS)
     assert ask(fleet, reserved=30)[0] == A
+
+
+@pytest.mark.parametrize(("outcome", "left"), [(CANCELLED, 30), (SUCCESS, 30), (FAILED, 100), (REJECTED, 100)])
+def test_who_was_served_and_reports_nothing_counts_as_what_it_had_reserved(
+    fleet: Fleet, outcome: Outcome, left: int
+) -> None:
+    """A hundred clients that hung up before any usage came were once let through for nothing."""
+    fleet.fence(a_rule(services=[a_service(A, tpm=100)], providers=[a_provider("a", tpm=100)]))
+    fleet.ask(reserved=70)
+    end(fleet, A, outcome)
+    if left < 100:
+        assert ask(fleet, reserved=left + 1) == ("none", "limited", FORGOTTEN_MS)
+    assert ask(fleet, reserved=left)[0] == A
 
 
 def test_an_attempt_that_was_given_up_used_nothing(fleet: Fleet) -> None:
@@ -320,7 +334,7 @@ def test_a_providers_tokens_are_those_of_all_its_services(fleet: Fleet) -> None:
     fleet.fence(a_rule(services=["p:1", "p:2"], requests=1, providers=[a_provider("p", tpm=100)]))
     assert [ask(fleet, reserved=30)[0] for _ in range(3)] == ["p:1", "p:2", "p:1"]
     assert ask(fleet, reserved=11) == ("none", "limited", SHORT_WAIT_MS)
-    fleet.settle(an_entry(1, "p:1", output=50), an_entry(2, "p:2"))
+    fleet.settle(an_entry(1, "p:1", output=50), an_entry(2, "p:2", FAILED))
     assert ask(fleet, reserved=21) == ("none", "limited", FORGOTTEN_MS)
     assert ask(fleet, reserved=20)[0] == "p:2"
 
