@@ -175,11 +175,6 @@ def classify_error_event(dialect: str, data: bytes) -> Verdict:
     return verdict
 
 
-def outcome_of_status(status: int) -> Outcome:
-    """The outcome that a finished answer of this status means, when nothing else is known of it."""
-    return classify("openai", status, (), b"", 0).outcome
-
-
 def _judge(status: int, error: _Error) -> Verdict:
     """The verdict by words and status, the latter 0 where there is none; cooldowns are those without any word."""
     words, message = error.words, error.message

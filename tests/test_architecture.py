@@ -202,6 +202,7 @@ def project_files() -> list[Path]:
     """The files that are, or are about to be, under version control."""
     git = shutil.which("git")
     if git is None or not (ROOT / ".git").exists():
+        # An unpacked archive does not say which files are ours. The gate has a checkout, and fails on any skip.
         pytest.skip("needs a git checkout")
     listing = subprocess.run(
         [git, "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -228,7 +229,8 @@ def test_a_registry_or_a_machine_path_is_seen_and_a_url_or_a_home_is_not() -> No
     home, host = Path("/").joinpath("home", "ann", "x").as_posix(), REGISTRY_HOSTS[0]
 
     assert strays(f"see https://{host}/simple and '{home}'") == [host, home]
-    assert strays("cd ~/work/x; GET https://example.com/home/ann; ${HOME}/work/y; ./root/z") == []
+    relative = " ".join(map("/".join, (("~", "work", "x"), ("${HOME}", "work", "y"), (".", "root", "z"))))
+    assert strays(f"cd {relative}; GET https://example.com/home/ann") == []
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-build.txt", "requirements-dev.txt"])

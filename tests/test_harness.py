@@ -51,6 +51,7 @@ def test_the_gate_fails_when_a_test_was_not_run_whatever_skipped_it(
     suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BALANCER_TEST_REQUIRE_ALL", "1")
+    # The skip is what is tested: a suite of its own, in a process of its own, that the gate must refuse.
     suite.makepyfile(test_skips="import pytest\n\ndef test_it():\n    pytest.skip('not today')\n")
 
     result = suite.runpytest_subprocess()

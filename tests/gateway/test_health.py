@@ -22,7 +22,7 @@ class Resolved:
     """Credentials that need no store."""
 
     def provider(self, uuid: str) -> Provider | None:
-        raise NotImplementedError
+        raise AssertionError("a probe is given its provider, and looks up none")
 
     def access_token(self, provider: Provider) -> str:
         return provider.access_token

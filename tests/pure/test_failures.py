@@ -21,7 +21,6 @@ from balancer.failures import (
     Verdict,
     classify,
     classify_error_event,
-    outcome_of_status,
     retry_after_ms,
 )
 
@@ -72,7 +71,7 @@ def google(code: int, status: str, message: str, *details: dict[str, Any]) -> li
     ],
 )
 def test_a_status_means_an_outcome(outcome: Outcome, statuses: tuple[int, ...]) -> None:
-    assert {outcome_of_status(status) for status in statuses} == {outcome}
+    assert {classify("openai", status, (), b"", 0).outcome for status in statuses} == {outcome}
 
 
 def test_another_service_is_tried_for_what_was_not_the_clients_doing() -> None:
