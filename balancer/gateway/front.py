@@ -62,6 +62,10 @@ class AiohttpStream:
         except ConnectionError as exc:
             raise ClientGoneError from exc
 
+    def write_now(self, chunk: bytes) -> bool:
+        """False: aiohttp writes in coroutines only."""
+        return False
+
     async def end(self) -> None:
         """Ends the body properly."""
         assert self.response is not None, "started first"

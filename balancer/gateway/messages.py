@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 
 from balancer.dialects import Headers
 from balancer.domain import Timeouts
+
+
+Take = Callable[[bytes], bool]
+"""Takes a part of a body at once, in the callback that received it; False, with nothing done, where it cannot."""
 
 
 class ClientGoneError(Exception):
@@ -41,6 +46,9 @@ class ClientStream(Protocol):
 
     async def write(self, chunk: bytes) -> None:
         """Sends a part of the body, waiting while the client is slow."""
+
+    def write_now(self, chunk: bytes) -> bool:
+        """Sends a part of the body at once; False, with nothing sent, where `write` would wait, or fail."""
 
     async def end(self) -> None:
         """Ends the body properly."""
@@ -79,6 +87,12 @@ class UpstreamResponse(Protocol):
 
     async def read(self) -> bytes:
         """The next bytes as they came, b"" at the end. Raises UpstreamError when it breaks off or takes too long."""
+
+    async def pump(self, take: Take) -> bytes:
+        """Gives the chunks to `take` as they come, without a turn of the loop between; the first that is not taken.
+
+        b"" at the end. Raises UpstreamError as `read` does.
+        """
 
     async def close(self) -> None:
         """Gives the connection back if the answer was read to its end, else ends it."""

@@ -15,7 +15,7 @@ from balancer.domain import ApiStyle, Outcome
 from balancer.encoding import DecodeError, Decoder, decoded
 from balancer.errors import UpstreamAnswerError, UpstreamError
 from balancer.failures import Verdict, classify, classify_error_event
-from balancer.gateway.messages import UpstreamResponse
+from balancer.gateway.messages import Take, UpstreamResponse
 from balancer.sse import Event, Parser
 from balancer.usage import StreamUsage
 
@@ -86,6 +86,14 @@ class Opening:
         if self._ahead:
             return self._ahead.popleft()
         return b"" if self._is_closed else await self._response.read()
+
+    async def pump(self, take: Take) -> bytes:
+        """Gives the chunks to `take` as they come; the first that is not taken, b"" at the end."""
+        while self._ahead:
+            chunk = self._ahead.popleft()
+            if not take(chunk):
+                return chunk
+        return b"" if self._is_closed else await self._response.pump(take)
 
     async def close(self) -> None:
         """Gives the connection back; what was read ahead can still be read."""

@@ -18,7 +18,7 @@ from aiohttp_socks import ProxyConnectionError, ProxyConnector, ProxyError, Prox
 
 from balancer.dialects import Headers
 from balancer.errors import UpstreamError, UpstreamTimeoutError
-from balancer.gateway.messages import UpstreamRequest
+from balancer.gateway.messages import Take, UpstreamRequest
 
 _KEEPALIVE_S = 15.0
 _READ_BYTES = 2**16
@@ -106,6 +106,12 @@ class AiohttpResponse:
         except (aiohttp.ClientError, ConnectionError) as exc:
             raise UpstreamError(f"{self._request.provider} broke off its answer") from exc
         self._has_begun = True
+        return chunk
+
+    async def pump(self, take: Take) -> bytes:
+        """The next chunk that is not taken."""
+        while (chunk := await self.read()) and take(chunk):
+            pass
         return chunk
 
     async def close(self) -> None:
