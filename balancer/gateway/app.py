@@ -21,7 +21,7 @@ from balancer.gateway.front_server import QUIET, Answer, Server, drop_server_hea
 from balancer.gateway.handlers import Handlers
 from balancer.gateway.health import HealthProbe
 from balancer.gateway.messages import ClientRequest
-from balancer.gateway.upstream import AiohttpUpstream
+from balancer.gateway.upstream import UpstreamClient
 from balancer.metrics import CONTENT_TYPE, Metrics, pool_gauges
 from balancer.store.balance import Balance, BalanceEvents
 from balancer.store.credentials import Credentials, Sealer
@@ -55,7 +55,7 @@ class Gateway:
         folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         self.metrics = Metrics(Path(folder) if folder else None, slot)
         self.balance = Balance(url, settings, self._events())
-        self._upstream = AiohttpUpstream(settings.upstream_connections)
+        self._upstream = UpstreamClient(settings.upstream_connections, settings.upstream_ca_file)
         providers = _Providers(self.balance, Credentials(sealer))
         forwarder = Forwarder(
             self.balance, providers, self._upstream, self.metrics, decision_headers=settings.decision_headers

@@ -10,7 +10,6 @@ import msgspec
 from balancer.dialects import Headers
 from balancer.domain import Timeouts
 
-
 Take = Callable[[bytes], bool]
 """Takes a part of a body at once, in the callback that received it; False, with nothing done, where it cannot."""
 
