@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 
 from balancer.errors import UpstreamError, UpstreamTimeoutError
 from balancer.gateway.messages import UpstreamRequest, UpstreamResponse
 from balancer.gateway.upstream.answer import Answer
 from balancer.gateway.upstream.connection import Connection
-from balancer.gateway.upstream.dialing import dial
+from balancer.gateway.upstream.dialing import Dialer
 from balancer.gateway.upstream.pool import Pool
 from balancer.gateway.upstream.request import Origin, Targets, head_of
 from balancer.gateway.upstream.socks import SocksUpstream
 from balancer.gateway.upstream.tls import client_context
+from balancer.gateway.upstream.tunnel import ProxyRefusedError
 
 
 class UpstreamClient:
@@ -21,6 +23,7 @@ class UpstreamClient:
     def __init__(self, connections: int, ca_file: str = "") -> None:
         self._limit = connections
         self._tls = client_context(ca_file)
+        self._dialer = Dialer(self._tls)
         self._targets = Targets()
         self._pools: dict[Origin, Pool] = {}
         self._connections: set[Connection] = set()
@@ -109,10 +112,10 @@ class UpstreamClient:
         left_s, connect_s = answer.left_s, request.timeouts.connect_s
         try:
             async with asyncio.timeout(min(left_s, connect_s)) as limit:
-                connection = await dial(loop, origin, self._tls, lambda: Connection(loop, freed, lost))
+                connection = await self._dialer.dial(origin, lambda: Connection(loop, freed, lost))
         except OSError as exc:
             if not limit.expired():
-                raise UpstreamError(f"{request.provider} cannot be reached") from exc
+                raise UpstreamError(f"{request.provider} cannot be reached{_why(exc)}") from exc
             if left_s < connect_s:
                 raise answer.unanswered() from None
             raise UpstreamTimeoutError(f"{request.provider} could not be reached in time (connect_s)") from exc
@@ -120,3 +123,10 @@ class UpstreamClient:
             raise UpstreamError(f"{request.provider} broke off before it answered")
         self._connections.add(connection)
         return connection
+
+
+def _why(error: OSError) -> str:
+    """What an operator can mend; addresses stay here, as the client is told it too."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return ": its certificate is not trusted (BALANCER_UPSTREAM_CA_FILE)"
+    return f": {error}" if isinstance(error, ProxyRefusedError) else ""

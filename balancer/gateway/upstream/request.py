@@ -21,8 +21,6 @@ _WITH_LENGTH = frozenset({"POST", "PUT", "PATCH"})
 _OURS = frozenset(
     {"connection", "content-length", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade"}
 )
-    {"connection", "content-length", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade"}
-)
 """Headers about the connection, and about where the body ends: who frames it says it, and nobody else."""
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _UNSENDABLE = re.compile(r"[\x00-\x20\x7f]")
