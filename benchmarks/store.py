@@ -38,7 +38,7 @@ _LIMITS = Limits(rpm=1_000_000_000, tpm=1_000_000_000_000, in_flight=1_000_000)
 _SESSIONS = 1000
 
 
-def _rule(uuid: str, limits: Limits = Limits(), affinity_s: int = 0) -> Rule:
+def _rule(uuid: str, limits: Limits, affinity_s: int = 0) -> Rule:
     return Rule(
         uuid=uuid,
         request_model=uuid,
@@ -48,7 +48,11 @@ def _rule(uuid: str, limits: Limits = Limits(), affinity_s: int = 0) -> Rule:
     )
 
 
-_RULES = {"plain": _rule("plain"), "limits": _rule("limits", _LIMITS), "session": _rule("session", affinity_s=3600)}
+_RULES = {
+    "plain": _rule("plain", Limits()),
+    "limits": _rule("limits", _LIMITS),
+    "session": _rule("session", Limits(), affinity_s=3600),
+}
 
 
 class Load:
