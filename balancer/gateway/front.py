@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 
 from aiohttp import web
 
 from balancer.dialects import Dialect, Headers
 from balancer.errors import BalancerError, BodyTooLargeError, ExpectationError, RequestError
 from balancer.gateway.front_server import Answer
+from balancer.gateway.lane import Handle
 from balancer.gateway.messages import ClientGoneError, ClientRequest
 from balancer.gateway.telling import send_error
 
 _AUTHORITY = re.compile(r"^https?://[^/]*", re.IGNORECASE)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-
-Handle = Callable[[ClientRequest, "AiohttpStream"], Awaitable[None]]
 
 
 class AiohttpStream:
