@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 
 from aiohttp import web
 
 from balancer.dialects import Dialect, Headers
 from balancer.errors import BalancerError, BodyTooLargeError, ExpectationError, RequestError
 from balancer.gateway.front_server import Answer, is_spoken
+from balancer.gateway.lane import Handle
 from balancer.gateway.messages import ClientGoneError, ClientRequest
 from balancer.gateway.telling import send_error
 
@@ -19,8 +20,6 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _HOST = re.compile(r"(?:[A-Za-z0-9!$&'()*+,;=._~%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 """RFC 3986 §3.2.2 and 3.2.3, a `,` included: a list of hosts is seen by two hosts being there."""
 _CLOSE = ("Connection", "close")
-
-Handle = Callable[[ClientRequest, "AiohttpStream"], Awaitable[None]]
 
 
 class AiohttpStream:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -19,6 +21,10 @@ from aiohttp.streams import StreamReader
 from balancer import log
 from balancer.dialects.openai import OPENAI
 from balancer.errors import BalancerError, RequestError
+from balancer.gateway.lane import Lanes
+
+BACKLOG = 1024
+"""Connections that may wait to be accepted."""
 
 Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -110,6 +116,19 @@ class Server(web.Server):
 
     def __init__(self, answer: Answer) -> None:
         super().__init__(answer, handler_cancellation=True, access_log=None, auto_decompress=False, logger=QUIET)
+        self.lanes: Lanes | None = None
+        """Connections that are served beside those of aiohttp, and are closed with them."""
+
+    def pre_shutdown(self) -> None:
+        """Closes idle connections."""
+        super().pre_shutdown()
+        if self.lanes is not None:
+            self.lanes.close_idle()
+
+    async def shutdown(self, timeout: float | None = None) -> None:
+        """Ends all connections; requests that are being answered get that long."""
+        lanes = [self.lanes.close(timeout or 0.0)] if self.lanes is not None else []
+        await asyncio.gather(super().shutdown(timeout), *lanes)
 
     def __call__(self) -> web.RequestHandler:
         """The protocol of a new connection."""
@@ -124,3 +143,21 @@ class Server(web.Server):
         task: asyncio.Task[None],
     ) -> Any:
         return _Request(message, payload, protocol, writer, task, self._loop)
+
+
+class Site(web.SockSite):
+    """A listening socket, whose connections are the lane's until it hands them over; without a lane, aiohttp's."""
+
+    def __init__(self, runner: web.BaseRunner, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+        super().__init__(runner, listener, backlog=BACKLOG, ssl_context=tls)
+
+    async def start(self) -> None:
+        """Accepts connections from now on."""
+        server = self._runner.server
+        lanes = server.lanes if isinstance(server, Server) else None
+        if lanes is None:
+            await super().start()
+            return
+        await web.BaseSite.start(self)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lanes, sock=self._sock, ssl=self._ssl_context, backlog=self._backlog)
