@@ -15,7 +15,7 @@ from typing import Any
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http import HttpProcessingError, RawRequestMessage
+from aiohttp.http import HttpProcessingError, HttpVersion, HttpVersion10, HttpVersion11, RawRequestMessage
 from aiohttp.streams import StreamReader
 
 from balancer import log
@@ -31,7 +31,7 @@ Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 class _NoMalformedRequests(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError | web.RequestPayloadError))
 
 
 QUIET = logging.getLogger("balancer.http")
@@ -44,13 +44,42 @@ async def drop_server_header(_: web.BaseRequest, response: web.StreamResponse) -
     response.headers.popall("Server", None)
 
 
+def is_spoken(request: web.BaseRequest) -> bool:
+    """True for HTTP/1.1 and HTTP/1.0: what aiohttp lets pass may be of another version."""
+    return request._message.version in (HttpVersion10, HttpVersion11)
+
+
 class _Request(web.BaseRequest):
+    @property
+    def version(self) -> HttpVersion:
+        """The version to answer in: where the client's is none of ours, the one that everybody reads."""
+        return self._version if is_spoken(self) else HttpVersion10
+
+    @property
+    def keep_alive(self) -> bool:
+        """False behind an offer of another protocol too: aiohttp may then lose what follows in the same read.
+
+        The rest of that would be read as a request, whoever wrote it.
+        """
+        return super().keep_alive and not self._message.upgrade
+
     async def _prepare_hook(self, resp: web.StreamResponse) -> None:
         await drop_server_header(self, resp)
 
 
 class _Protocol(web.RequestHandler):
     __slots__ = ()
+
+    def data_received(self, data: bytes) -> None:
+        """Takes what came. A body that turns out to be malformed ends: aiohttp would wait for the rest of it."""
+        super().data_received(data)
+        if not self._messages or isinstance(self._messages[-1][0], RawRequestMessage):
+            return
+        request = self._current_request
+        payloads = [payload for _, payload in self._messages]
+        for payload in payloads if request is None else [*payloads, request.content]:
+            if not payload.is_eof() and payload.exception() is None:
+                payload.set_exception(web.RequestPayloadError("no valid chunks"))
 
     def handle_error(
         self,
