@@ -47,6 +47,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(name="host", default="", meaning="address to listen on; empty: all with client tokens, else 127.0.0.1"),
     Setting(name="port", default=8080, meaning="port of the data plane"),
+    Setting(name="fast_lane", default=True, meaning="serve the usual requests without aiohttp; off: all go through it"),
     Setting(name="metrics_port", default=0, meaning="port of its own for /metrics; 0 serves it on the data plane"),
     Setting(name="admin_host", default="127.0.0.1", meaning="address of the admin server"),
     Setting(
@@ -106,6 +107,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     redis: str
     host: str
     port: int
+    fast_lane: bool
     metrics_port: int
     admin_host: str
     admin_port: int

@@ -26,6 +26,7 @@ def test_with_nothing_given_every_setting_has_its_default() -> None:
         redis="",
         host="",
         port=8080,
+        fast_lane=True,
         metrics_port=0,
         admin_host="127.0.0.1",
         admin_port=8081,
