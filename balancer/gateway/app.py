@@ -20,6 +20,7 @@ from balancer.gateway.front import AiohttpStream, Front
 from balancer.gateway.front_server import QUIET, Answer, Server, drop_server_header
 from balancer.gateway.handlers import Handlers
 from balancer.gateway.health import HealthProbe
+from balancer.gateway.matching import Plans
 from balancer.gateway.messages import ClientRequest
 from balancer.gateway.upstream import AiohttpUpstream
 from balancer.metrics import CONTENT_TYPE, Metrics, pool_gauges
@@ -57,11 +58,12 @@ class Gateway:
         self.balance = Balance(url, settings, self._events())
         self._upstream = AiohttpUpstream(settings.upstream_connections)
         providers = _Providers(self.balance, Credentials(sealer))
+        plans = Plans(self.balance.snapshot)
         forwarder = Forwarder(
-            self.balance, providers, self._upstream, self.metrics, decision_headers=settings.decision_headers
+            self.balance, providers, self._upstream, self.metrics, plans, decision_headers=settings.decision_headers
         )
         self._probe = HealthProbe(providers, self._upstream)
-        self._handlers = Handlers(settings, self.balance, forwarder, self.metrics)
+        self._handlers = Handlers(settings, self.balance, forwarder, self.metrics, plans)
         self._runners: list[web.BaseRunner] = []
         self._ticker: asyncio.Task[None] | None = None
         self._is_draining = False
