@@ -1,6 +1,9 @@
-"""Measures us beside others: `python -m benchmarks.bench [--only NAME,…] [--rounds N] [--seconds S] [--phases WORD,…]`.
+"""Measures us beside others, and each feature of ours: `python -m benchmarks.bench`, or `make bench`.
 
-All of it takes 20 minutes; BENCH_QUICK=1, or --quick, takes 3.
+`[--parts PART,…] [--only CONTESTANT,…] [--phases WORD,…] [--rounds N] [--seconds S] [--results FOLDER]`
+
+All of it takes some 15 minutes; with BENCH_QUICK=1, or --quick, 3. A run of all parts and contestants is written to
+benchmarks/results; others are printed, unless `--results` names a folder.
 """
 
 from __future__ import annotations
@@ -13,15 +16,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 
-from benchmarks.bench import contestants, measuring, ours, processes, report, rounds, site
-from benchmarks.bench.contestants import Contestant
-from benchmarks.bench.figures import Figures
-from benchmarks.bench.measuring import PHASES, PHASES_BY_WORD, STREAM, Row
+from benchmarks.bench import about, contestants, features, processes, report, run, site
+from benchmarks.bench.measuring import PHASES, PHASES_BY_WORD
 from benchmarks.bench.rounds import Plan
-from benchmarks.bench.targets import OURS, targets
+from benchmarks.bench.targets import OURS
 
-_ROUNDS, _SECONDS = 3, 1.6
-_QUICK_ROUNDS, _QUICK_SECONDS = 1, 1.0
+PARTS = ("contestants", "features", "loops", "workers")
+_FULL = Plan(rounds=3, seconds=1.6, phases=PHASES)
+_QUICK = Plan(rounds=1, seconds=0.6, phases=PHASES)
 
 
 def say(line: str) -> None:
@@ -32,43 +34,32 @@ def say(line: str) -> None:
 def main(options: argparse.Namespace) -> int:
     """Measures and reports; 0 unless nothing of ours could be measured."""
     processes.cores()
+    usual = _QUICK if options.quick else _FULL
     plan = Plan(
-        rounds=options.rounds or (_QUICK_ROUNDS if options.quick else _ROUNDS),
-        seconds=options.seconds or (_QUICK_SECONDS if options.quick else _SECONDS),
+        rounds=options.rounds or usual.rounds,
+        seconds=options.seconds or usual.seconds,
         phases=tuple(PHASES_BY_WORD[word] for word in options.phases) if options.phases else PHASES,
     )
-    with site.opened() as place, rounds.field(place, say) as field:
-        rows, evidence = _measure(place, field, options.only or list(contestants.ALL), plan)
-        missing = field.missing
-    found = Figures(rows)
-    print("\n".join(["", *(f"- {line}" for line in (*ours.switches(ours.ALL), *evidence)), ""]))
-    print(report.contestants_table(found, missing) + "\n")
-    print(report.streams_table(found, missing) + "\n")
-    if OURS in found.contestants:
-        print(report.redis_table(found) + "\n")
-        print(report.targets_table(targets(found)) + "\n")
-    for each in missing:
-        print(f"- not measured: {each.name}: {each.reason}")
-    for name in found.contestants:
-        if found.wrong(name):
-            print(f"- {name}: {found.wrong(name)} answers were wrong; one said: {found.complaint(name)[:200]}")
-    if options.json:
-        rounds.write_rows(Path(options.json), rows)
-    return 0 if OURS in found.contestants or OURS not in (options.only or [OURS]) else 1
-
-
-def _measure(place: site.Site, field: rounds.Field, names: list[str], plan: Plan) -> tuple[list[Row], list[str]]:
-    evidence: list[str] = []
-
-    def check(contestant: Contestant) -> None:
-        def serve() -> None:
-            measuring.run_load(place, contestant, STREAM, 1.0)
-
-        evidence.extend(ours.check(contestant.redis_url, ours.ALL, serve))
-
-    for name in names:
-        field.add(contestants.ALL[name](place), check if name == OURS else None)
-    return list(field.run(plan)), evidence
+    found = run.Found(about=about.of_this_run(sys.argv[1:], plan))
+    parts = options.parts or (("contestants",) if options.only else PARTS)
+    with site.opened() as place:
+        if "contestants" in parts:
+            found.contestants = run.beside_others(place, options.only or list(contestants.ALL), plan, say)
+        if "features" in parts:
+            phases = features.PHASES[:1] if options.quick else features.PHASES
+            found.features = run.by_feature(place, run.with_phases(plan, phases), say)
+        if "loops" in parts:
+            found.loops = run.by_loop(place, plan, say)
+        if "workers" in parts:
+            found.workers = run.by_workers(place, plan, say)
+    print(report.document(found))
+    is_whole = tuple(parts) == PARTS and not options.only and not options.phases
+    folder = Path(options.results) if options.results else site.RESULTS if is_whole else None
+    if folder:
+        report.write(folder, found)
+        say(f"written: {folder}")
+    measured = found.contestants.figures.contestants if found.contestants else [OURS]
+    return 0 if OURS in measured or OURS not in (options.only or [OURS]) else 1
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -86,13 +77,14 @@ def _words(known: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", type=_words(PARTS), help=", ".join(PARTS))
     parser.add_argument("--only", type=_words(contestants.ALL), help=", ".join(contestants.ALL))
     parser.add_argument("--phases", type=_words(PHASES_BY_WORD), help=", ".join(PHASES_BY_WORD))
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=0.0, help="of each phase, after its warm-up")
     parser.add_argument("--quick", action="store_true", default=bool(os.environ.get("BENCH_QUICK")))
-    parser.add_argument("--json", default="", help="file for the rows")
+    parser.add_argument("--results", default="", help="folder for the report, the rows and the plots")
     signal.signal(signal.SIGTERM, _end)
     try:
         sys.exit(main(parser.parse_args()))

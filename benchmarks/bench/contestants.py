@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -22,6 +22,8 @@ class Contestant(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     command: tuple[str, ...] = ()
     port: int
+    load_port: int = 0
+    """Where the load goes if not there: to something that speaks for it."""
     headers: tuple[str, ...] = ()
     variables: dict[str, str] = {}
     slowness: float = 1.0
@@ -40,6 +42,11 @@ class Missing(msgspec.Struct, frozen=True, kw_only=True):
 def direct(site: Site) -> Contestant:
     """No proxy at all: what load and accounts can do."""
     return Contestant(name="direct", port=site.upstream_ports[0])
+
+
+def file_name(name: str) -> str:
+    """A contestant's name as part of a file's."""
+    return re.sub(r"[^a-z0-9+_-]+", "-", name.lower())
 
 
 _NGINX = """
@@ -181,34 +188,41 @@ def _router(site: Site, name: str, words: tuple[str, ...]) -> Contestant | Missi
     return Contestant(name=name, command=(str(program), *words, *arguments, *ports), port=port)
 
 
-def of_ours(site: Site, variant: ours.Variant, name: str | None = None) -> Contestant | Missing:
-    """Our program with a variant's configuration."""
+def of_ours(
+    site: Site,
+    variant: ours.Variant,
+    *,
+    name: str = "",
+    upstreams: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+) -> Contestant | Missing:
+    """Our program with a variant's configuration, on those upstreams instead of the accounts themselves."""
     name = name or variant.name
     absent = [each for each in variant.settings if not ours.has_setting(each)]
     if absent:
         return Missing(name=name, reason=f"this version has no setting {', '.join(absent)}")
     (port,) = free_ports(1)
     url = site.redis_url()
-    file = site.folder / f"{name}.json"
-    file.write_text(json.dumps(ours.document(site.upstreams, variant)), encoding="utf-8")
+    file = site.folder / f"{file_name(name)}.json"
+    file.write_text(json.dumps(ours.document(upstreams or site.upstreams, variant)), encoding="utf-8")
     command = (
         *(sys.executable, "-m", "balancer", "serve", "--config", str(file), "--redis", url),
         *("--port", str(port), "--admin-port", "0", "--workers", str(variant.workers), "--log-level", "warning"),
     )
-    variables = {"PYTHONPATH": str(ROOT)} | ours.variables(variant)
+    environment = {"PYTHONPATH": str(ROOT)} | ours.variables(variant) | dict(variables or {})
     return Contestant(
         name=name,
         command=command,
         port=port,
         headers=variant.headers,
-        variables=variables,
+        variables=environment,
         redis_url=url,
     )
 
 
 def everything_on(site: Site) -> Contestant | Missing:
     """Our program with all that the targets ask for."""
-    return of_ours(site, ours.ALL, "ours")
+    return of_ours(site, ours.ALL, name="ours")
 
 
 ALL: dict[str, Callable[[Site], Contestant | Missing]] = {
@@ -222,8 +236,3 @@ ALL: dict[str, Callable[[Site], Contestant | Missing]] = {
     "sglang-router": sglang_router,
     "ours": everything_on,
 }
-
-
-def log_name(contestant: Contestant) -> str:
-    """What its log is called."""
-    return Path(contestant.name.replace("/", "_").replace(" ", "_")).name

