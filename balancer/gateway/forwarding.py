@@ -279,13 +279,14 @@ class Forwarder:
             attempt.settle(Outcome.FAILED)
             if answer is not None:
                 await answer.close()
-            log.debug(
-                "attempt",
-                request=errand.request.request_id,
-                decision=pick.decision,
-                service=pick.service,
-                outcome=attempt.outcome,
-            )
+            if log.is_debugging():
+                log.debug(
+                    "attempt",
+                    request=errand.request.request_id,
+                    decision=pick.decision,
+                    service=pick.service,
+                    outcome=attempt.outcome,
+                )
         return attempt.outcome or Outcome.FAILED
 
     async def _open(self, outgoing: UpstreamRequest) -> Opening:
