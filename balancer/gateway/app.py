@@ -23,6 +23,7 @@ from balancer.gateway.health import HealthProbe
 from balancer.gateway.lane import Lanes
 from balancer.gateway.matching import Plans
 from balancer.gateway.messages import ClientRequest, ClientStream
+from balancer.gateway.tls import server_context
 from balancer.gateway.upstream import AiohttpUpstream
 from balancer.metrics import CONTENT_TYPE, Metrics, pool_gauges
 from balancer.store.balance import Balance, BalanceEvents
@@ -107,7 +108,7 @@ class Gateway:
         runner = web.ServerRunner(server, shutdown_timeout=_SHUTDOWN_S)
         await runner.setup()
         self._runners.append(runner)
-        await Site(runner, listener, None).start()
+        await Site(runner, listener, server_context(self._settings)).start()
 
     async def _serve_plane(self, app: web.Application, listener: socket.socket) -> None:
         app.on_response_prepare.append(drop_server_header)

@@ -130,6 +130,9 @@ class Lane(asyncio.BufferedProtocol):
         """Begins to wait for the first request."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods only.
         self._lanes.open.add(self)
+        if self._lanes.is_closing:
+            # Accepted before the listener was closed, and in a TLS handshake until now.
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancels what is being answered: nobody is left to read it."""

@@ -23,6 +23,7 @@ _LINE = re.compile(rf"POST (/(?!/)[{_SEGMENTS}]*+)(?:\?([?{_SEGMENTS}]*+))? HTTP
 # RFC 9112 §5: no space before the colon, no folding, no control characters; and no bytes beyond ASCII. Every quantifier
 # is possessive, so that no head takes long.
 _FIELD = re.compile(r"(?<=\n)([!#$%&'*+.^_`|~0-9A-Za-z-]++):[ \t]*+([ -~\t]*+)\r\n")
+_HOST = re.compile(r"(?:[A-Za-z0-9._-]++|\[[0-9A-Fa-f:.]++\])(?::[0-9]++)?")
 _UNFINISHED = re.compile(r"(?![ \t])[ -~\t]*+\r?")
 
 # What frames the body in another way, or asks for more than an answer.
@@ -86,7 +87,7 @@ def read_head(data: bytes) -> Head | None:
     if " \r\n" in text or "\t\r\n" in text:
         return None
     first = {name.lower(): value for name, value in reversed(headers)}
-    if "host" not in first or not first.keys().isdisjoint(_ELSEWHERE):
+    if not _HOST.fullmatch(first.get("host", "")) or not first.keys().isdisjoint(_ELSEWHERE):
         return None
     if len(first) != len(headers):
         names = [name.lower() for name, _ in headers]
