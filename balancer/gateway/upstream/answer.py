@@ -141,7 +141,8 @@ class Answer:
 
     async def _more(self) -> bytes:
         """Waits until something has come; with a `take`, the chunk that it refused."""
-        waiter = self._waiter = self._loop.create_future()
+        waiter: asyncio.Future[bytes] = self._loop.create_future()
+        self._waiter = waiter
         try:
             return await waiter
         except BaseException:
