@@ -77,7 +77,7 @@ class Answer:
         """Waits for the headers. Raises UpstreamError, and leaves no connection behind when it is cancelled."""
         connection.arm(self._first_at)
         await self._more()
-        if self._error is not None:
+        if self._error is not None and not self.status:
             raise self._error
 
     async def read(self) -> bytes:

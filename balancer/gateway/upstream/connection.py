@@ -256,6 +256,8 @@ class Connection(asyncio.Protocol):
         """A header, or a trailer, which is dropped."""
         if not self._has_head:
             self._raw.append((name, value))
+        elif name.lower() in (b"connection", b"proxy-connection"):
+            self._keeps_alive = False  # llhttp obeys it, and would take no other answer.
 
     def on_headers_complete(self) -> None:
         """The head is whole."""
