@@ -16,6 +16,8 @@ from balancer.gateway.upstream.socks import SocksUpstream
 from balancer.gateway.upstream.tls import client_context
 from balancer.gateway.upstream.tunnel import ProxyRefusedError
 
+_BUFFER_BYTES = 64 * 1024
+
 
 class UpstreamClient:
     """Sends requests, each on a connection of its origin's pool."""
@@ -25,6 +27,7 @@ class UpstreamClient:
         self._tls = client_context(ca_file)
         self._dialer = Dialer(self._tls)
         self._targets = Targets()
+        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._pools: dict[Origin, Pool] = {}
         self._connections: set[Connection] = set()
         self._emptied: asyncio.Future[None] | None = None
@@ -36,11 +39,11 @@ class UpstreamClient:
             return await self._socks.send(request)
         target = self._targets.of(request.url, request.proxy_url)
         head = head_of(request, target)
-        loop = asyncio.get_running_loop()
-        answer = Answer(request, loop, loop.time())
+        pool = self._pools.get(target.origin) or self._new_pool(target.origin)
+        now = pool.loop.time()
+        answer = Answer(request, pool.loop, now)
         while True:
-            pool = self._pools.get(target.origin) or self._new_pool(target.origin, loop)
-            connection = pool.take()
+            connection = pool.take(now)
             is_new = connection is None
             if connection is None:
                 connection, is_new = await self._another(pool, target.origin, answer, request)
@@ -50,6 +53,7 @@ class UpstreamClient:
             connection.drop()
             if is_new:
                 raise UpstreamError(f"{request.provider} broke off before it answered")
+            pool = self._pools.get(target.origin) or self._new_pool(target.origin)
         await answer.opened(connection)
         return answer
 
@@ -62,12 +66,12 @@ class UpstreamClient:
             await self._emptied
         await self._socks.close()
 
-    def _new_pool(self, origin: Origin, loop: asyncio.AbstractEventLoop) -> Pool:
+    def _new_pool(self, origin: Origin) -> Pool:
         def emptied(pool: Pool) -> None:
             if self._pools.get(origin) is pool:
                 del self._pools[origin]
 
-        pool = self._pools[origin] = Pool(loop, self._limit, emptied)
+        pool = self._pools[origin] = Pool(asyncio.get_running_loop(), self._limit, emptied)
         return pool
 
     async def _another(
@@ -89,7 +93,7 @@ class UpstreamClient:
             raise
 
     async def _dialled(self, pool: Pool, origin: Origin, answer: Answer, request: UpstreamRequest) -> Connection:
-        loop = asyncio.get_running_loop()
+        loop = pool.loop
         is_new = True
 
         def freed(connection: Connection) -> None:
@@ -112,7 +116,7 @@ class UpstreamClient:
         left_s, connect_s = answer.left_s, request.timeouts.connect_s
         try:
             async with asyncio.timeout(min(left_s, connect_s)) as limit:
-                connection = await self._dialer.dial(origin, lambda: Connection(loop, freed, lost))
+                connection = await self._dialer.dial(origin, lambda: Connection(loop, self._buffer, freed, lost))
         except OSError as exc:
             if not limit.expired():
                 raise UpstreamError(f"{request.provider} cannot be reached{_why(exc)}") from exc

@@ -25,11 +25,17 @@ _LARGE_BYTES = 2**20
 """A body beyond this goes out in parts, so that one large prompt neither doubles memory nor holds up the loop."""
 
 
-class Connection(asyncio.Protocol):
-    """A connection. It tells `freed` when it can carry the next request, `lost` when it is gone."""
+class Connection(asyncio.BufferedProtocol):
+    """A connection. It tells `freed` when it can carry the next request, `lost` when it is gone.
+
+    `buffer` is what the loop reads into. All connections of a loop may share one: what was read is copied out of it
+    before the loop reads again. A new buffer for each read, which is what asyncio.Protocol does, costs as much CPU as
+    all of the rest.
+    """
 
     __slots__ = (
         "_answer",
+        "_buffer",
         "_due_at",
         "_fault",
         "_fed",
@@ -57,12 +63,14 @@ class Connection(asyncio.Protocol):
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
+        buffer: memoryview,
         freed: Callable[[Connection], None],
         lost: Callable[[Connection], None],
     ) -> None:
         self.transport: asyncio.Transport | None = None
         self.idle_since = math.inf
         self._loop = loop
+        self._buffer = buffer
         self._freed = freed
         self._lost = lost
         self._answer: Answer | None = None
@@ -191,15 +199,19 @@ class Connection(asyncio.Protocol):
         if self.transport is not None:
             self.transport.resume_reading()
 
-    def data_received(self, data: bytes) -> None:
-        """Reads it, and hands what it holds of a body on as one chunk."""
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """What is received comes here."""
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Reads what was received, and hands what it holds of a body on as one chunk."""
         answer = self._answer
         if answer is None:
             self.drop()  # Nobody has asked: a late 408, or a second answer.
             return
-        self._fed += len(data)
+        self._fed += nbytes
         try:
-            self._parser.feed_data(data)
+            self._parser.feed_data(self._buffer[:nbytes])
         except httptools.HttpParserUpgrade:
             self._fault = "switched protocols, which it was not asked for"
         except httptools.HttpParserError as exc:

@@ -23,7 +23,7 @@ class Pool:
     """Connections of one origin. `emptied` is told when there is none any more, and nobody waits."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: int, emptied: Callable[[Pool], None]) -> None:
-        self._loop = loop
+        self.loop = loop
         self._limit = limit
         self._emptied = emptied
         self._idle: list[Connection] = []
@@ -36,13 +36,11 @@ class Pool:
         """True when it holds nothing, and nobody counts on it."""
         return not self._places
 
-    def take(self) -> Connection | None:
+    def take(self, now: float) -> Connection | None:
         """An idle connection that can be used, if there is one."""
         while self._idle:
             connection = self._idle.pop()
-            if connection.is_usable and (
-                self._loop.time() - connection.idle_since < _LOOKS_S or not _has_news(connection)
-            ):
+            if connection.is_usable and (now - connection.idle_since < _LOOKS_S or not _has_news(connection)):
                 return connection
             connection.drop()
         return None
@@ -56,7 +54,7 @@ class Pool:
 
     async def turn(self, *, again: bool = False) -> Connection | None:
         """Waits for one's turn: a connection, or None with a place for a new one. `again`: is the next in line."""
-        waiter: asyncio.Future[Connection | None] = self._loop.create_future()
+        waiter: asyncio.Future[Connection | None] = self.loop.create_future()
         if again:
             self._waiters.appendleft(waiter)
         else:
@@ -74,7 +72,7 @@ class Pool:
 
     def free(self, connection: Connection) -> None:
         """The connection can carry the next request."""
-        now = self._loop.time()
+        now = self.loop.time()
         connection.idle_since = now
         connection.arm(now + _IDLE_S)
         if (waiter := self._next()) is not None:
