@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -15,6 +16,7 @@ import redis
 
 from balancer import config, document
 from balancer.gateway.app import Gateway
+from balancer.gateway.messages import Upstream as UpstreamClient
 from balancer.store import connection
 from balancer.store.credentials import Sealer
 from balancer.store.publishing import publish_file
@@ -22,6 +24,7 @@ from balancer.store.registry import Registry
 from balancer.store.views import PoolView, ServiceView
 from tests import servers
 from tests.actors import Upstream
+from tests.gateway import wire
 from tests.store.conftest import eventually
 
 SEALING_KEY = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
@@ -133,3 +136,23 @@ async def gateway(serve: Serve, upstream: Upstream) -> Served:
 def decoded(body: bytes) -> Any:
     """What a JSON body holds."""
     return msgspec.json.decode(body)
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[UpstreamClient]:
+    """The client that workers use; in the end it is closed, and neither a task nor a socket of it is left."""
+    sockets = wire.open_sockets()
+    client = wire.a_client()
+    yield client
+    await client.close()
+    await wire.turns()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert wire.open_sockets() == sockets
+
+
+@pytest.fixture
+async def listener(client: UpstreamClient) -> AsyncIterator[wire.Listener]:
+    """A listening socket, closed before the client is looked at."""
+    listener = wire.Listener()
+    yield listener
+    await listener.close()
