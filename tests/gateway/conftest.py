@@ -139,20 +139,32 @@ def decoded(body: bytes) -> Any:
 
 
 @pytest.fixture
-async def client() -> AsyncIterator[UpstreamClient]:
-    """The client that workers use; in the end it is closed, and neither a task nor a socket of it is left."""
+async def a_client() -> AsyncIterator[Callable[..., UpstreamClient]]:
+    """Makes clients as workers use them; in the end they are closed, and no task or socket of them is left."""
     sockets = wire.open_sockets()
-    client = wire.a_client()
-    yield client
-    await client.close()
-    await wire.turns()
+    clients: list[UpstreamClient] = []
+
+    def make(**options: Any) -> UpstreamClient:
+        clients.append(wire.a_client(**options))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        await client.close()
+    await wire.turns(8)
     assert asyncio.all_tasks() == {asyncio.current_task()}
     assert wire.open_sockets() == sockets
 
 
 @pytest.fixture
-async def listener(client: UpstreamClient) -> AsyncIterator[wire.Listener]:
-    """A listening socket, closed before the client is looked at."""
+def client(a_client: Callable[..., UpstreamClient]) -> UpstreamClient:
+    """A client as workers use it."""
+    return a_client()
+
+
+@pytest.fixture
+async def listener(a_client: Callable[..., UpstreamClient]) -> AsyncIterator[wire.Listener]:
+    """A listening socket, closed before the clients are looked at."""
     listener = wire.Listener()
     yield listener
     await listener.close()

@@ -7,8 +7,9 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import msgspec
 
@@ -20,9 +21,10 @@ from balancer.gateway.upstream import AiohttpUpstream
 
 PATIENCE_S = 20.0
 """What takes longer hangs."""
+NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 
 
-def a_client(connections_per_host: int = 8) -> Upstream:
+def a_client(connections_per_host: int = 8, ca_file: str = "") -> Upstream:
     """The client that workers use."""
     return AiohttpUpstream(connections_per_host)
 
@@ -34,11 +36,11 @@ def a_request(
     headers: Headers = (),
     body: bytes = b"",
     proxy_url: str = "",
-    timeout_s: float = PATIENCE_S,
-    **timeouts: float,
+    limits: Mapping[str, float] = NO_LIMITS,
 ) -> UpstreamRequest:
-    """A request whose limits are far away, but for those that are given."""
-    limits: dict[str, float] = dict.fromkeys(("connect_s", "headers_s", "first_byte_s", "idle_s"), PATIENCE_S)
+    """A request whose limits in time are far away, but for those that are given."""
+    parts = {**dict.fromkeys(("connect_s", "headers_s", "first_byte_s", "idle_s", "timeout_s"), PATIENCE_S), **limits}
+    timeout_s = parts.pop("timeout_s")
     return UpstreamRequest(
         provider="up",
         method=method,
@@ -46,7 +48,7 @@ def a_request(
         headers=headers,
         body=body,
         proxy_url=proxy_url,
-        timeouts=Timeouts(**(limits | timeouts)),
+        timeouts=Timeouts(**parts),
         timeout_s=timeout_s,
     )
 
@@ -63,17 +65,24 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
-Reader = Callable[[UpstreamResponse, bytearray], Any]
+class Body(Protocol):
+    """What parts of a body are added to."""
+
+    def extend(self, part: bytes, /) -> None:
+        """One more part."""
+
+
+Reader = Callable[[UpstreamResponse, Body], Awaitable[None]]
 """Reads an answer's body to its end."""
 
 
-async def read_all(answer: UpstreamResponse, body: bytearray) -> None:
+async def read_all(answer: UpstreamResponse, body: Body) -> None:
     """The body by `read`, each part as soon as it is there."""
     while part := await answer.read():
-        body += part
+        body.extend(part)
 
 
-async def pump_all(answer: UpstreamResponse, body: bytearray) -> None:
+async def pump_all(answer: UpstreamResponse, body: Body) -> None:
     """The body by `pump`, every part taken."""
 
     def take(part: bytes) -> bool:
@@ -83,7 +92,7 @@ async def pump_all(answer: UpstreamResponse, body: bytearray) -> None:
     assert await answer.pump(take) == b""
 
 
-async def pump_some(answer: UpstreamResponse, body: bytearray) -> None:
+async def pump_some(answer: UpstreamResponse, body: Body) -> None:
     """The body by `pump`, where every second part is refused at first."""
     is_willing = False
 
@@ -95,17 +104,17 @@ async def pump_some(answer: UpstreamResponse, body: bytearray) -> None:
         return is_willing
 
     while part := await answer.pump(take):
-        body += part
+        body.extend(part)
 
 
-async def pump_and_read(answer: UpstreamResponse, body: bytearray) -> None:
+async def pump_and_read(answer: UpstreamResponse, body: Body) -> None:
     """The body by `pump` and `read` in turns: what is refused comes back, and the next part is read."""
     while part := await answer.pump(lambda _: False):
-        body += part
+        body.extend(part)
         part = await answer.read()
         if not part:
             return
-        body += part
+        body.extend(part)
 
 
 READERS: dict[str, Reader] = {
@@ -202,7 +211,7 @@ class Wire:
         """Gives bytes to the network at once; they fit its buffer."""
         assert self.sock.send(data) == len(data)
 
-    async def sends_all(self, data: bytes) -> bool:
+    async def sends_all(self, data: bytes | memoryview) -> bool:
         """Sends much, as fast as the client reads; False when that has closed the connection."""
         try:
             await asyncio.get_running_loop().sock_sendall(self.sock, data)
@@ -235,7 +244,7 @@ class Wire:
         """True as soon as the client has closed the connection; fails where it sends or stays."""
         async with asyncio.timeout(PATIENCE_S):
             data = await self.receives()
-            assert data == b"", f"the client sent {data!r}"
+        assert data == b"", f"the client sent {data!r}"
         return True
 
 
