@@ -24,7 +24,7 @@ from balancer.store.registry import Registry
 from balancer.store.views import PoolView, ServiceView
 from tests import servers
 from tests.actors import Upstream
-from tests.gateway import wire
+from tests.gateway import by_hand
 from tests.store.conftest import eventually
 
 SEALING_KEY = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
@@ -141,19 +141,19 @@ def decoded(body: bytes) -> Any:
 @pytest.fixture
 async def a_client() -> AsyncIterator[Callable[..., UpstreamClient]]:
     """Makes clients as workers use them; in the end they are closed, and no task or socket of them is left."""
-    sockets = wire.open_sockets()
+    sockets = by_hand.open_sockets()
     clients: list[UpstreamClient] = []
 
     def make(**options: Any) -> UpstreamClient:
-        clients.append(wire.a_client(**options))
+        clients.append(by_hand.a_client(**options))
         return clients[-1]
 
     yield make
     for client in clients:
         await client.close()
-    await wire.turns(8)
+    await by_hand.turns(8)
     assert asyncio.all_tasks() == {asyncio.current_task()}
-    assert wire.open_sockets() == sockets
+    assert by_hand.open_sockets() == sockets
 
 
 @pytest.fixture
@@ -163,8 +163,8 @@ def client(a_client: Callable[..., UpstreamClient]) -> UpstreamClient:
 
 
 @pytest.fixture
-async def listener(a_client: Callable[..., UpstreamClient]) -> AsyncIterator[wire.Listener]:
+async def listener(a_client: Callable[..., UpstreamClient]) -> AsyncIterator[by_hand.Listener]:
     """A listening socket, closed before the clients are looked at."""
-    listener = wire.Listener()
+    listener = by_hand.Listener()
     yield listener
     await listener.close()

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from balancer.gateway.messages import Upstream
-from tests.gateway.wire import READERS, Listener, Outcome, Reader, Wire, a_request, ask, turns
+from tests.gateway.by_hand import READERS, Listener, Outcome, Reader, Wire, a_request, ask, turns
 
 AGAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nagain"
 OK = b"HTTP/1.1 200 OK\r\n"
