@@ -17,7 +17,7 @@ from balancer.dialects import Headers
 from balancer.domain import Timeouts
 from balancer.errors import UpstreamError
 from balancer.gateway.messages import Upstream, UpstreamRequest, UpstreamResponse
-from balancer.gateway.upstream import AiohttpUpstream
+from balancer.gateway.upstream import UpstreamClient
 
 PATIENCE_S = 20.0
 """What takes longer hangs."""
@@ -26,7 +26,7 @@ NO_LIMITS: Mapping[str, float] = MappingProxyType({})
 
 def a_client(connections_per_host: int = 8, ca_file: str = "") -> Upstream:
     """The client that workers use."""
-    return AiohttpUpstream(connections_per_host)
+    return UpstreamClient(connections_per_host, ca_file)
 
 
 def a_request(
