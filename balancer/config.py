@@ -46,6 +46,12 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(name="host", default="", meaning="address to listen on; empty: all with client tokens, else 127.0.0.1"),
     Setting(name="port", default=8080, meaning="port of the data plane"),
+    Setting(
+        name="tls_cert_file",
+        default="",
+        meaning="certificate of the data plane in PEM, its chain behind it; empty: no TLS",
+    ),
+    Setting(name="tls_key_file", default="", meaning="the certificate's key in PEM, unencrypted"),
     Setting(name="fast_lane", default=True, meaning="serve the usual requests without aiohttp; off: all go through it"),
     Setting(name="metrics_port", default=0, meaning="port of its own for /metrics; 0 serves it on the data plane"),
     Setting(name="admin_host", default="127.0.0.1", meaning="address of the admin server"),
@@ -103,6 +109,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     redis: str
     host: str
     port: int
+    tls_cert_file: str
+    tls_key_file: str
     fast_lane: bool
     metrics_port: int
     admin_host: str
@@ -223,6 +231,9 @@ def _check(settings: Settings) -> None:
     require("max_body_bytes", settings.max_body_bytes > 0, "more than 0 bytes")
     require("upstream_connections", settings.upstream_connections > 0, "1 or more")
     require("audit_interval_s", settings.audit_interval_s >= 0, "0 seconds or more")
+    if bool(settings.tls_cert_file) != bool(settings.tls_key_file):
+        given, missing = ("CERT", "KEY") if settings.tls_cert_file else ("KEY", "CERT")
+        faults.append(f"{PREFIX}TLS_{missing}_FILE: expected a file too, since {PREFIX}TLS_{given}_FILE is given")
     if faults:
         raise ConfigurationError("settings refused", tuple(faults))
     if settings.host and not is_loopback(settings.host) and not settings.client_tokens and not settings.insecure:

@@ -46,7 +46,8 @@ def configure(level: str, stream: TextIO | None = None) -> None:
 
 def debug(event: str, **facts: object) -> None:
     """For an attempt."""
-    _LOGGER.debug(event, extra={"facts": facts})
+    if _LOGGER.isEnabledFor(logging.DEBUG):
+        _LOGGER.debug(event, extra={"facts": facts})
 
 
 def info(event: str, **facts: object) -> None:

@@ -21,7 +21,9 @@ from balancer.gateway.front_server import BACKLOG, QUIET, Answer, Server, Site, 
 from balancer.gateway.handlers import Handlers
 from balancer.gateway.health import HealthProbe
 from balancer.gateway.lane import Lanes
+from balancer.gateway.matching import Plans
 from balancer.gateway.messages import ClientRequest, ClientStream
+from balancer.gateway.tls import server_context
 from balancer.gateway.upstream import AiohttpUpstream
 from balancer.metrics import CONTENT_TYPE, Metrics, pool_gauges
 from balancer.store.balance import Balance, BalanceEvents
@@ -58,11 +60,12 @@ class Gateway:
         self.balance = Balance(url, settings, self._events())
         self._upstream = AiohttpUpstream(settings.upstream_connections)
         providers = _Providers(self.balance, Credentials(sealer))
+        plans = Plans(self.balance.snapshot)
         forwarder = Forwarder(
-            self.balance, providers, self._upstream, self.metrics, decision_headers=settings.decision_headers
+            self.balance, providers, self._upstream, self.metrics, plans, decision_headers=settings.decision_headers
         )
         self._probe = HealthProbe(providers, self._upstream)
-        self._handlers = Handlers(settings, self.balance, forwarder, self.metrics)
+        self._handlers = Handlers(settings, self.balance, forwarder, self.metrics, plans)
         self._runners: list[web.BaseRunner] = []
         self._ticker: asyncio.Task[None] | None = None
         self._is_draining = False
@@ -105,7 +108,7 @@ class Gateway:
         runner = web.ServerRunner(server, shutdown_timeout=_SHUTDOWN_S)
         await runner.setup()
         self._runners.append(runner)
-        await Site(runner, listener, None).start()
+        await Site(runner, listener, server_context(self._settings)).start()
 
     async def _serve_plane(self, app: web.Application, listener: socket.socket) -> None:
         app.on_response_prepare.append(drop_server_header)

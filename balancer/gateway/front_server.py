@@ -21,6 +21,7 @@ from aiohttp.streams import StreamReader
 from balancer import log
 from balancer.dialects.openai import OPENAI
 from balancer.errors import BalancerError, RequestError
+from balancer.gateway.accepting import Acceptor
 from balancer.gateway.lane import Lanes
 
 BACKLOG = 1024
@@ -148,16 +149,21 @@ class Server(web.Server):
 class Site(web.SockSite):
     """A listening socket, whose connections are the lane's until it hands them over; without a lane, aiohttp's."""
 
-    def __init__(self, runner: web.BaseRunner, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
-        super().__init__(runner, listener, backlog=BACKLOG, ssl_context=tls)
+    def __init__(self, runner: web.ServerRunner, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+        super().__init__(runner, listener, ssl_context=tls, backlog=BACKLOG)
+        self._acceptor: Acceptor | None = None
 
     async def start(self) -> None:
         """Accepts connections from now on."""
-        server = self._runner.server
-        lanes = server.lanes if isinstance(server, Server) else None
-        if lanes is None:
-            await super().start()
-            return
         await web.BaseSite.start(self)
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lanes, sock=self._sock, ssl=self._ssl_context, backlog=self._backlog)
+        server = self._runner.server
+        assert isinstance(server, Server), "ours"
+        protocol = server if server.lanes is None else server.lanes
+        self._acceptor = Acceptor(self._sock, protocol, self._ssl_context, self._backlog)
+
+    async def stop(self) -> None:
+        """Accepts none from now on."""
+        await super().stop()
+        if self._acceptor is not None:
+            self._acceptor.close()
+            self._acceptor = None

@@ -130,6 +130,9 @@ class Lane(asyncio.BufferedProtocol):
         """Begins to wait for the first request."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods only.
         self._lanes.open.add(self)
+        if self._lanes.is_closing:
+            # Accepted before the listener was closed, and in a TLS handshake until now.
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancels what is being answered: nobody is left to read it."""
@@ -218,9 +221,16 @@ class Lane(asyncio.BufferedProtocol):
     def _answer(self, head: Head, body: bytes) -> None:
         """Starts the task that answers a request."""
         lanes = self._lanes
-        request_id = head.given_id if _REQUEST_ID.fullmatch(head.given_id) else secrets.token_hex(16)
+        given = head.first.get("x-request-id", "")
+        request_id = given if given and _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         request = ClientRequest(
-            method="POST", path=head.path, query=head.query, headers=head.headers, body=body, request_id=request_id
+            method="POST",
+            path=head.path,
+            query=head.query,
+            headers=head.headers,
+            body=body,
+            request_id=request_id,
+            first=head.first,
         )
         is_last = head.is_last or lanes.is_closing or lanes.is_draining()
         stream = LaneStream(self, lanes.loop, request_id, is_last=is_last)

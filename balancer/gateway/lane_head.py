@@ -23,6 +23,7 @@ _LINE = re.compile(rf"POST (/(?!/)[{_SEGMENTS}]*+)(?:\?([?{_SEGMENTS}]*+))? HTTP
 # RFC 9112 §5: no space before the colon, no folding, no control characters; and no bytes beyond ASCII. Every quantifier
 # is possessive, so that no head takes long.
 _FIELD = re.compile(r"(?<=\n)([!#$%&'*+.^_`|~0-9A-Za-z-]++):[ \t]*+([ -~\t]*+)\r\n")
+_HOST = re.compile(r"(?:[A-Za-z0-9._-]++|\[[0-9A-Fa-f:.]++\])(?::[0-9]++)?")
 _UNFINISHED = re.compile(r"(?![ \t])[ -~\t]*+\r?")
 
 # What frames the body in another way, or asks for more than an answer.
@@ -47,14 +48,14 @@ _LONGEST_LENGTH = 15
 
 
 class Head(msgspec.Struct, frozen=True, gc=False):
-    """A head that was read: the target in parts, headers in order, the body's length, whether the client stays."""
+    """A head that was read: the target in parts, headers in order, the body's length."""
 
     path: str
     query: str
     headers: Headers
+    first: dict[str, str]
+    """The first value of each header by its name in lower case."""
     length: int
-    given_id: str
-    """The client's own x-request-id, empty when there is none."""
     is_last: bool
     """True if the client wants the connection closed behind the answer."""
 
@@ -85,20 +86,17 @@ def read_head(data: bytes) -> Head | None:
         return None
     if " \r\n" in text or "\t\r\n" in text:
         return None
-    names = [name.lower() for name, _ in headers]
-    known = frozenset(names)
-    if "host" not in known or "content-length" not in known or not known.isdisjoint(_ELSEWHERE):
+    first = {name.lower(): value for name, value in reversed(headers)}
+    if not _HOST.fullmatch(first.get("host", "")) or not first.keys().isdisjoint(_ELSEWHERE):
         return None
-    if len(known) != len(names) and any(names.count(name) > 1 for name in _SINGLE):
-        return None
-    length = headers[names.index("content-length")][1]
+    if len(first) != len(headers):
+        names = [name.lower() for name, _ in headers]
+        if any(names.count(name) > 1 for name in _SINGLE):
+            return None
+    length = first.get("content-length", "")
     if not length.isdecimal() or len(length) > _LONGEST_LENGTH:
         return None
-    is_last = False
-    if "connection" in known:
-        option = headers[names.index("connection")][1].lower()
-        if option not in ("keep-alive", "close"):
-            return None
-        is_last = option == "close"
-    given_id = headers[names.index("x-request-id")][1] if "x-request-id" in known else ""
-    return Head(line[1], line[2] or "", tuple(headers), int(length), given_id, is_last)
+    option = first.get("connection", "keep-alive").lower()
+    if option not in ("keep-alive", "close"):
+        return None
+    return Head(line[1], line[2] or "", tuple(headers), first, int(length), option == "close")

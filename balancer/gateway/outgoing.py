@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from balancer import bodies
-from balancer.dialects import Headers
 from balancer.dialects.headers import request_headers
 from balancer.dialects.paths import Route, upstream_url
 from balancer.domain import Provider, is_secret_name
@@ -15,6 +14,9 @@ from balancer.errors import NoServiceError
 from balancer.gateway.attempts import Providers
 from balancer.gateway.masking import Mask
 from balancer.gateway.messages import ClientRequest, UpstreamRequest
+
+_LEAST_S = 0.001
+_URLS_KEPT = 64
 
 
 class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,11 +30,36 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
     hides_usage: bool = False
 
 
+class _Account:
+    """A provider with its credentials as they were last resolved, and what follows from them."""
+
+    def __init__(self, provider: Provider, token: str, own: dict[str, str], query: dict[str, str]) -> None:
+        self._resolved = (token, own, query)
+        self._provider = provider
+        self._urls: dict[tuple[str, str, str], str] = {}
+        self.mask = Mask((token, *_secrets(own, provider.headers), *_secrets(query, provider.query)))
+
+    def is_of(self, provider: Provider, token: str, own: dict[str, str], query: dict[str, str]) -> bool:
+        """True while nothing has changed."""
+        return self._provider is provider and self._resolved == (token, own, query)
+
+    def url(self, path: str, model: str, query: str) -> str:
+        """Where a request goes; those that come again and again are kept."""
+        key = (path, model, query)
+        url = self._urls.get(key)
+        if url is None:
+            if len(self._urls) >= _URLS_KEPT:
+                self._urls.clear()
+            url = self._urls[key] = upstream_url(self._provider, path, model, query, self._resolved[2])
+        return url
+
+
 class Preparer:
     """Makes them, with the credentials of the providers."""
 
     def __init__(self, providers: Providers) -> None:
         self._providers = providers
+        self._accounts: dict[str, _Account] = {}
 
     def provider(self, service_id: str) -> Provider:
         """The provider of a service. Raises NoServiceError when it is gone."""
@@ -42,9 +69,19 @@ class Preparer:
         return provider
 
     def generation(
-        self, request: ClientRequest, route: Route, peek: bodies.Peek, service_id: str, *, needs_plain: bool
+        self,
+        request: ClientRequest,
+        route: Route,
+        peek: bodies.Peek,
+        service_id: str,
+        *,
+        needs_plain: bool,
+        elapsed_s: float,
     ) -> Outgoing:
-        """A request that a model answers; `needs_plain` when its answer is to be read or edited on its way."""
+        """A request that a model answers; `needs_plain` when its answer is to be read or edited on its way.
+
+        `elapsed_s` of its time have passed.
+        """
         provider = self.provider(service_id)
         body = request.body
         hides_usage = False
@@ -53,29 +90,46 @@ class Preparer:
         if hides_usage:
             body = bodies.ask_for_usage(body)
         body = with_model(body, request.header("content-type"), asked=peek.model, model=service_id.partition(":")[2])
-        outgoing = self.request(request, route, service_id, body, needs_plain=needs_plain or hides_usage)
-        return msgspec.structs.replace(outgoing, hides_usage=hides_usage)
+        return self.request(
+            request,
+            route,
+            service_id,
+            body,
+            needs_plain=needs_plain or hides_usage,
+            elapsed_s=elapsed_s,
+            hides_usage=hides_usage,
+        )
 
     def request(
-        self, request: ClientRequest, route: Route, service_id: str, body: bytes, *, needs_plain: bool
+        self,
+        request: ClientRequest,
+        route: Route,
+        service_id: str,
+        body: bytes,
+        *,
+        needs_plain: bool,
+        elapsed_s: float = 0.0,
+        hides_usage: bool = False,
     ) -> Outgoing:
         """A request with this body, as it is. Raises ConfigurationError when a credential is not there."""
         provider = self.provider(service_id)
         token = "" if provider.no_key_required else self._providers.access_token(provider)
         own, query = self._providers.headers(provider), self._providers.query(provider)
-        ours = route.dialect.credential_headers(provider, token, _joined(request.headers)) | own
+        account = self._accounts.get(provider.uuid)
+        if account is None or not account.is_of(provider, token, own, query):
+            account = self._accounts[provider.uuid] = _Account(provider, token, own, query)
+        ours = route.dialect.credential_headers(provider, token, request.joined) | own
         outgoing = UpstreamRequest(
             provider=provider.name,
             method=request.method,
-            url=upstream_url(provider, route.path, service_id.partition(":")[2], request.query, query),
+            url=account.url(route.path, service_id.partition(":")[2], request.query),
             headers=request_headers(request.headers, ours, identity_only=needs_plain, request_id=request.request_id),
             body=body,
             proxy_url=self._providers.proxy_url(provider),
             timeouts=provider.timeouts,
-            timeout_s=provider.timeout,
+            timeout_s=max(provider.timeout - elapsed_s, _LEAST_S),
         )
-        mask = Mask((token, *_secrets(own, provider.headers), *_secrets(query, provider.query)))
-        return Outgoing(request=outgoing, mask=mask)
+        return Outgoing(request=outgoing, mask=account.mask, hides_usage=hides_usage)
 
 
 def with_model(body: bytes, content_type: str, *, asked: str, model: str) -> bytes:
@@ -90,12 +144,3 @@ def _secrets(resolved: Mapping[str, str], kept: Mapping[str, str]) -> Iterator[s
     for name, value in resolved.items():
         if is_secret_name(name) or value != kept[name]:
             yield from value.split()  # A scheme, as in `Bearer …`, may be left out where it is repeated.
-
-
-def _joined(headers: Headers) -> dict[str, str]:
-    """The headers by name in lower case; what came in several lines is one list (RFC 9110 §5.3)."""
-    joined: dict[str, str] = {}
-    for name, value in headers:
-        key = name.lower()
-        joined[key] = f"{joined[key]}, {value}" if key in joined else value
-    return joined

@@ -26,6 +26,8 @@ def test_with_nothing_given_every_setting_has_its_default() -> None:
         redis="",
         host="",
         port=8080,
+        tls_cert_file="",
+        tls_key_file="",
         fast_lane=True,
         metrics_port=0,
         admin_host="127.0.0.1",
