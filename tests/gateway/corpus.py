@@ -146,10 +146,10 @@ _GOOD_CODINGS = (b"chunked", b"Chunked", b"CHUNKED", b"cHuNkEd", b" chunked", b"
 _BAD_CODINGS = (
     b"", b"xchunked", b"chunkedx", b"chunked, identity", b"chunked,identity", b"identity", b"identity, chunked",
     b"gzip", b"gzip, chunked", b"chunked, gzip", b"chunked, chunked", b"chunked;q=1", b"chunked;", b"chunked,",
-    b",chunked", b'"chunked"', b"'chunked'", b"chunk", b"chunke", b"\x0bchunked", b"chunked\x0b", b"chunked\x0c", b"chunked\x00",
-    b"\x00chunked", b"chunked\x7f", b"chunked\xa0", b"chunked\x85", b"\xefchunked", b"chunk ed", b"chunked gzip",
-    b"chunked\rx", b"trailers, chunked", b"deflate,chunked", b"none", b"*", b"chunked chunked", b"\xd1\x81hunked", b"0",
-    b"compress", b"chunked:", b"chunked=1",
+    b",chunked", b'"chunked"', b"'chunked'", b"chunk", b"chunke", b"\x0bchunked", b"chunked\x0b", b"chunked\x0c",
+    b"chunked\x00", b"\x00chunked", b"chunked\x7f", b"chunked\xa0", b"chunked\x85", b"\xefchunked", b"chunk ed",
+    b"chunked gzip", b"chunked\rx", b"trailers, chunked", b"deflate,chunked", b"none", b"*", b"chunked chunked",
+    b"\xd1\x81hunked", b"0", b"compress", b"chunked:", b"chunked=1",
 )  # fmt: skip
 _BAD_CODING_LINES = {
     "a blank before the colon": b"Transfer-Encoding : chunked",

@@ -273,8 +273,9 @@ def _with(header: bytes, *, body: bytes = OPENAI_JSON) -> bytes:
 
 _LINE_ENDS = {
     "LF": b"\n", "CR": b"\r", "CR CR LF": b"\r\r\n", "NUL": b"\x00", "NUL CRLF": b"\x00\r\n", "CRLF blank": b"\r\n ",
-    "CRLF tab": b"\r\n\t", "LF blank": b"\n ", "vertical tab": b"\x0b", "form feed": b"\x0c", "DEL": b"\x7f", "NEL": b"\x85",
-    "NEL in UTF-8": b"\xc2\x85", "a line separator": b"\xe2\x80\xa8", "U+560A": b"\xe5\x98\x8a", "U+010A": b"\xc4\x8a",
+    "CRLF tab": b"\r\n\t", "LF blank": b"\n ", "vertical tab": b"\x0b", "form feed": b"\x0c", "DEL": b"\x7f",
+    "NEL": b"\x85", "NEL in UTF-8": b"\xc2\x85", "a line separator": b"\xe2\x80\xa8",
+    "U+560A": b"\xe5\x98\x8a", "U+010A": b"\xc4\x8a",
     "U+560D U+560A": b"\xe5\x98\x8d\xe5\x98\x8a",
 }  # fmt: skip
 TRICKS: dict[str, bytes] = {
@@ -384,8 +385,8 @@ _SEEDS = [
     corpus.sized() + corpus.SMUGGLED,
 ]
 _TOKENS = [
-    b"\r", b"\n", b"\r\n", b"\r\n\r\n", b" ", b"\t", b"\x00", b"\x0b", b"\x7f", b"\x85", b"\xff", b":", b";", b",", b"0",
-    b"1", b"-", b"+", b"chunked", b"HTTP/1.0", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n",
+    b"\r", b"\n", b"\r\n", b"\r\n\r\n", b" ", b"\t", b"\x00", b"\x0b", b"\x7f", b"\x85", b"\xff", b":", b";", b",",
+    b"0", b"1", b"-", b"+", b"chunked", b"HTTP/1.0", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n",
     b"Transfer-Encoding: identity\r\n", b"Connection: close\r\n", b"Host: b\r\n", b"Expect: 100-continue\r\n",
     b"Upgrade: h2c\r\n", b"POST / HTTP/1.1\r\n", b"0\r\n\r\n", b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n",
 ]  # fmt: skip
