@@ -137,6 +137,25 @@ async def test_usual_requests_are_served_in_the_lane(case: str) -> None:
             assert door.server.connections == []
 
 
+async def test_requests_of_one_client_differ_in_their_bodies_and_sometimes_in_their_heads() -> None:
+    bodies = [b"x" * size for size in (5, 0, 1000, 5, 1001, 2**17)]
+    posts = [a_post(body) for body in bodies] + [a_post(b"y", b"X-A: %d" % number) for number in range(10)]
+    async with opened() as door:
+        answers = await door.ask(b"".join([*posts, *posts, a_post(b"last", b"Connection: close")]))
+    expected = [*bodies, *[b"y"] * 10] * 2 + [b"last"]
+    assert [answer.body.rpartition(b" ")[2] for answer in answers] == expected
+
+
+async def test_the_head_of_a_silent_client_is_forgotten() -> None:
+    async with opened(sweep_s=0.01, slow_s=0.02) as door, door.line() as line:
+        line.transport.write(a_post())
+        await eventually_answered(line, 1)
+        (lane,) = door.lanes.open
+        await eventually(lambda: is_true(lane._repeat is None))
+        line.transport.write(a_post(b"more"))
+        await eventually_answered(line, 2)
+
+
 @pytest.mark.parametrize("case", OTHERS)
 @pytest.mark.parametrize("is_first", [True, False], ids=["first", "later"])
 async def test_others_are_handed_over_and_their_connection_stays_there(case: str, is_first: bool) -> None:
@@ -540,6 +559,21 @@ async def test_both_fronts_speak_tls(tmp_path: Path, has_lane: bool) -> None:
             line.transport.write(request)
             await eventually_answered(line, count)
         assert len(door.server.connections) == 1
+
+
+@pytest.mark.parametrize("has_tls", [True, False])
+async def test_behind_the_last_request_of_a_connection_nothing_is_served(tmp_path: Path, has_tls: bool) -> None:
+    server, client = contexts(tmp_path) if has_tls else (None, None)
+    served = []
+
+    async def handle(request: ClientRequest, stream: ClientStream) -> None:
+        served.append(request.body)
+        await tell(request, stream)
+
+    async with opened(handle, tls=server) as door, door.line(client) as line:
+        await line.send(a_post(b"last", b"Connection: close"), *[a_post(b"more")] * 20)
+        assert await line.until_closed()
+    assert served == [b"last"]
 
 
 async def test_over_tls_too_a_client_that_leaves_cancels_its_request(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from aiohttp.http_parser import HttpRequestParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from balancer.gateway.lane_head import MAX_HEADERS, Head, is_beginning, read_head
+from balancer.gateway.lane_head import MAX_HEADERS, Head, is_beginning, read_head, repeat_of
 
 LINE = b"POST /v1/chat/completions?a=b HTTP/1.1\r\n"
 HOST = b"Host: gateway:8080\r\n"
@@ -168,19 +168,67 @@ PLACES = st.sampled_from(STARTS) | st.integers(0, len(USUAL))
 CHANGES = st.lists(st.tuples(PLACES, st.integers(0, 3), st.sampled_from(PARTS)), max_size=6)
 
 
+def changed(raw: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
+    """A head with parts put in, each in the place of some bytes; with its last line end."""
+    for place, cut, part in changes:
+        raw = raw[:place] + part + raw[place + cut :]
+    return raw.partition(b"\r\n\r\n")[0].removesuffix(b"\r\n") + b"\r\n"
+
+
 @settings(max_examples=600, deadline=None)
 @given(CHANGES)
 @example([])
 @example([(len(USUAL), 0, b"Host: b:1\r\n")])
 def test_what_is_read_means_the_same_to_the_other_parser(changes: list[tuple[int, int, bytes]]) -> None:
-    raw = USUAL
-    for place, cut, part in changes:
-        raw = raw[:place] + part + raw[place + cut :]
-    raw = raw.partition(b"\r\n\r\n")[0].removesuffix(b"\r\n") + b"\r\n"
+    raw = changed(USUAL, changes)
     head = read_head(raw)
     if head is not None:
         assert head == as_aiohttp_reads(raw)
         assert all(is_beginning(raw[:end]) for end in range(len(raw)))
+
+
+# -- heads that come again ---------------------------------------------------------------------------------------------
+
+LATER = [
+    USUAL,
+    USUAL.replace(b": 2\r", b": 12345\r"),
+    USUAL.replace(b": 2\r", b": 002\r"),
+    USUAL.replace(b": 2\r", b":  2\r"),
+    USUAL.replace(b": 2\r", b": 2 \r"),
+    USUAL.replace(b": 2\r", b": \r"),
+    USUAL.replace(b": 2\r", b": -2\r"),
+    USUAL.replace(b": 2\r", b": 2,2\r"),
+    USUAL.replace(b": 2\r", b": \xb2\r"),
+    USUAL.replace(b": 2\r", b": 1234567890123456\r"),
+    USUAL.replace(b": 2\r\n", b": 2\r\nX-B: c\r\n"),
+    USUAL.replace(b"a=b", b"a=c"),
+    LINE + LENGTH + HOST,
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from([USUAL, LINE + LENGTH + HOST]), st.sampled_from(LATER), CHANGES)
+def test_a_head_that_is_known_again_is_read_as_if_it_were_new(
+    earlier: bytes, later: bytes, changes: list[tuple[int, int, bytes]]
+) -> None:
+    head = read_head(earlier)
+    assert head is not None
+    repeat = repeat_of(earlier + b"\r\n", head)
+    assert repeat is not None
+    for raw in (later, changed(later, changes)):
+        data = raw + b"\r\n" + b"body"
+        assert repeat.read(data) in (None, (read_head(raw), len(raw) + 2))
+        assert repeat.read(data[: len(raw) + 1]) is None
+
+
+def test_a_head_is_known_again_whatever_its_body_s_length() -> None:
+    head = read_head(USUAL)
+    assert head is not None
+    repeat = repeat_of(USUAL + b"\r\n", head)
+    assert repeat is not None
+    assert repeat.read(USUAL + b"\r\n{}") == (head, len(USUAL) + 2)
+    other = USUAL.replace(b": 2\r", b": 345\r")
+    assert repeat.read(other + b"\r\n{}") == (read_head(other), len(other) + 2)
 
 
 # -- heads that are not whole ------------------------------------------------------------------------------------------
