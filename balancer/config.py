@@ -6,6 +6,7 @@ variable `BALANCER_X`; one marked as a secret may also be given as a file, `BALA
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import os
 import re
@@ -94,6 +95,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="drain_delay_s", default=0.0, meaning="seconds to go on accepting after SIGTERM, while not ready"),
     Setting(name="max_body_bytes", default=64 * 1024 * 1024, meaning="longest request body in bytes; beyond it: 413"),
     Setting(name="upstream_connections", default=1024, meaning="connections a worker opens per provider at most"),
+    Setting(
+        name="loop", default="asyncio", meaning="the workers' event loop: asyncio, or uvloop where it is installed"
+    ),
     Setting(name="decision_headers", default=True, meaning="answer with x-balancer-decision, -service and -attempts"),
     Setting(
         name="audit_interval_s", default=60.0, meaning="seconds between checks of each pool's history; 0 checks none"
@@ -130,6 +134,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     drain_delay_s: float
     max_body_bytes: int
     upstream_connections: int
+    loop: str
     decision_headers: bool
     audit_interval_s: float
     scripts_dir: str
@@ -230,7 +235,10 @@ def _check(settings: Settings) -> None:
     require("drain_delay_s", settings.drain_delay_s >= 0, "0 seconds or more")
     require("max_body_bytes", settings.max_body_bytes > 0, "more than 0 bytes")
     require("upstream_connections", settings.upstream_connections > 0, "1 or more")
+    require("loop", settings.loop in ("asyncio", "uvloop"), "asyncio or uvloop")
     require("audit_interval_s", settings.audit_interval_s >= 0, "0 seconds or more")
+    if settings.loop == "uvloop" and importlib.util.find_spec("uvloop") is None:
+        faults.append(f"{PREFIX}LOOP: uvloop is not installed: `pip install uvloop`, or leave it at asyncio")
     if bool(settings.tls_cert_file) != bool(settings.tls_key_file):
         given, missing = ("CERT", "KEY") if settings.tls_cert_file else ("KEY", "CERT")
         faults.append(f"{PREFIX}TLS_{missing}_FILE: expected a file too, since {PREFIX}TLS_{given}_FILE is given")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -12,6 +13,7 @@ import aiohttp
 import msgspec
 import pytest
 import redis
+import uvloop
 
 from balancer import config, document
 from balancer.gateway.app import Gateway
@@ -28,6 +30,12 @@ SEALING_KEY = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
 KEY = "sk-upstream-0123456789"
 FRONTS = ("lane", "aiohttp")
 """With the fast lane, which is the default, and without it."""
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The loops that a test runs on: asyncio's, and in a module that is ON_BOTH_LOOPS uvloop's too."""
+    is_on_both = isinstance(item, pytest.Function) and hasattr(item.module, "ON_BOTH_LOOPS")
+    return {"asyncio": asyncio.new_event_loop} | ({"uvloop": uvloop.new_event_loop} if is_on_both else {})
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import random
 import re
 import ssl
 from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import cast
 
 import msgspec
 
@@ -98,8 +99,7 @@ class Line(asyncio.Protocol):
         self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods only.
 
     def data_received(self, data: bytes) -> None:
         self.held += data
