@@ -12,7 +12,7 @@ SCRIPTS := .cache/lua
 .PHONY: help demo test check prove chaos soak bench profile bench-clients bench-peers lint format lock clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
 
 demo: $(VENV)/.installed  ## three fake accounts, two workers, one killed in the middle, and the proof (ARGS="--keep")
 	$(BIN)/balancer demo $(ARGS)
