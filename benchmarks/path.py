@@ -201,7 +201,7 @@ class _Upstream:
         )
 
     async def send(self, request: UpstreamRequest) -> _Response:
-        if b'"stream": true' in request.body:
+        if b'"stream": true' in request.body[:120]:
             headers = (("Content-Type", "text/event-stream"), ("Transfer-Encoding", "chunked"))
             return _Response(headers, None, self._events)
         length = str(len(self._json))

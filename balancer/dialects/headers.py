@@ -64,6 +64,7 @@ _NOT_UP = HOP_BY_HOP | _FROM_CLIENT
 _NOT_DOWN = HOP_BY_HOP | _FROM_UPSTREAM
 _OURS = "x-balancer-"
 _OURS_OR_FORWARDED = (_OURS, "x-forwarded-")
+_LIST_NOTHING = ("keep-alive", "close")
 _SECONDS = re.compile(r"[0-9]+(?:\.[0-9]*)?")
 
 
@@ -82,7 +83,7 @@ def request_headers(
         if name in _NOT_UP:
             if name == "accept-encoding":
                 asked.append(pair[1])
-            elif name == "connection":
+            elif name == "connection" and pair[1] not in _LIST_NOTHING:
                 listed.append(pair[1])
         elif name not in added and not name.startswith(_OURS_OR_FORWARDED):
             kept.append(pair)
@@ -101,7 +102,7 @@ def response_headers(upstream: Headers) -> Headers:
     for pair in upstream:
         name = pair[0].lower()
         if name in _NOT_DOWN:
-            if name == "connection":
+            if name == "connection" and pair[1] not in _LIST_NOTHING:
                 listed.append(pair[1])
         elif name == "x-request-id":
             kept.append(("x-upstream-request-id", pair[1]))

@@ -17,7 +17,7 @@ import msgspec
 from balancer import bodies, log
 from balancer.dialects.headers import client_timeout_s
 from balancer.dialects.paths import Route
-from balancer.domain import DEFAULT_TIMEOUT_S, Outcome, Pick, Rule
+from balancer.domain import Outcome, Pick, Rule, Timeouts
 from balancer.errors import (
     BalancerError,
     ConfigurationError,
@@ -33,7 +33,7 @@ from balancer.gateway.deadlines import Deadline, Deadlines
 from balancer.gateway.events import Remember
 from balancer.gateway.matching import Plan, Plans
 from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream, Upstream, UpstreamRequest
-from balancer.gateway.opening import Opening
+from balancer.gateway.opening import READ_AHEAD_S, Opening
 from balancer.gateway.outgoing import Preparer, with_model
 from balancer.gateway.relay import Relay
 from balancer.gateway.telling import decision_headers, incomplete, send_error
@@ -43,6 +43,8 @@ from balancer.sessions import session_of
 _DEADLINE_MARGIN_S = 30.0
 """Beyond the provider's timeout: when it has passed, the attempt cannot be alive any more."""
 
+_SELECT_S = 30.0
+"""More than a selection takes beside the time in its queue: Redis has its deadline, and so has a new configuration."""
 _CLIENT_MARGIN_S = 1.0
 _WARN_INTERVAL_S = 10.0
 
@@ -68,13 +70,18 @@ class Clock:
         """Until the whole request's limit, or the client's own if that is earlier."""
         return self._ends_at(timeout_s) - self._deadlines.now()
 
-    def until_first_byte(self, timeout_s: float | None = None) -> contextlib.AbstractContextManager[object]:
+    def until_first_byte(
+        self, timeout_s: float | None = None, *, most_s: float
+    ) -> contextlib.AbstractContextManager[object]:
         """Raises DeadlineError when the client's time is over, or the whole request's where that is given.
 
-        SDKs wait so long for the first byte; what comes behind it they wait for anew.
+        SDKs wait so long for the first byte; what comes behind it they wait for anew. `most_s`: what is waited for has
+        limits of its own, which end it by then.
         """
         ends_at = self._client_at if timeout_s is None else self._ends_at(timeout_s)
-        return _UNLIMITED if ends_at is None else self._deadlines.at(ends_at, _too_late)
+        if ends_at is None or ends_at > self._deadlines.now() + most_s:
+            return _UNLIMITED
+        return self._deadlines.at(ends_at, _too_late)
 
     def no_longer_than(self, timeout_s: float, stream: ClientStream) -> Deadline:
         """Breaks the client's connection, and raises ClientGoneError, when a request outlives its provider's timeout.
@@ -202,7 +209,7 @@ class Forwarder:
         clock = self._clock(request)
         try:
             with clock.no_longer_than(outgoing.request.timeout_s, stream):
-                with clock.until_first_byte():
+                with clock.until_first_byte(most_s=_opening_s(outgoing.request.timeouts)):
                     answer = await self._open(outgoing.request)
                     await answer.look(route.dialect.name, _now_ms())
                 await relay.run(answer)
@@ -221,7 +228,7 @@ class Forwarder:
         if elapsed_s >= plan.shortest_s:
             late = tuple(s.id for s in rule.services if plan.timeouts_s[s.provider] <= elapsed_s)
         try:
-            with clock.until_first_byte(plan.longest_s):
+            with clock.until_first_byte(plan.longest_s, most_s=_SELECT_S + rule.queue_timeout_ms / 1000):
                 return await self._balance.select(
                     rule,
                     reserved=_reserved(plan, errand.peek, request.body),
@@ -251,7 +258,7 @@ class Forwarder:
             if errand.course.attempts == 1:
                 self._metrics.overhead.observe(errand.clock.elapsed_s)
             with errand.clock.no_longer_than(outgoing.timeout_s, stream):
-                with errand.clock.until_first_byte():
+                with errand.clock.until_first_byte(most_s=_opening_s(outgoing.timeouts)):
                     answer = await self._open(outgoing)
                     await answer.look(errand.route.dialect.name, _now_ms())
                 if answer.is_empty:
@@ -272,13 +279,14 @@ class Forwarder:
             attempt.settle(Outcome.FAILED)
             if answer is not None:
                 await answer.close()
-            log.debug(
-                "attempt",
-                request=errand.request.request_id,
-                decision=pick.decision,
-                service=pick.service,
-                outcome=attempt.outcome,
-            )
+            if log.is_debugging():
+                log.debug(
+                    "attempt",
+                    request=errand.request.request_id,
+                    decision=pick.decision,
+                    service=pick.service,
+                    outcome=attempt.outcome,
+                )
         return attempt.outcome or Outcome.FAILED
 
     async def _open(self, outgoing: UpstreamRequest) -> Opening:
@@ -299,11 +307,6 @@ class Forwarder:
 
     def _prepare(self, errand: _Errand, attempt: Attempt) -> tuple[UpstreamRequest, Relay]:
         pick, route, course, peek = attempt.pick, errand.route, errand.course, errand.peek
-        elapsed_s = errand.clock.elapsed_s
-        timeouts_s = self._plans.of(attempt.rule).timeouts_s
-        if elapsed_s >= timeouts_s.get(pick.service.partition(":")[0], DEFAULT_TIMEOUT_S):
-            # It came free too late. Sent all the same, it would be a failure of a service that has done nothing wrong.
-            raise DeadlineError("the request has waited for as long as the provider gives to a whole one")
         is_kept = route.path == "/v1/responses" and peek.store
         outgoing = self._preparer.generation(
             errand.request,
@@ -311,7 +314,7 @@ class Forwarder:
             peek,
             pick.service,
             needs_plain=bool(course.response_model),
-            elapsed_s=elapsed_s,
+            elapsed_s=errand.clock.elapsed_s,
         )
         relay = Relay(
             request_id=errand.request.request_id,
@@ -359,6 +362,11 @@ def _held(answer: Opening, verdict: Verdict, relay: Relay, outgoing: UpstreamReq
             await relay.run(answer)
 
     return _Failure(verdict=verdict, outcome=verdict.outcome, tell=tell)
+
+
+def _opening_s(timeouts: Timeouts) -> float:
+    """More than an answer's opening takes: its limits, one after the other, and what is read ahead of a stream."""
+    return timeouts.headers_s + timeouts.first_byte_s + timeouts.idle_s + READ_AHEAD_S
 
 
 def _too_late() -> DeadlineError:

@@ -164,8 +164,8 @@ class Handlers:
         directory = self._source.snapshot()
         rule = directory.rule(wanted.scenario, peek.model)
         if rule is None:
-            names = [rule.request_model for rule in directory.rules(wanted.scenario)]
-            raise _unknown_model(peek.model, wanted.scenario, names)
+            rules = directory.rules(wanted.scenario)[: _NAMES_SHOWN + 1]
+            raise _unknown_model(peek.model, wanted.scenario, [rule.request_model for rule in rules])
         plan = self._plans.of(rule)
         if not plan.usable:
             raise NoServiceError(f"rule {rule.uuid} has no active service with an enabled provider")

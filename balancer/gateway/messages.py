@@ -23,14 +23,25 @@ class ClientRequest:
 
     __slots__ = ("_first", "body", "headers", "method", "path", "query", "request_id")
 
-    def __init__(self, *, method: str, path: str, query: str, headers: Headers, body: bytes, request_id: str) -> None:
+    def __init__(
+        self,
+        *,
+        method: str,
+        path: str,
+        query: str,
+        headers: Headers,
+        body: bytes,
+        request_id: str,
+        first: dict[str, str] | None = None,
+    ) -> None:
+        """`first`: the first value of each header by its name in lower case, where the caller knows them already."""
         self.method = method
         self.path = path
         self.query = query
         self.headers = headers
         self.body = body
         self.request_id = request_id
-        self._first: dict[str, str] | None = None
+        self._first = first
 
     def header(self, name: str) -> str:
         """The first value of a header (its name in lower case), empty when it is absent."""

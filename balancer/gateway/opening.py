@@ -25,6 +25,8 @@ _ERROR_LIMIT_S = 5.0
 _FIRST_EVENT_LIMIT_BYTES = 64 * 1024
 _COMMENTS_S = 10.0
 """Comments are held back for no longer: they keep connections alive that somebody between here and the client ends."""
+READ_AHEAD_S = _ERROR_LIMIT_S + _COMMENTS_S
+"""No opening is read for longer than that beside the time in which nothing comes."""
 _EVENT_BEGINNINGS = (b"data:", b"event:", b"id:", b": ", b":\n")
 """Some servers send a stream under another content type: JSON cannot begin so."""
 _PLAIN_EVENT = re.compile(rb"\n\r?\n")

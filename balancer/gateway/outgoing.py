@@ -10,12 +10,11 @@ from balancer import bodies
 from balancer.dialects.headers import request_headers
 from balancer.dialects.paths import Route, upstream_url
 from balancer.domain import Provider, is_secret_name
-from balancer.errors import NoServiceError
+from balancer.errors import DeadlineError, NoServiceError
 from balancer.gateway.attempts import Providers
 from balancer.gateway.masking import Mask
 from balancer.gateway.messages import ClientRequest, UpstreamRequest
 
-_LEAST_S = 0.001
 _URLS_KEPT = 64
 
 
@@ -80,9 +79,13 @@ class Preparer:
     ) -> Outgoing:
         """A request that a model answers; `needs_plain` when its answer is to be read or edited on its way.
 
-        `elapsed_s` of its time have passed.
+        `elapsed_s` of its time have passed. Raises DeadlineError when that is all which the provider gives to it,
+        ConfigurationError when a credential is not there.
         """
         provider = self.provider(service_id)
+        if elapsed_s >= provider.timeout:
+            # It came free too late. Sent all the same, it would be a failure of a service that has done nothing wrong.
+            raise DeadlineError("the request has waited for as long as the provider gives to a whole one")
         body = request.body
         hides_usage = False
         if peek.stream and route.path in ("/v1/chat/completions", "/v1/completions") and not peek.asks_for_usage:
@@ -90,29 +93,28 @@ class Preparer:
         if hides_usage:
             body = bodies.ask_for_usage(body)
         body = with_model(body, request.header("content-type"), asked=peek.model, model=service_id.partition(":")[2])
-        return self.request(
-            request,
-            route,
-            service_id,
-            body,
-            needs_plain=needs_plain or hides_usage,
-            elapsed_s=elapsed_s,
-            hides_usage=hides_usage,
-        )
+        is_plain = needs_plain or hides_usage
+        outgoing, mask = self._made(provider, request, route, service_id, body, is_plain, provider.timeout - elapsed_s)
+        return Outgoing(request=outgoing, mask=mask, hides_usage=hides_usage)
 
     def request(
+        self, request: ClientRequest, route: Route, service_id: str, body: bytes, *, needs_plain: bool
+    ) -> Outgoing:
+        """A request with this body, as it is. Raises ConfigurationError when a credential is not there."""
+        provider = self.provider(service_id)
+        outgoing, mask = self._made(provider, request, route, service_id, body, needs_plain, provider.timeout)
+        return Outgoing(request=outgoing, mask=mask)
+
+    def _made(
         self,
+        provider: Provider,
         request: ClientRequest,
         route: Route,
         service_id: str,
         body: bytes,
-        *,
-        needs_plain: bool,
-        elapsed_s: float = 0.0,
-        hides_usage: bool = False,
-    ) -> Outgoing:
-        """A request with this body, as it is. Raises ConfigurationError when a credential is not there."""
-        provider = self.provider(service_id)
+        is_plain: bool,
+        timeout_s: float,
+    ) -> tuple[UpstreamRequest, Mask]:
         token = "" if provider.no_key_required else self._providers.access_token(provider)
         own, query = self._providers.headers(provider), self._providers.query(provider)
         account = self._accounts.get(provider.uuid)
@@ -123,13 +125,13 @@ class Preparer:
             provider=provider.name,
             method=request.method,
             url=account.url(route.path, service_id.partition(":")[2], request.query),
-            headers=request_headers(request.headers, ours, identity_only=needs_plain, request_id=request.request_id),
+            headers=request_headers(request.headers, ours, identity_only=is_plain, request_id=request.request_id),
             body=body,
             proxy_url=self._providers.proxy_url(provider),
             timeouts=provider.timeouts,
-            timeout_s=max(provider.timeout - elapsed_s, _LEAST_S),
+            timeout_s=timeout_s,
         )
-        return Outgoing(request=outgoing, mask=account.mask, hides_usage=hides_usage)
+        return outgoing, account.mask
 
 
 def with_model(body: bytes, content_type: str, *, asked: str, model: str) -> bytes:
