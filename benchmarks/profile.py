@@ -196,7 +196,7 @@ def worker_of(process: Process) -> int:
 
 def main(options: argparse.Namespace) -> int:
     """Profiles both loads."""
-    processes.cores()
+    processes.leave_the_contestant_alone()
     profiler()
     variant = ours.ALL if options.variant == "all" else features.OFF
     with site.opened() as place:
@@ -228,3 +228,5 @@ if __name__ == "__main__":
         sys.exit(main(parser.parse_args()))
     except KeyboardInterrupt:
         sys.exit("stopped")
+    except RuntimeError as exc:
+        sys.exit(str(exc))
