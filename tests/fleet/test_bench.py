@@ -50,11 +50,11 @@ def test_a_ratio_compares_within_a_round_before_it_takes_the_median() -> None:
     found = Figures(
         [
             *(a_row("ours", cpu, i) for i, cpu in enumerate((10.0, 40.0, 30.0))),
-            *(a_row("nginx", cpu, i) for i, cpu in enumerate((5.0, 10.0, 10.0))),
+            *(a_row("nginx", cpu, i) for i, cpu in enumerate((5.0, 40.0, 10.0))),
         ]
     )
-    assert found.ratio("ours", "nginx", SMALL, figures.cpu_us) == 3.0
-    assert found.added("ours", "nginx", SMALL, figures.cpu_us) == 20.0
+    assert found.ratio("ours", "nginx", SMALL, figures.cpu_us) == 2.0
+    assert found.added("ours", "nginx", SMALL, figures.cpu_us) == 5.0
     assert found.median("ours", SMALL, figures.cpu_us) == 30.0
 
 
