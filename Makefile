@@ -9,7 +9,7 @@ SCRIPTS := .cache/lua
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check prove chaos soak lint format lock clean
+.PHONY: help demo test check prove chaos soak growth lint format lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -28,6 +28,9 @@ chaos: $(VENV)/.developed  ## a fleet under every fault; each error traced to it
 
 soak: $(VENV)/.developed  ## an hour of the same, and whether memory grows
 	$(BIN)/python -m benchmarks.chaos --soak 60 $(ARGS)
+
+growth: $(VENV)/.developed  ## how costs grow with rules, services, pins, streams, and what should not (GROWTH_QUICK=1)
+	$(BIN)/python -m benchmarks.growth $(ARGS)
 
 check: lint test  ## what the gate runs
 
