@@ -14,6 +14,8 @@ from balancer.errors import RequestError
 
 _RUN_BYTES = 512
 _TOKENS_PER_RUN = 1000
+# Possessive, and greedy from the far end of a run's length: it goes from space to space in the longest steps.
+_SPACED = re.compile(rb"(?s:.{0,%d} )*+" % (_RUN_BYTES - 1))
 _BYTES_PER_TOKEN = 4
 _UTF8_STEP_BYTES = 1024 * 1024
 
@@ -191,9 +193,10 @@ def estimate_tokens(body: bytes) -> int:
 
 
 def _may_hold_run(body: bytes) -> bool:
-    """False when every half-run block has a space: a run would cover one of them wholly."""
-    half = _RUN_BYTES // 2
-    return any(b" " not in body[at : at + half] for at in range(0, len(body) - half + 1, half))
+    """False when no two spaces are as far apart as a run is long, in one step of C code."""
+    spaced = _SPACED.match(body)
+    assert spaced is not None, "nothing matches too"
+    return len(body) - spaced.end() >= _RUN_BYTES
 
 
 # -- edits -------------------------------------------------------------------------------------------------------------
@@ -281,10 +284,11 @@ def replace_model(body: bytes, new: str, known: str = "") -> bytes:
     edited in any case: upstreams do not agree with us, or each other, on which of them counts.
     """
     # What `peek` has read is there. Where these bytes stand only once and no letter is escaped, they are that key.
-    if body.count(b'"model"') == 1 and not may_spell_letters(body):
+    at = body.rfind(b'"model"')  # From the end: that is the faster search by far.
+    if at >= 0 and body.rfind(b'"model"', 0, at) < 0 and not may_spell_letters(body):
         if new == known:
             return body
-        model = _MODEL.match(body, body.index(b'"model"'))
+        model = _MODEL.match(body, at)
         assert model is not None, "the model is a string"
         return _edited(body, [(*model.span(1), msgspec.json.encode(new))])
     return replace_string(body, ("model",), new)
@@ -302,7 +306,7 @@ def ask_for_usage(body: bytes) -> bytes:
 
 def may_spell_letters(body: bytes) -> bool:
     """False when no key can be spelt with escaped letters. The first look is the fast one."""
-    return b"\\u00" in body and _ESCAPED_LETTER.search(body) is not None
+    return body.rfind(b"\\u00") >= 0 and _ESCAPED_LETTER.search(body) is not None
 
 
 def _with_usage(options: bytes) -> bytes:

@@ -6,6 +6,7 @@ variable `BALANCER_X`; one marked as a secret may also be given as a file, `BALA
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import os
 import re
@@ -46,6 +47,13 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(name="host", default="", meaning="address to listen on; empty: all with client tokens, else 127.0.0.1"),
     Setting(name="port", default=8080, meaning="port of the data plane"),
+    Setting(
+        name="tls_cert_file",
+        default="",
+        meaning="certificate of the data plane in PEM, its chain behind it; empty: no TLS",
+    ),
+    Setting(name="tls_key_file", default="", meaning="the certificate's key in PEM, unencrypted"),
+    Setting(name="fast_lane", default=True, meaning="serve the usual requests without aiohttp; off: all go through it"),
     Setting(name="metrics_port", default=0, meaning="port of its own for /metrics; 0 serves it on the data plane"),
     Setting(name="admin_host", default="127.0.0.1", meaning="address of the admin server"),
     Setting(
@@ -87,6 +95,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="drain_delay_s", default=0.0, meaning="seconds to go on accepting after SIGTERM, while not ready"),
     Setting(name="max_body_bytes", default=64 * 1024 * 1024, meaning="longest request body in bytes; beyond it: 413"),
     Setting(name="upstream_connections", default=1024, meaning="connections a worker opens per provider at most"),
+    Setting(
+        name="loop", default="asyncio", meaning="the workers' event loop: asyncio, or uvloop where it is installed"
+    ),
     Setting(name="decision_headers", default=True, meaning="answer with x-balancer-decision, -service and -attempts"),
     Setting(
         name="audit_interval_s", default=60.0, meaning="seconds between checks of each pool's history; 0 checks none"
@@ -102,6 +113,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     redis: str
     host: str
     port: int
+    tls_cert_file: str
+    tls_key_file: str
+    fast_lane: bool
     metrics_port: int
     admin_host: str
     admin_port: int
@@ -120,6 +134,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     drain_delay_s: float
     max_body_bytes: int
     upstream_connections: int
+    loop: str
     decision_headers: bool
     audit_interval_s: float
     scripts_dir: str
@@ -220,7 +235,13 @@ def _check(settings: Settings) -> None:
     require("drain_delay_s", settings.drain_delay_s >= 0, "0 seconds or more")
     require("max_body_bytes", settings.max_body_bytes > 0, "more than 0 bytes")
     require("upstream_connections", settings.upstream_connections > 0, "1 or more")
+    require("loop", settings.loop in ("asyncio", "uvloop"), "asyncio or uvloop")
     require("audit_interval_s", settings.audit_interval_s >= 0, "0 seconds or more")
+    if settings.loop == "uvloop" and importlib.util.find_spec("uvloop") is None:
+        faults.append(f"{PREFIX}LOOP: uvloop is not installed: `pip install uvloop`, or leave it at asyncio")
+    if bool(settings.tls_cert_file) != bool(settings.tls_key_file):
+        given, missing = ("CERT", "KEY") if settings.tls_cert_file else ("KEY", "CERT")
+        faults.append(f"{PREFIX}TLS_{missing}_FILE: expected a file too, since {PREFIX}TLS_{given}_FILE is given")
     if faults:
         raise ConfigurationError("settings refused", tuple(faults))
     if settings.host and not is_loopback(settings.host) and not settings.client_tokens and not settings.insecure:

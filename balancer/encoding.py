@@ -6,6 +6,7 @@ in steps, and who takes them decides what to hold.
 
 from __future__ import annotations
 
+import functools
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -157,6 +158,7 @@ def decoded(body: bytes, encoding: str, limit_bytes: int) -> bytes:
     return b"".join(steps)
 
 
+@functools.lru_cache(maxsize=64)
 def restrict_accept_encoding(value: str | None) -> str:
     """Of the client's Accept-Encoding what we can decode too, with its weights; identity when nothing is left."""
     kept = []

@@ -44,6 +44,11 @@ def configure(level: str, stream: TextIO | None = None) -> None:
     _LOGGER.setLevel(level.upper())
 
 
+def is_debugging() -> bool:
+    """True when `debug` writes anything: what is dear to tell is then worth it."""
+    return _LOGGER.isEnabledFor(logging.DEBUG)
+
+
 def debug(event: str, **facts: object) -> None:
     """For an attempt."""
     _LOGGER.debug(event, extra={"facts": facts})

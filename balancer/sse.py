@@ -46,6 +46,11 @@ class Parser:
         """How many they are."""
         return len(self._buffer)
 
+    @property
+    def is_between_events(self) -> bool:
+        """True when no event is unfinished: what comes next begins one."""
+        return not self._buffer and not self._is_skipping
+
     def tail_has(self, word: bytes, *, among: int) -> bool:
         """True when a word ends among the last bytes of the unfinished event."""
         return self._buffer.find(word, max(0, len(self._buffer) - among - len(word) + 1)) >= 0

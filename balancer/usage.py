@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -57,6 +57,42 @@ class _Chunk(msgspec.Struct):
     error: msgspec.Raw = _NULL
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=_MOST)]
+
+
+class _CommonDetails(msgspec.Struct, frozen=True):
+    cached_tokens: _Count = 0
+    reasoning_tokens: _Count = 0
+
+
+_NO_DETAILS = _CommonDetails()
+
+
+class _CommonCounts(msgspec.Struct):
+    """OpenAI's counts as nearly all upstreams write them."""
+
+    prompt_tokens: _Count
+    completion_tokens: _Count
+    prompt_tokens_details: _CommonDetails = _NO_DETAILS
+    completion_tokens_details: _CommonDetails = _NO_DETAILS
+    cache_read_input_tokens: None = None
+    cache_creation_input_tokens: None = None
+
+    def read(self) -> Usage:
+        """The same as `read` makes of the table."""
+        return Usage(
+            input=self.prompt_tokens,
+            output=self.completion_tokens,
+            cached=self.prompt_tokens_details.cached_tokens,
+            reasoning=self.completion_tokens_details.reasoning_tokens,
+        )
+
+
+class _Common(msgspec.Struct):
+    usage: _CommonCounts
+
+
+_common = msgspec.json.Decoder(_Common)
 _body = msgspec.json.Decoder(_Body)
 _chunk = msgspec.json.Decoder(_Chunk)
 _any = msgspec.json.Decoder()
@@ -105,6 +141,18 @@ def _details(table: dict[str, Any], *names: str) -> dict[str, Any]:
     return next((table[name] for name in names if isinstance(table.get(name), dict)), {})
 
 
+def usage_of(body: bytes | bytearray) -> Usage | None:
+    """The usage that a whole JSON answer reports, if any."""
+    try:
+        counts = _common.decode(body).usage
+    except lenient.UNREADABLE:
+        counts = None
+    if counts is not None:
+        return counts.read()
+    answer = _decoded(_body, body.removeprefix(_BOM))
+    return read(answer.usage) if answer else None
+
+
 class UsageTap:
     """Listens to the chunks of a JSON answer; holds at most 4 MiB of it, beyond that the last 64 KiB."""
 
@@ -136,10 +184,7 @@ class UsageTap:
     def finish(self) -> Usage | None:
         """The usage that the answer reports, if any."""
         if self._is_whole:
-            if self._held.startswith(_BOM):
-                del self._held[: len(_BOM)]
-            body = _decoded(_body, self._held)
-            return read(body.usage) if body else None
+            return usage_of(self._held)
         return read(_last_usage(self._held[-TAIL_BYTES:].decode("utf-8", "replace")))
 
 

@@ -25,6 +25,7 @@ from balancer.cli.store import Store, opened
 from balancer.config import Settings
 from balancer.domain import Configuration
 from balancer.errors import BalancerError, ConfigurationError, StoreUnavailableError
+from balancer.gateway.tls import server_context
 from balancer.store import connection
 from balancer.store.publishing import Publication, publish_file
 from balancer.store.registry import Registry, kept_file
@@ -59,6 +60,7 @@ def run(options: argparse.Namespace) -> int:
     is_token_ours = settings.admin_listen_port is not None and not settings.admin_token
     if is_token_ours:
         settings = msgspec.structs.replace(settings, admin_token=secrets.token_urlsafe(24))
+    server_context(settings)  # What is wrong with it is said here, once, and not by every worker.
     configuration = read_file(settings.config, lenient=options.lenient) if settings.config else None
     with opened(settings) as store, _metrics_folder() as metrics_folder:
         publication = asyncio.run(_prepare(store, settings, configuration))
@@ -168,7 +170,7 @@ async def _supervise(settings: Settings, store: Store, slots: tuple[Slot, ...], 
         if failures:
             await _stop(settings, slots)
             raise failures[0]
-        urls = {"url": _url(slots[0].sockets[0])}
+        urls = {"url": _url(slots[0].sockets[0], "https" if settings.tls_cert_file else "http")}
         if slots[0].admin:
             urls["admin_url"] = _url(slots[0].admin)
         log.info("serving", **urls, workers=len(slots), pid=os.getpid())
@@ -193,9 +195,9 @@ async def _supervise(settings: Settings, store: Store, slots: tuple[Slot, ...], 
         os.close(life_read)
 
 
-def _url(listener: socket.socket) -> str:
+def _url(listener: socket.socket, scheme: str = "http") -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 async def _start(slot: Slot, environment: dict[str, str], life_fd: int) -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 
 from balancer import config, log
 from balancer.cli.store import Store, opened
@@ -29,12 +30,21 @@ def main() -> int:
     settings = config.load()
     log.configure(settings.log_level)
     try:
-        with opened(settings) as store:
-            asyncio.run(_serve(settings, store, options))
+        with opened(settings) as store, asyncio.Runner(loop_factory=_loop_factory(settings)) as runner:
+            runner.run(_serve(settings, store, options))
     except BalancerError as exc:
         log.error("worker ended", reason=exc.message)
         return 1
     return 0
+
+
+def _loop_factory(settings: Settings) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """What makes the event loop that the settings ask for; None for asyncio's own."""
+    if settings.loop != "uvloop":
+        return None
+    import uvloop
+
+    return uvloop.new_event_loop
 
 
 async def _serve(settings: Settings, store: Store, options: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from balancer.domain import ApiStyle, Provider
@@ -24,8 +24,11 @@ class Dialect(Protocol):
     def error_event(self, error: BalancerError, path: str) -> bytes:
         """The event that tells an open stream that it broke."""
 
-    def credential_headers(self, provider: Provider, access_token: str, client: Mapping[str, str]) -> dict[str, str]:
-        """The headers that carry the upstream's credential, and what must go with it. `client`: names in lower case."""
+    def credential_headers(self, provider: Provider, access_token: str, client: Callable[[str], str]) -> dict[str, str]:
+        """The headers that carry the upstream's credential, and what must go with it.
+
+        `client` gives all values of a header (its name in lower case) that the client sent, empty for none.
+        """
 
     def models_body(self, models: Sequence[str]) -> bytes:
         """The list of models."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -36,13 +36,13 @@ class AnthropicDialect:
         """An `error` event."""
         return b"event: error\ndata: %b\n\n" % msgspec.json.encode({"type": "error", "error": _details(error)})
 
-    def credential_headers(self, provider: Provider, access_token: str, client: Mapping[str, str]) -> dict[str, str]:
+    def credential_headers(self, provider: Provider, access_token: str, client: Callable[[str], str]) -> dict[str, str]:
         """x-api-key; with OAuth a bearer token, and the beta that admits it beside those the client asks for."""
-        headers = {} if "anthropic-version" in client else {"anthropic-version": VERSION}
+        headers = {} if client("anthropic-version") else {"anthropic-version": VERSION}
         if not access_token:
             return headers
         if provider.auth_type == "oauth":
-            betas = [beta.strip() for beta in client.get("anthropic-beta", "").split(",") if beta.strip()]
+            betas = [beta.strip() for beta in client("anthropic-beta").split(",") if beta.strip()]
             if OAUTH_BETA not in betas:
                 betas.append(OAUTH_BETA)
             return headers | {"Authorization": f"Bearer {access_token}", "anthropic-beta": ",".join(betas)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from balancer.dialects import Headers
 from balancer.encoding import restrict_accept_encoding
@@ -60,8 +60,11 @@ _FROM_UPSTREAM = frozenset(
         "anthropic-organization-id",
     ]
 )
+_NOT_UP = HOP_BY_HOP | _FROM_CLIENT
+_NOT_DOWN = HOP_BY_HOP | _FROM_UPSTREAM
 _OURS = "x-balancer-"
-_FORWARDED = "x-forwarded-"
+_OURS_OR_FORWARDED = (_OURS, "x-forwarded-")
+_LIST_NOTHING = ("keep-alive", "close")
 _SECONDS = re.compile(r"[0-9]+(?:\.[0-9]*)?")
 
 
@@ -72,47 +75,66 @@ def request_headers(
 
     Content-Length is left to whoever frames the body. Of Accept-Encoding only codings that we can decode pass.
     """
-    asked = ",".join(value for name, value in client if name.lower() == "accept-encoding")
-    added = {"accept-encoding": ("Accept-Encoding", "identity" if identity_only else restrict_accept_encoding(asked))}
-    if request_id:
-        added["x-request-id"] = ("x-request-id", request_id)
     # By lower-case name: a provider's own `authorization` replaces our `Authorization`, and does not stand beside it.
-    added |= {name.lower(): (name, value) for name, value in ours.items()}
-    dropped = HOP_BY_HOP | _FROM_CLIENT | added.keys() | _listed(client)
-    kept = [(n, v) for n, v in client if n.lower() not in dropped and not n.lower().startswith((_OURS, _FORWARDED))]
-    return (*kept, *added.values())
+    added = {name.lower(): (name, value) for name, value in ours.items()}
+    asked, listed, kept = [], [], []
+    for pair in client:
+        name = pair[0].lower()
+        if name in _NOT_UP:
+            if name == "accept-encoding":
+                asked.append(pair[1])
+            elif name == "connection" and pair[1] not in _LIST_NOTHING:
+                listed.append(pair[1])
+        elif name not in added and not name.startswith(_OURS_OR_FORWARDED):
+            kept.append(pair)
+    if listed:
+        kept = _unlisted(kept, listed)
+    coding = "identity" if identity_only else restrict_accept_encoding(",".join(asked))
+    first = {"accept-encoding": ("Accept-Encoding", coding)}
+    if request_id:
+        first["x-request-id"] = ("x-request-id", request_id)
+    return (*kept, *(first | added).values())
 
 
 def response_headers(upstream: Headers) -> Headers:
     """What comes down: the upstream's headers that may pass; its x-request-id under another name, ours has that one."""
-    dropped = HOP_BY_HOP | _FROM_UPSTREAM | _listed(upstream)
-    return tuple(
-        ("x-upstream-request-id" if name.lower() == "x-request-id" else name, value)
-        for name, value in upstream
-        if name.lower() not in dropped and not name.lower().startswith(_OURS)
-    )
+    listed, kept = [], []
+    for pair in upstream:
+        name = pair[0].lower()
+        if name in _NOT_DOWN:
+            if name == "connection" and pair[1] not in _LIST_NOTHING:
+                listed.append(pair[1])
+        elif name == "x-request-id":
+            kept.append(("x-upstream-request-id", pair[1]))
+        elif not name.startswith(_OURS):
+            kept.append(pair)
+    return tuple(_unlisted(kept, listed) if listed else kept)
 
 
 def value_of(headers: Iterable[tuple[str, str]], name: str) -> str:
     """The first value of a header (its name in lower case), empty when it is absent."""
-    return next((value for key, value in headers if key.lower() == name), "")
+    for key, value in headers:
+        if key.lower() == name:
+            return value
+    return ""
 
 
-def client_timeout_s(headers: Headers) -> float | None:
+def client_timeout_s(header: Callable[[str], str]) -> float | None:
     """Seconds that a client waits for the first byte, None when it does not say, or says no limit.
+
+    `header` gives the client's header of a name in lower case, empty when it is absent.
 
     The SDKs of OpenAI and Anthropic tell it: `x-stainless-timeout`, those in Python `x-stainless-read-timeout` (openai
     3.54 only that, anthropic 2.12 both).
     """
     for name in ("x-stainless-timeout", "x-stainless-read-timeout"):
-        text = value_of(headers, name).strip()
-        if _SECONDS.fullmatch(text) and 0 < (seconds := float(text)) < math.inf:
+        text = header(name).strip()
+        if text and _SECONDS.fullmatch(text) and 0 < (seconds := float(text)) < math.inf:
             return seconds
     return None
 
 
-def _listed(headers: Headers) -> frozenset[str]:
-    """The names that Connection declares to be hop-by-hop too."""
-    return frozenset(
-        token.strip().lower() for name, value in headers if name.lower() == "connection" for token in value.split(",")
-    )
+def _unlisted(headers: list[tuple[str, str]], connection: Sequence[str]) -> list[tuple[str, str]]:
+    """Those that Connection, in any of its lines, does not declare to be hop-by-hop too."""
+    listed = {token.strip().lower() for value in connection for token in value.split(",")}
+    return [pair for pair in headers if pair[0].lower() not in listed]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -28,7 +28,7 @@ class OpenAIDialect:
             return b"event: error\ndata: %b\n\n" % msgspec.json.encode(event)
         return b"data: %b\n\n" % msgspec.json.encode({"error": _details(error)})
 
-    def credential_headers(self, provider: Provider, access_token: str, client: Mapping[str, str]) -> dict[str, str]:
+    def credential_headers(self, provider: Provider, access_token: str, client: Callable[[str], str]) -> dict[str, str]:
         """A bearer token; Azure's keys have a header of their own."""
         if not access_token:
             return {}

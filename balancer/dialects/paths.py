@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Literal, get_args
@@ -36,6 +37,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     kind: Kind
 
 
+@functools.lru_cache(maxsize=512)
 def route(method: str, path: str, *, speaks_anthropic: bool) -> Route | None:
     """The route of a request, None for a path or method that is not served.
 

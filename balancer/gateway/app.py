@@ -16,11 +16,14 @@ from balancer.config import Settings
 from balancer.domain import Provider
 from balancer.errors import StoreUnavailableError
 from balancer.gateway.forwarding import Forwarder
-from balancer.gateway.front import AiohttpStream, Front
-from balancer.gateway.front_server import QUIET, Answer, Server, drop_server_header
+from balancer.gateway.front import Front
+from balancer.gateway.front_server import BACKLOG, QUIET, Answer, Server, Site, drop_server_header
 from balancer.gateway.handlers import Handlers
 from balancer.gateway.health import HealthProbe
-from balancer.gateway.messages import ClientRequest
+from balancer.gateway.lane import Lanes
+from balancer.gateway.matching import Plans
+from balancer.gateway.messages import ClientRequest, ClientStream
+from balancer.gateway.tls import server_context
 from balancer.gateway.upstream import AiohttpUpstream
 from balancer.metrics import CONTENT_TYPE, Metrics, pool_gauges
 from balancer.store.balance import Balance, BalanceEvents
@@ -57,11 +60,12 @@ class Gateway:
         self.balance = Balance(url, settings, self._events())
         self._upstream = AiohttpUpstream(settings.upstream_connections)
         providers = _Providers(self.balance, Credentials(sealer))
+        plans = Plans(self.balance.snapshot)
         forwarder = Forwarder(
-            self.balance, providers, self._upstream, self.metrics, decision_headers=settings.decision_headers
+            self.balance, providers, self._upstream, self.metrics, plans, decision_headers=settings.decision_headers
         )
         self._probe = HealthProbe(providers, self._upstream)
-        self._handlers = Handlers(settings, self.balance, forwarder, self.metrics)
+        self._handlers = Handlers(settings, self.balance, forwarder, self.metrics, plans)
         self._runners: list[web.BaseRunner] = []
         self._ticker: asyncio.Task[None] | None = None
         self._is_draining = False
@@ -91,12 +95,20 @@ class Gateway:
         await self.balance.start(self._probe)
         self._ticker = asyncio.create_task(self._tick())
         data, *metrics = sockets
-        server = Server(self._front(with_metrics=not metrics).answer)
-        await self._serve(web.ServerRunner(server, shutdown_timeout=_SHUTDOWN_S), data)
+        await self._serve_data(data, with_metrics=not metrics)
         for listener in metrics:
             await self._serve_plane(self._metrics_plane(), listener)
         for app, listener in planes:
             await self._serve_plane(app, listener)
+
+    async def _serve_data(self, listener: socket.socket, *, with_metrics: bool) -> None:
+        server = Server(self._front(with_metrics=with_metrics).answer)
+        if self._settings.fast_lane:
+            server.lanes = Lanes(self._counted, server, self._settings.max_body_bytes, lambda: self._is_draining)
+        runner = web.ServerRunner(server, shutdown_timeout=_SHUTDOWN_S)
+        await runner.setup()
+        self._runners.append(runner)
+        await Site(runner, listener, server_context(self._settings)).start()
 
     async def _serve_plane(self, app: web.Application, listener: socket.socket) -> None:
         app.on_response_prepare.append(drop_server_header)
@@ -108,12 +120,9 @@ class Gateway:
             logger=QUIET,
             shutdown_timeout=_SHUTDOWN_S,
         )
-        await self._serve(runner, listener)
-
-    async def _serve(self, runner: web.BaseRunner, listener: socket.socket) -> None:
         await runner.setup()
         self._runners.append(runner)
-        await web.SockSite(runner, listener, backlog=1024).start()
+        await web.SockSite(runner, listener, backlog=BACKLOG).start()
 
     async def drain(self) -> None:
         """Is not ready from now on, lets open requests finish, hands in the last settles, and closes."""
@@ -163,7 +172,7 @@ class Gateway:
         app.router.add_get("/metrics", self._metrics)
         return app
 
-    async def _counted(self, request: ClientRequest, stream: AiohttpStream) -> None:
+    async def _counted(self, request: ClientRequest, stream: ClientStream) -> None:
         self._open_requests += 1
         self._idle.clear()
         try:

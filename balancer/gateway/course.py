@@ -44,7 +44,7 @@ class Course:
     @property
     def tried(self) -> tuple[str, ...]:
         """The services of the rule that were tried, under whichever rule."""
-        return tuple(service.id for service in self.rule.services if service.id in self._tried)
+        return tuple(id_ for id_ in (s.id for s in self.rule.services) if id_ in self._tried) if self._tried else ()
 
     def picked(self, service: str, rule: Rule) -> None:
         """Notes an attempt, and the rule as it stood at the pick."""

@@ -1,10 +1,12 @@
 """A stream's way down: its bytes pass at once, or event by event where something of them must not pass.
 
-The attempt is settled before the stream's last event is sent on.
+Whole events in which nothing is of interest go from the upstream's socket to the client's within one callback. The
+attempt is settled before the stream's last event is sent on.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -30,6 +32,11 @@ _WITHHELD_LIMIT_BYTES = 8 * 1024 * 1024
 """The first event repeats the client's instructions and tools."""
 _SMELL = b"error"
 """In every dialect it stands at the beginning of an event that tells of an error."""
+_OF_INTEREST = re.compile(
+    rb'"usage"\s*+:\s*+(?!null)|error|\[DONE\]|message_stop|response\.(?:completed|incomplete|failed)'
+)
+"""Stands in every event that reports usage, ends the stream, or tells of an error."""
+_EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 
 
 class EventRelay:
@@ -63,6 +70,7 @@ class EventRelay:
         self._verdict: Verdict | None = None
         self._by_event = decoder is not None and rewriter.edits_events
         self._is_coded = not self._by_event and (decoder is None or not decoder.is_identity)
+        self._may_skim = decoder is not None and decoder.is_identity and not rewriter.renames
         attempt.is_stream = True
         self._parser, self._usage = Parser(), StreamUsage()
         self._must_abort = False
@@ -76,12 +84,24 @@ class EventRelay:
                     await self._edit(chunk)
                 else:
                     await self._pass(chunk)
-                chunk = await response.read()
+                chunk = await (response.pump(self._skim) if self._may_skim else response.read())
             await self._finish()
         except UpstreamError as exc:
             await self._break_off(exc)
 
     # -- chunks --------------------------------------------------------------------------------------------------------
+
+    def _skim(self, chunk: bytes) -> bool:
+        """Sends a chunk of whole events of which nothing needs to be known; False, with nothing done, for any other."""
+        return (
+            self._usage.has_content
+            and self._remember is None
+            and not self._usage.is_error
+            and self._parser.is_between_events
+            and chunk.endswith(_EVENT_ENDS)
+            and not _OF_INTEREST.search(chunk)
+            and self._stream.write_now(chunk)
+        )
 
     async def _pass(self, chunk: bytes) -> None:
         """Sends the chunk as it came, unless an error in it could show a credential."""

@@ -10,14 +10,14 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 
 import msgspec
 
 from balancer import bodies, log
 from balancer.dialects.headers import client_timeout_s
 from balancer.dialects.paths import Route
-from balancer.domain import DEFAULT_TIMEOUT_S, Outcome, Pick, Rule
+from balancer.domain import Outcome, Pick, Rule, Timeouts
 from balancer.errors import (
     BalancerError,
     ConfigurationError,
@@ -29,55 +29,72 @@ from balancer.errors import (
 from balancer.failures import Verdict
 from balancer.gateway.attempts import Attempt, Balance, Providers
 from balancer.gateway.course import Course
+from balancer.gateway.deadlines import Deadline, Deadlines
 from balancer.gateway.events import Remember
+from balancer.gateway.matching import Plan, Plans
 from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream, Upstream, UpstreamRequest
-from balancer.gateway.opening import Opening
+from balancer.gateway.opening import READ_AHEAD_S, Opening
 from balancer.gateway.outgoing import Preparer, with_model
 from balancer.gateway.relay import Relay
 from balancer.gateway.telling import decision_headers, incomplete, send_error
 from balancer.metrics import Metrics
 from balancer.sessions import session_of
-from balancer.store.calls import needs_estimate
 
 _DEADLINE_MARGIN_S = 30.0
 """Beyond the provider's timeout: when it has passed, the attempt cannot be alive any more."""
 
+_SELECT_S = 30.0
+"""More than a selection takes beside the time in its queue: Redis has its deadline, and so has a new configuration."""
 _CLIENT_MARGIN_S = 1.0
-_LEAST_S = 0.001
 _WARN_INTERVAL_S = 10.0
+
+
+_UNLIMITED: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
 
 
 class Clock:
     """How long a request may still take, counted from its arrival over all attempts."""
 
-    def __init__(self, request: ClientRequest) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._began = self._loop.time()
-        patience_s = client_timeout_s(request.headers)
+    def __init__(self, request: ClientRequest, deadlines: Deadlines) -> None:
+        self._deadlines = deadlines
+        self._began = deadlines.now()
+        patience_s = client_timeout_s(request.header)
         self._client_at = self._began + patience_s if patience_s is not None else None
 
     @property
     def elapsed_s(self) -> float:
         """Since the request's arrival."""
-        return self._loop.time() - self._began
+        return self._deadlines.now() - self._began
 
     def left_s(self, timeout_s: float) -> float:
         """Until the whole request's limit, or the client's own if that is earlier."""
-        return self._ends_at(timeout_s) - self._loop.time()
+        return self._ends_at(timeout_s) - self._deadlines.now()
 
-    @contextlib.asynccontextmanager
-    async def until_first_byte(self, timeout_s: float | None = None) -> AsyncIterator[None]:
+    def until_first_byte(
+        self, timeout_s: float | None = None, *, most_s: float
+    ) -> contextlib.AbstractContextManager[object]:
         """Raises DeadlineError when the client's time is over, or the whole request's where that is given.
 
-        SDKs wait so long for the first byte; what comes behind it they wait for anew.
+        SDKs wait so long for the first byte; what comes behind it they wait for anew. `most_s`: what is waited for has
+        limits of its own, which end it by then.
         """
-        try:
-            async with asyncio.timeout_at(self._client_at if timeout_s is None else self._ends_at(timeout_s)) as limit:
-                yield
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise DeadlineError("no answer came in the time that the client, or the provider, gives to it") from None
+        ends_at = self._client_at if timeout_s is None else self._ends_at(timeout_s)
+        if ends_at is None or ends_at > self._deadlines.now() + most_s:
+            return _UNLIMITED
+        return self._deadlines.at(ends_at, _too_late)
+
+    def no_longer_than(self, timeout_s: float, stream: ClientStream) -> Deadline:
+        """Breaks the client's connection, and raises ClientGoneError, when a request outlives its provider's timeout.
+
+        The upstream's part has limits of its own, which end it first: what is late here is a client that does not
+        read. Its attempt would be taken for lost, and what it holds given away, while it still lives.
+        """
+
+        def gone() -> ClientGoneError:
+            stream.abort()
+            return ClientGoneError()
+
+        return self._deadlines.at(self._deadlines.now() + timeout_s + _CLIENT_MARGIN_S, gone)
 
     def _ends_at(self, timeout_s: float) -> float:
         ends_at = self._began + timeout_s
@@ -110,10 +127,18 @@ class Forwarder:
     """Picks services for a request and forwards it."""
 
     def __init__(
-        self, balance: Balance, providers: Providers, upstream: Upstream, metrics: Metrics, *, decision_headers: bool
+        self,
+        balance: Balance,
+        providers: Providers,
+        upstream: Upstream,
+        metrics: Metrics,
+        plans: Plans,
+        *,
+        decision_headers: bool,
     ) -> None:
         self._balance = balance
-        self._providers = providers
+        self._plans = plans
+        self._deadlines = Deadlines()
         self._preparer = Preparer(providers)
         self._upstream = upstream
         self._metrics = metrics
@@ -127,7 +152,8 @@ class Forwarder:
 
         Raises BalancerError when nothing was sent to the client yet.
         """
-        errand = _Errand(request=request, route=route, peek=peek, course=course, stream=stream, clock=Clock(request))
+        clock = self._clock(request)
+        errand = _Errand(request=request, route=route, peek=peek, course=course, stream=stream, clock=clock)
         failure: _Failure | None = None
         refusal: NoServiceError | None = None
         while True:
@@ -150,7 +176,7 @@ class Forwarder:
             if not course.go_on(failure.verdict):
                 break
             pause_s = course.backoff_s(random.random())
-            if pause_s >= errand.clock.left_s(self._longest_s(course.rule)):
+            if pause_s >= errand.clock.left_s(self._plans.of(course.rule).longest_s):
                 break
             await asyncio.sleep(pause_s)
         if failure is None:
@@ -180,9 +206,10 @@ class Forwarder:
             response_model=rule.response_model,
         )
         answer: Opening | None = None
+        clock = self._clock(request)
         try:
-            async with _no_longer_than(outgoing.request.timeout_s, stream):
-                async with Clock(request).until_first_byte():
+            with clock.no_longer_than(outgoing.request.timeout_s, stream):
+                with clock.until_first_byte(most_s=_opening_s(outgoing.request.timeouts)):
                     answer = await self._open(outgoing.request)
                     await answer.look(route.dialect.name, _now_ms())
                 await relay.run(answer)
@@ -195,16 +222,19 @@ class Forwarder:
     async def _select(self, errand: _Errand) -> tuple[Pick, Rule]:
         course, clock, request = errand.course, errand.clock, errand.request
         rule = course.rule
-        longest_s = self._longest_s(rule)
-        late = (s.id for s in rule.services if self._timeout_s(s.provider) <= clock.elapsed_s)
+        plan = self._plans.of(rule)
+        elapsed_s = clock.elapsed_s
+        late: tuple[str, ...] = ()
+        if elapsed_s >= plan.shortest_s:
+            late = tuple(s.id for s in rule.services if plan.timeouts_s[s.provider] <= elapsed_s)
         try:
-            async with clock.until_first_byte(longest_s):
+            with clock.until_first_byte(plan.longest_s, most_s=_SELECT_S + rule.queue_timeout_ms / 1000):
                 return await self._balance.select(
                     rule,
-                    reserved=self._reserved(rule, errand.peek, request.body),
-                    deadline_ms=round((max(longest_s - clock.elapsed_s, 0) + _DEADLINE_MARGIN_S) * 1000),
+                    reserved=_reserved(plan, errand.peek, request.body),
+                    deadline_ms=round((max(plan.longest_s - elapsed_s, 0) + _DEADLINE_MARGIN_S) * 1000),
                     excluded=tuple(dict.fromkeys((*course.tried, *late))),
-                    session="" if course.only else session_of(rule, request.headers, errand.peek),
+                    session="" if course.only else session_of(rule, request.header, errand.peek),
                     only=course.only,
                 )
         except NoServiceError as exc:
@@ -213,21 +243,8 @@ class Forwarder:
             told = f"{exc.message}; the response that the request goes on from is kept by {course.only} alone"
             raise type(exc)(told, cause=exc.cause, retry_after_s=exc.retry_after_s) from exc
 
-    def _reserved(self, rule: Rule, peek: bodies.Peek, body: bytes) -> int:
-        """The tokens that the request holds while it is in flight; a limit of tokens always wants to know them."""
-        tactic = rule.lb_tactic
-        if tactic.reserve == "none" and not needs_estimate(rule, self._providers.provider):
-            return 0
-        most_output = peek.most_output if tactic.reserve == "full" else 0
-        return min(bodies.estimate_tokens(body) + most_output, tactic.reserve_cap)
-
-    def _timeout_s(self, uuid: str) -> float:
-        provider = self._providers.provider(uuid)
-        return provider.timeout if provider else DEFAULT_TIMEOUT_S
-
-    def _longest_s(self, rule: Rule) -> float:
-        """The longest that a service of the rule gives to a whole request."""
-        return max((self._timeout_s(service.provider) for service in rule.services), default=DEFAULT_TIMEOUT_S)
+    def _clock(self, request: ClientRequest) -> Clock:
+        return Clock(request, self._deadlines)
 
     # -- one attempt ---------------------------------------------------------------------------------------------------
 
@@ -240,15 +257,15 @@ class Forwarder:
             outgoing, relay = self._prepare(errand, attempt)
             if errand.course.attempts == 1:
                 self._metrics.overhead.observe(errand.clock.elapsed_s)
-            async with _no_longer_than(outgoing.timeout_s, stream):
-                async with errand.clock.until_first_byte():
+            with errand.clock.no_longer_than(outgoing.timeout_s, stream):
+                with errand.clock.until_first_byte(most_s=_opening_s(outgoing.timeouts)):
                     answer = await self._open(outgoing)
                     await answer.look(errand.route.dialect.name, _now_ms())
                 if answer.is_empty:
                     raise UpstreamAnswerError("the upstream answered with nothing")
                 if answer.verdict is not None and errand.course.goes_on(answer.verdict):
                     attempt.settle(answer.verdict.outcome, answer.verdict.cooldown_ms)
-                    return _held(answer, answer.verdict, relay, outgoing, stream)
+                    return _held(answer, answer.verdict, relay, outgoing, errand)
                 await relay.run(answer)
         except BalancerError as exc:
             if stream.is_started:
@@ -262,13 +279,14 @@ class Forwarder:
             attempt.settle(Outcome.FAILED)
             if answer is not None:
                 await answer.close()
-            log.debug(
-                "attempt",
-                request=errand.request.request_id,
-                decision=pick.decision,
-                service=pick.service,
-                outcome=attempt.outcome,
-            )
+            if log.is_debugging():
+                log.debug(
+                    "attempt",
+                    request=errand.request.request_id,
+                    decision=pick.decision,
+                    service=pick.service,
+                    outcome=attempt.outcome,
+                )
         return attempt.outcome or Outcome.FAILED
 
     async def _open(self, outgoing: UpstreamRequest) -> Opening:
@@ -289,14 +307,15 @@ class Forwarder:
 
     def _prepare(self, errand: _Errand, attempt: Attempt) -> tuple[UpstreamRequest, Relay]:
         pick, route, course, peek = attempt.pick, errand.route, errand.course, errand.peek
-        if errand.clock.elapsed_s >= self._timeout_s(pick.service.partition(":")[0]):
-            # It came free too late. Sent all the same, it would be a failure of a service that has done nothing wrong.
-            raise DeadlineError("the request has waited for as long as the provider gives to a whole one")
         is_kept = route.path == "/v1/responses" and peek.store
         outgoing = self._preparer.generation(
-            errand.request, route, peek, pick.service, needs_plain=bool(course.response_model)
+            errand.request,
+            route,
+            peek,
+            pick.service,
+            needs_plain=bool(course.response_model),
+            elapsed_s=errand.clock.elapsed_s,
         )
-        left_s = max(outgoing.request.timeout_s - errand.clock.elapsed_s, _LEAST_S)
         relay = Relay(
             request_id=errand.request.request_id,
             route=route,
@@ -308,7 +327,7 @@ class Forwarder:
             hides_usage=outgoing.hides_usage,
             remember=self._remembers(pick) if is_kept else None,
         )
-        return msgspec.structs.replace(outgoing.request, timeout_s=left_s), relay
+        return outgoing.request, relay
 
     def _headers(self, errand: _Errand, pick: Pick) -> tuple[tuple[str, str], ...]:
         return decision_headers(pick, errand.course.attempts) if self._decision_headers else ()
@@ -326,32 +345,33 @@ class Forwarder:
         return remember
 
 
-def _held(answer: Opening, verdict: Verdict, relay: Relay, outgoing: UpstreamRequest, stream: ClientStream) -> _Failure:
+def _reserved(plan: Plan, peek: bodies.Peek, body: bytes) -> int:
+    """The tokens that the request holds while it is in flight."""
+    if not plan.needs_estimate:
+        return 0
+    tactic = plan.rule.lb_tactic
+    most_output = peek.most_output if tactic.reserve == "full" else 0
+    return min(bodies.estimate_tokens(body) + most_output, tactic.reserve_cap)
+
+
+def _held(answer: Opening, verdict: Verdict, relay: Relay, outgoing: UpstreamRequest, errand: _Errand) -> _Failure:
     """An error that was answered, kept until it is known whether the client gets it."""
 
     async def tell() -> None:
-        async with _no_longer_than(outgoing.timeout_s, stream):
+        with errand.clock.no_longer_than(outgoing.timeout_s, errand.stream):
             await relay.run(answer)
 
     return _Failure(verdict=verdict, outcome=verdict.outcome, tell=tell)
 
 
+def _opening_s(timeouts: Timeouts) -> float:
+    """More than an answer's opening takes: its limits, one after the other, and what is read ahead of a stream."""
+    return timeouts.headers_s + timeouts.first_byte_s + timeouts.idle_s + READ_AHEAD_S
+
+
+def _too_late() -> DeadlineError:
+    return DeadlineError("no answer came in the time that the client, or the provider, gives to it")
+
+
 def _now_ms() -> int:
     return round(time.time() * 1000)
-
-
-@contextlib.asynccontextmanager
-async def _no_longer_than(timeout_s: float, stream: ClientStream) -> AsyncIterator[None]:
-    """Breaks the client's connection, and raises ClientGoneError, when a request outlives its provider's timeout.
-
-    The upstream's part has limits of its own, which end it first: what is late here is a client that does not read.
-    Its attempt would be taken for lost, and what it holds given away, while it still lives.
-    """
-    try:
-        async with asyncio.timeout(timeout_s + _CLIENT_MARGIN_S) as deadline:
-            yield
-    except TimeoutError:
-        if not deadline.expired():
-            raise
-        stream.abort()
-        raise ClientGoneError from None

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 
 from aiohttp import web
 
 from balancer.dialects import Dialect, Headers
 from balancer.errors import BalancerError, BodyTooLargeError, ExpectationError, RequestError
-from balancer.gateway.front_server import Answer
+from balancer.gateway.front_server import Answer, is_spoken
+from balancer.gateway.lane import Handle
 from balancer.gateway.messages import ClientGoneError, ClientRequest
 from balancer.gateway.telling import send_error
 
 _AUTHORITY = re.compile(r"^https?://[^/]*", re.IGNORECASE)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-
-Handle = Callable[[ClientRequest, "AiohttpStream"], Awaitable[None]]
+_HOST = re.compile(r"(?:[A-Za-z0-9!$&'()*+,;=._~%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
+"""RFC 3986 §3.2.2 and 3.2.3, a `,` included: a list of hosts is seen by two hosts being there."""
+_CLOSE = ("Connection", "close")
 
 
 class AiohttpStream:
@@ -46,6 +48,9 @@ class AiohttpStream:
             else:
                 # Whatever the client asked for: only the connection's end can tell the body's.
                 response.force_close()
+        if _CLOSE in self._extra:
+            # RFC 9112 §9.6: who says so serves nothing more on the connection; the header alone closes nothing here.
+            response.force_close()
         self.response = response
         try:
             await response.prepare(self._request)
@@ -104,7 +109,8 @@ class Front:
         if not path.startswith("/"):
             # Absolute form (RFC 9112 §3.2.2): a client that takes us for its proxy still means us.
             path = _AUTHORITY.sub("", path)
-        own = self._own.get(path)
+        fault = _fault(request)
+        own = self._own.get(path) if fault is None else None
         if own is not None and request.method in ("GET", "HEAD"):
             return await own(request)
         headers = tuple(
@@ -114,16 +120,18 @@ class Front:
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
         extra: Headers = (("x-request-id", request_id),)
         if self._is_draining():
-            extra = (*extra, ("Connection", "close"))
+            extra = (*extra, _CLOSE)
         stream = AiohttpStream(request, extra)
         message = ClientRequest(
             method=request.method, path=path, query=query, headers=headers, body=b"", request_id=request_id
         )
         try:
+            if fault is not None:
+                raise fault
             body = await self._body(request)
         except BalancerError as exc:
             # The rest of the body is still coming: the connection cannot be used again.
-            stream = AiohttpStream(request, (("x-request-id", request_id), ("Connection", "close")))
+            stream = AiohttpStream(request, (("x-request-id", request_id), _CLOSE))
             await send_error(self._dialect_of(path), exc, message, stream)
         else:
             message = ClientRequest(
@@ -141,11 +149,11 @@ class Front:
         if length is not None and length > self._max_body_bytes:
             raise BodyTooLargeError(too_large)
         chunks, held = [], 0
-        expectation = request.headers.get("Expect") if request.version >= (1, 1) else None
-        if expectation is not None and expectation.lower() != "100-continue":
+        expectations = request.headers.getall("Expect", []) if request.version >= (1, 1) else []
+        if expectations and [value.lower() for value in expectations] != ["100-continue"]:
             raise ExpectationError("of expectations only 100-continue is met")
         try:
-            if expectation is not None:
+            if expectations:
                 await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 request.writer.output_size = 0  # The answer has not begun.
             async for chunk in request.content.iter_any():
@@ -156,3 +164,16 @@ class Front:
         except (web.RequestPayloadError, ConnectionError) as exc:
             raise RequestError("the request's body broke off") from exc
         return b"".join(chunks)
+
+
+def _fault(request: web.BaseRequest) -> RequestError | None:
+    """What is wrong with a head that aiohttp lets pass, and that another server on the way may read differently."""
+    if not is_spoken(request):
+        return RequestError("HTTP/1.1 and HTTP/1.0 are spoken here")
+    codings = request.headers.getall("Transfer-Encoding", [])
+    # RFC 9112 §6.1: in HTTP/1.0 the framing is faulty. What is not the plain word is framed by what others take it for.
+    if codings and (request.version < (1, 1) or [coding.lower() for coding in codings] != ["chunked"]):
+        return RequestError("of transfer codings only chunked is read, once, and in HTTP/1.1")
+    if not _HOST.fullmatch(request.headers.get("Host", "")):
+        return RequestError("the Host header is no host (RFC 9112 §3.2)")
+    return None

@@ -8,24 +8,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http import HttpProcessingError, RawRequestMessage
+from aiohttp.http import HttpProcessingError, HttpVersion, HttpVersion10, HttpVersion11, RawRequestMessage
 from aiohttp.streams import StreamReader
 
 from balancer import log
 from balancer.dialects.openai import OPENAI
 from balancer.errors import BalancerError, RequestError
+from balancer.gateway.accepting import Acceptor
+from balancer.gateway.lane import Lanes
+
+BACKLOG = 1024
+"""Connections that may wait to be accepted."""
 
 Answer = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class _NoMalformedRequests(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError | web.RequestPayloadError))
 
 
 QUIET = logging.getLogger("balancer.http")
@@ -38,13 +45,42 @@ async def drop_server_header(_: web.BaseRequest, response: web.StreamResponse) -
     response.headers.popall("Server", None)
 
 
+def is_spoken(request: web.BaseRequest) -> bool:
+    """True for HTTP/1.1 and HTTP/1.0: what aiohttp lets pass may be of another version."""
+    return request._message.version in (HttpVersion10, HttpVersion11)
+
+
 class _Request(web.BaseRequest):
+    @property
+    def version(self) -> HttpVersion:
+        """The version to answer in: where the client's is none of ours, the one that everybody reads."""
+        return self._version if is_spoken(self) else HttpVersion10
+
+    @property
+    def keep_alive(self) -> bool:
+        """False behind an offer of another protocol too: aiohttp may then lose what follows in the same read.
+
+        The rest of that would be read as a request, whoever wrote it.
+        """
+        return super().keep_alive and not self._message.upgrade
+
     async def _prepare_hook(self, resp: web.StreamResponse) -> None:
         await drop_server_header(self, resp)
 
 
 class _Protocol(web.RequestHandler):
     __slots__ = ()
+
+    def data_received(self, data: bytes) -> None:
+        """Takes what came. A body that turns out to be malformed ends: aiohttp would wait for the rest of it."""
+        super().data_received(data)
+        if not self._messages or isinstance(self._messages[-1][0], RawRequestMessage):
+            return
+        request = self._current_request
+        payloads = [payload for _, payload in self._messages]
+        for payload in payloads if request is None else [*payloads, request.content]:
+            if not payload.is_eof() and payload.exception() is None:
+                payload.set_exception(web.RequestPayloadError("no valid chunks"))
 
     def handle_error(
         self,
@@ -81,6 +117,19 @@ class Server(web.Server):
 
     def __init__(self, answer: Answer) -> None:
         super().__init__(answer, handler_cancellation=True, access_log=None, auto_decompress=False, logger=QUIET)
+        self.lanes: Lanes | None = None
+        """Connections that are served beside those of aiohttp, and are closed with them."""
+
+    def pre_shutdown(self) -> None:
+        """Closes idle connections."""
+        super().pre_shutdown()
+        if self.lanes is not None:
+            self.lanes.close_idle()
+
+    async def shutdown(self, timeout: float | None = None) -> None:
+        """Ends all connections; requests that are being answered get that long."""
+        lanes = [self.lanes.close(timeout or 0.0)] if self.lanes is not None else []
+        await asyncio.gather(super().shutdown(timeout), *lanes)
 
     def __call__(self) -> web.RequestHandler:
         """The protocol of a new connection."""
@@ -95,3 +144,26 @@ class Server(web.Server):
         task: asyncio.Task[None],
     ) -> Any:
         return _Request(message, payload, protocol, writer, task, self._loop)
+
+
+class Site(web.SockSite):
+    """A listening socket, whose connections are the lane's until it hands them over; without a lane, aiohttp's."""
+
+    def __init__(self, runner: web.ServerRunner, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+        super().__init__(runner, listener, ssl_context=tls, backlog=BACKLOG)
+        self._acceptor: Acceptor | None = None
+
+    async def start(self) -> None:
+        """Accepts connections from now on."""
+        await web.BaseSite.start(self)
+        server = self._runner.server
+        assert isinstance(server, Server), "ours"
+        protocol = server if server.lanes is None else server.lanes
+        self._acceptor = Acceptor(self._sock, protocol, self._ssl_context, self._backlog)
+
+    async def stop(self) -> None:
+        """Accepts none from now on."""
+        await super().stop()
+        if self._acceptor is not None:
+            self._acceptor.close()
+            self._acceptor = None

@@ -33,7 +33,7 @@ from balancer.errors import (
 )
 from balancer.gateway.course import Course
 from balancer.gateway.forwarding import Forwarder
-from balancer.gateway.matching import Directory, foreign, serving, standing_in, usable
+from balancer.gateway.matching import Directory, Plans, serving, standing_in
 from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
 from balancer.gateway.telling import incomplete, send_error
 from balancer.metrics import Metrics
@@ -70,8 +70,11 @@ class Source(Protocol):
 class Handlers:
     """Answers requests of the data plane. Every request gets an answer or a broken connection, in its own dialect."""
 
-    def __init__(self, settings: Settings, source: Source, forwarder: Forwarder, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, source: Source, forwarder: Forwarder, metrics: Metrics, plans: Plans
+    ) -> None:
         self._source = source
+        self._plans = plans
         self._forwarder = forwarder
         self._metrics = metrics
         # Digests are of one length, so that comparing them tells nothing of a token.
@@ -161,12 +164,12 @@ class Handlers:
         directory = self._source.snapshot()
         rule = directory.rule(wanted.scenario, peek.model)
         if rule is None:
-            names = [rule.request_model for rule in directory.rules(wanted.scenario)]
-            raise _unknown_model(peek.model, wanted.scenario, names)
-        if not usable(directory, rule):
+            rules = directory.rules(wanted.scenario)[: _NAMES_SHOWN + 1]
+            raise _unknown_model(peek.model, wanted.scenario, [rule.request_model for rule in rules])
+        plan = self._plans.of(rule)
+        if not plan.usable:
             raise NoServiceError(f"rule {rule.uuid} has no active service with an enabled provider")
-        others = foreign(directory, rule, wanted.dialect.name)
-        if others:
+        if others := plan.foreign[wanted.dialect.name]:
             raise NotSupportedError(
                 f"translation is not supported yet: {wanted.dialect.name} clients cannot be served by "
                 + ", ".join(service.id for service in others[:_NAMES_SHOWN])
@@ -183,7 +186,7 @@ class Handlers:
         previous = peek.previous_response_id
         if not wanted.path.startswith("/v1/responses") or not isinstance(previous, str) or not previous:
             return Course(rule, find)
-        has_choice = len(usable(directory, rule)) > 1
+        has_choice = len(self._plans.of(rule).usable) > 1
         try:
             recalled = await self._source.recall(previous)
         except StoreUnavailableError:
@@ -233,7 +236,7 @@ class Handlers:
 
     def _current_service(self, rule: Rule) -> str:
         """Where the cursor was last seen, or the first usable service."""
-        services = [service.id for service in usable(self._source.snapshot(), rule)]
+        services = [service.id for service in self._plans.of(rule).usable]
         cursor = self._source.cursor(rule)
         return cursor if cursor in services else services[0]
 

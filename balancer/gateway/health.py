@@ -34,7 +34,7 @@ class HealthProbe:
         """True when the provider answers as one that can serve. Raises BalancerError when its secrets are not there."""
         token = "" if provider.no_key_required else self._providers.access_token(provider)
         dialect = ANTHROPIC if provider.api_style == "anthropic" else OPENAI
-        headers = dialect.credential_headers(provider, token, {}) | self._providers.headers(provider)
+        headers = dialect.credential_headers(provider, token, lambda name: "") | self._providers.headers(provider)
         request = UpstreamRequest(
             provider=provider.name,
             method="GET",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, get_args
 
-from balancer.domain import ApiStyle, Provider, Rule, Service
+from balancer.domain import DEFAULT_TIMEOUT_S, ApiStyle, Provider, Rule, Service
+from balancer.store.calls import needs_estimate
 
 
 class Directory(Protocol):
@@ -61,3 +62,44 @@ def standing_in(rule: Rule, find: Callable[[str], Rule | None]) -> Iterator[Rule
             if uuid not in seen and (other := find(uuid)):
                 seen.add(uuid)
                 waiting.append(other)
+
+
+class Plan:
+    """What a rule's requests have in common as long as the configuration stands, found out once."""
+
+    __slots__ = ("foreign", "longest_s", "needs_estimate", "rule", "shortest_s", "timeouts_s", "usable")
+
+    def __init__(self, directory: Directory, rule: Rule) -> None:
+        self.rule = rule
+        self.usable = usable(directory, rule)
+        """The services that may serve at all."""
+        self.foreign: dict[ApiStyle, list[Service]] = {
+            style: foreign(directory, rule, style) for style in get_args(ApiStyle)
+        }
+        """Those of them that do not speak a dialect."""
+        providers = {service.provider: directory.provider(service.provider) for service in rule.services}
+        self.timeouts_s = {uuid: p.timeout if p else DEFAULT_TIMEOUT_S for uuid, p in providers.items()}
+        """What each provider gives to a whole request."""
+        self.longest_s = max(self.timeouts_s.values(), default=DEFAULT_TIMEOUT_S)
+        self.shortest_s = min(self.timeouts_s.values(), default=DEFAULT_TIMEOUT_S)
+        self.needs_estimate = rule.lb_tactic.reserve != "none" or needs_estimate(rule, directory.provider)
+        """True when a request holds tokens while it is in flight; a limit of tokens always wants to know them."""
+
+
+class Plans:
+    """The plans of the configuration that stands."""
+
+    def __init__(self, snapshot: Callable[[], Directory]) -> None:
+        self._snapshot = snapshot
+        self._directory: Directory | None = None
+        self._plans: dict[str, Plan] = {}
+
+    def of(self, rule: Rule) -> Plan:
+        """The rule's plan. Raises StoreUnavailableError before the first configuration is known."""
+        directory = self._snapshot()
+        if directory is not self._directory:
+            self._directory, self._plans = directory, {}
+        plan = self._plans.get(rule.uuid)
+        if plan is None or plan.rule is not rule:
+            plan = self._plans[rule.uuid] = Plan(directory, rule)
+        return plan

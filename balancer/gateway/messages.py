@@ -10,7 +10,6 @@ import msgspec
 from balancer.dialects import Headers
 from balancer.domain import Timeouts
 
-
 Take = Callable[[bytes], bool]
 """Takes a part of a body at once, in the callback that received it; False, with nothing done, where it cannot."""
 
@@ -19,19 +18,40 @@ class ClientGoneError(Exception):
     """The client is no longer there: an ordinary ending, nobody is left to be told."""
 
 
-class ClientRequest(msgspec.Struct, frozen=True, kw_only=True):
+class ClientRequest:
     """A request as it came: its target in parts, undecoded, its headers in order, its whole body."""
 
-    method: str
-    path: str
-    query: str
-    headers: Headers
-    body: bytes
-    request_id: str
+    __slots__ = ("_first", "body", "headers", "method", "path", "query", "request_id")
+
+    def __init__(
+        self,
+        *,
+        method: str,
+        path: str,
+        query: str,
+        headers: Headers,
+        body: bytes,
+        request_id: str,
+        first: dict[str, str] | None = None,
+    ) -> None:
+        """`first`: the first value of each header by its name in lower case, where the caller knows them already."""
+        self.method = method
+        self.path = path
+        self.query = query
+        self.headers = headers
+        self.body = body
+        self.request_id = request_id
+        self._first = first
 
     def header(self, name: str) -> str:
         """The first value of a header (its name in lower case), empty when it is absent."""
-        return next((value for key, value in self.headers if key.lower() == name), "")
+        if self._first is None:
+            self._first = {key.lower(): value for key, value in reversed(self.headers)}
+        return self._first.get(name, "")
+
+    def joined(self, name: str) -> str:
+        """All values of a header as one list (RFC 9110 §5.3), empty when it is absent."""
+        return ", ".join(value for key, value in self.headers if key.lower() == name)
 
 
 class ClientStream(Protocol):

@@ -10,7 +10,7 @@ import contextlib
 import re
 from collections import deque
 
-from balancer.dialects.headers import value_of
+from balancer.dialects import Headers
 from balancer.domain import ApiStyle, Outcome
 from balancer.encoding import DecodeError, Decoder, decoded
 from balancer.errors import UpstreamAnswerError, UpstreamError
@@ -25,6 +25,8 @@ _ERROR_LIMIT_S = 5.0
 _FIRST_EVENT_LIMIT_BYTES = 64 * 1024
 _COMMENTS_S = 10.0
 """Comments are held back for no longer: they keep connections alive that somebody between here and the client ends."""
+READ_AHEAD_S = _ERROR_LIMIT_S + _COMMENTS_S
+"""No opening is read for longer than that beside the time in which nothing comes."""
 _EVENT_BEGINNINGS = (b"data:", b"event:", b"id:", b": ", b":\n")
 """Some servers send a stream under another content type: JSON cannot begin so."""
 _PLAIN_EVENT = re.compile(rb"\n\r?\n")
@@ -45,6 +47,7 @@ class Opening:
         self.status = response.status
         self.headers = response.headers
         self.length = response.length
+        self.content_type, self.coding = _described(self.headers)
         self.is_stream = False
         self.is_cut = False
         """True for an error of which only a part has come; that can be read, but is no body."""
@@ -62,8 +65,7 @@ class Opening:
             # An SDK would follow a redirect, with its credential and the prompt, to where the upstream points.
             raise UpstreamAnswerError(f"the upstream answered with status {self.status}, which is no answer")
         chunk = await self._next_ahead()
-        kind = value_of(self.headers, "content-type").lower()
-        self.is_stream = kind.startswith("text/event-stream") or chunk.startswith(_EVENT_BEGINNINGS)
+        self.is_stream = self.content_type.startswith("text/event-stream") or chunk.startswith(_EVENT_BEGINNINGS)
         if self.is_stream:
             event = await self._first_event(chunk)
             usage = StreamUsage()
@@ -133,14 +135,16 @@ class Opening:
 
     def _beginning(self, chunk: bytes) -> bytes:
         """What the body begins with, decoded as far as one step goes."""
+        if not self.coding:
+            return chunk
         try:
-            return next(iter(Decoder(value_of(self.headers, "content-encoding")).feed(chunk)), b"")
+            return next(iter(Decoder(self.coding).feed(chunk)), b"")
         except DecodeError:
             return b""
 
     def _decoded(self, body: bytes) -> bytes:
         try:
-            return decoded(body, value_of(self.headers, "content-encoding"), ERROR_LIMIT_BYTES)
+            return decoded(body, self.coding, ERROR_LIMIT_BYTES)
         except DecodeError:
             return b""
 
@@ -150,7 +154,7 @@ class Opening:
         Half an event is of no use to a client yet, so that waiting for the rest costs it nothing. Comments stand before
         errors too (OpenRouter sends them while it looks for somebody to serve).
         """
-        coding = value_of(self.headers, "content-encoding")
+        coding = self.coding
         if not coding and not chunk.startswith(b":") and _PLAIN_EVENT.search(chunk) and not _ERROR_WORDS.search(chunk):
             return None  # The common case.
         now = asyncio.get_running_loop().time
@@ -171,3 +175,14 @@ class Opening:
         event = parser.finish()
         self.is_empty = event is None or not event.data
         return event
+
+
+def _described(headers: Headers) -> tuple[str, str]:
+    """The first Content-Type, in lower case, and the first Content-Encoding; empty when absent."""
+    kind = coding = ""
+    for name, value in reversed(headers):
+        if len(name) == 12 and name.lower() == "content-type":
+            kind = value.lower()
+        elif len(name) == 16 and name.lower() == "content-encoding":
+            coding = value
+    return kind, coding

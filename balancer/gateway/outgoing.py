@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from balancer import bodies
-from balancer.dialects import Headers
 from balancer.dialects.headers import request_headers
 from balancer.dialects.paths import Route, upstream_url
 from balancer.domain import Provider, is_secret_name
-from balancer.errors import NoServiceError
+from balancer.errors import DeadlineError, NoServiceError
 from balancer.gateway.attempts import Providers
 from balancer.gateway.masking import Mask
 from balancer.gateway.messages import ClientRequest, UpstreamRequest
+
+_URLS_KEPT = 64
 
 
 class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,11 +29,36 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
     hides_usage: bool = False
 
 
+class _Account:
+    """A provider with its credentials as they were last resolved, and what follows from them."""
+
+    def __init__(self, provider: Provider, token: str, own: dict[str, str], query: dict[str, str]) -> None:
+        self._resolved = (token, own, query)
+        self._provider = provider
+        self._urls: dict[tuple[str, str, str], str] = {}
+        self.mask = Mask((token, *_secrets(own, provider.headers), *_secrets(query, provider.query)))
+
+    def is_of(self, provider: Provider, token: str, own: dict[str, str], query: dict[str, str]) -> bool:
+        """True while nothing has changed."""
+        return self._provider is provider and self._resolved == (token, own, query)
+
+    def url(self, path: str, model: str, query: str) -> str:
+        """Where a request goes; those that come again and again are kept."""
+        key = (path, model, query)
+        url = self._urls.get(key)
+        if url is None:
+            if len(self._urls) >= _URLS_KEPT:
+                self._urls.clear()
+            url = self._urls[key] = upstream_url(self._provider, path, model, query, self._resolved[2])
+        return url
+
+
 class Preparer:
     """Makes them, with the credentials of the providers."""
 
     def __init__(self, providers: Providers) -> None:
         self._providers = providers
+        self._accounts: dict[str, _Account] = {}
 
     def provider(self, service_id: str) -> Provider:
         """The provider of a service. Raises NoServiceError when it is gone."""
@@ -42,10 +68,24 @@ class Preparer:
         return provider
 
     def generation(
-        self, request: ClientRequest, route: Route, peek: bodies.Peek, service_id: str, *, needs_plain: bool
+        self,
+        request: ClientRequest,
+        route: Route,
+        peek: bodies.Peek,
+        service_id: str,
+        *,
+        needs_plain: bool,
+        elapsed_s: float,
     ) -> Outgoing:
-        """A request that a model answers; `needs_plain` when its answer is to be read or edited on its way."""
+        """A request that a model answers; `needs_plain` when its answer is to be read or edited on its way.
+
+        `elapsed_s` of its time have passed. Raises DeadlineError when that is all which the provider gives to it,
+        ConfigurationError when a credential is not there.
+        """
         provider = self.provider(service_id)
+        if elapsed_s >= provider.timeout:
+            # It came free too late. Sent all the same, it would be a failure of a service that has done nothing wrong.
+            raise DeadlineError("the request has waited for as long as the provider gives to a whole one")
         body = request.body
         hides_usage = False
         if peek.stream and route.path in ("/v1/chat/completions", "/v1/completions") and not peek.asks_for_usage:
@@ -53,29 +93,45 @@ class Preparer:
         if hides_usage:
             body = bodies.ask_for_usage(body)
         body = with_model(body, request.header("content-type"), asked=peek.model, model=service_id.partition(":")[2])
-        outgoing = self.request(request, route, service_id, body, needs_plain=needs_plain or hides_usage)
-        return msgspec.structs.replace(outgoing, hides_usage=hides_usage)
+        is_plain = needs_plain or hides_usage
+        outgoing, mask = self._made(provider, request, route, service_id, body, is_plain, provider.timeout - elapsed_s)
+        return Outgoing(request=outgoing, mask=mask, hides_usage=hides_usage)
 
     def request(
         self, request: ClientRequest, route: Route, service_id: str, body: bytes, *, needs_plain: bool
     ) -> Outgoing:
         """A request with this body, as it is. Raises ConfigurationError when a credential is not there."""
         provider = self.provider(service_id)
+        outgoing, mask = self._made(provider, request, route, service_id, body, needs_plain, provider.timeout)
+        return Outgoing(request=outgoing, mask=mask)
+
+    def _made(
+        self,
+        provider: Provider,
+        request: ClientRequest,
+        route: Route,
+        service_id: str,
+        body: bytes,
+        is_plain: bool,
+        timeout_s: float,
+    ) -> tuple[UpstreamRequest, Mask]:
         token = "" if provider.no_key_required else self._providers.access_token(provider)
         own, query = self._providers.headers(provider), self._providers.query(provider)
-        ours = route.dialect.credential_headers(provider, token, _joined(request.headers)) | own
+        account = self._accounts.get(provider.uuid)
+        if account is None or not account.is_of(provider, token, own, query):
+            account = self._accounts[provider.uuid] = _Account(provider, token, own, query)
+        ours = route.dialect.credential_headers(provider, token, request.joined) | own
         outgoing = UpstreamRequest(
             provider=provider.name,
             method=request.method,
-            url=upstream_url(provider, route.path, service_id.partition(":")[2], request.query, query),
-            headers=request_headers(request.headers, ours, identity_only=needs_plain, request_id=request.request_id),
+            url=account.url(route.path, service_id.partition(":")[2], request.query),
+            headers=request_headers(request.headers, ours, identity_only=is_plain, request_id=request.request_id),
             body=body,
             proxy_url=self._providers.proxy_url(provider),
             timeouts=provider.timeouts,
-            timeout_s=provider.timeout,
+            timeout_s=timeout_s,
         )
-        mask = Mask((token, *_secrets(own, provider.headers), *_secrets(query, provider.query)))
-        return Outgoing(request=outgoing, mask=mask)
+        return outgoing, account.mask
 
 
 def with_model(body: bytes, content_type: str, *, asked: str, model: str) -> bytes:
@@ -90,12 +146,3 @@ def _secrets(resolved: Mapping[str, str], kept: Mapping[str, str]) -> Iterator[s
     for name, value in resolved.items():
         if is_secret_name(name) or value != kept[name]:
             yield from value.split()  # A scheme, as in `Bearer …`, may be left out where it is repeated.
-
-
-def _joined(headers: Headers) -> dict[str, str]:
-    """The headers by name in lower case; what came in several lines is one list (RFC 9110 §5.3)."""
-    joined: dict[str, str] = {}
-    for name, value in headers:
-        key = name.lower()
-        joined[key] = f"{joined[key]}, {value}" if key in joined else value
-    return joined

@@ -10,7 +10,7 @@ import contextlib
 
 from balancer import bodies, lenient
 from balancer.dialects import Headers
-from balancer.dialects.headers import response_headers, value_of
+from balancer.dialects.headers import response_headers
 from balancer.dialects.paths import Route
 from balancer.domain import Outcome
 from balancer.encoding import DecodeError, Decoder, decoded
@@ -22,7 +22,7 @@ from balancer.gateway.masking import Mask
 from balancer.gateway.messages import ClientStream, UpstreamResponse
 from balancer.gateway.opening import ERROR_LIMIT_BYTES, Opening
 from balancer.gateway.rewriting import Rewriter
-from balancer.usage import UsageTap
+from balancer.usage import UsageTap, usage_of
 
 _WHOLE_LIMIT_BYTES = 64 * 1024 * 1024
 _DECODED_LIMIT_BYTES = 8 * 1024 * 1024
@@ -61,14 +61,14 @@ class Relay:
         if answer.status >= 400 or (answer.verdict is not None and not answer.is_stream):
             await self._relay_error(answer, headers, verdict)
             return
-        is_json = "json" in value_of(headers, "content-type").lower()
+        is_json = "json" in answer.content_type
         # Nothing is sent before the first chunk is there: until then a failure can be told properly.
         chunk = await answer.read()
         if answer.is_stream:
             await self._relay_events(answer, headers, chunk)
             return
         if self._remember is not None and is_json:
-            chunk = await self._remembered(answer, headers, chunk, self._remember)
+            chunk = await self._remembered(answer, chunk, self._remember)
         if self._rewriter.renames and is_json:
             await self._relay_renamed(answer, headers, chunk, verdict)
         else:
@@ -92,7 +92,7 @@ class Relay:
         try:
             if response.is_cut or not is_whole:
                 raise DecodeError("the error is cut, or too long")
-            body = self._mask.over(decoded(body, value_of(headers, "content-encoding"), ERROR_LIMIT_BYTES))
+            body = self._mask.over(decoded(body, response.coding, ERROR_LIMIT_BYTES))
         except DecodeError:
             # What cannot be read cannot be cleared of credentials; an SDK still wants words.
             error = UpstreamAnswerError("the upstream's error cannot be read", status=response.status)
@@ -101,11 +101,9 @@ class Relay:
         headers = _without(headers, "content-encoding")
         await self._send_whole(response.status, headers, body, verdict)
 
-    async def _remembered(
-        self, response: UpstreamResponse, headers: Headers, chunk: bytes, remember: Remember
-    ) -> bytes:
+    async def _remembered(self, response: Opening, chunk: bytes, remember: Remember) -> bytes:
         """The JSON answer from its first chunk on, as much of it as had to be read to know its id."""
-        coding = value_of(headers, "content-encoding")
+        coding = response.coding
         with contextlib.suppress(DecodeError):
             response_id = bodies.response_id_of_json(next(iter(Decoder(coding).feed(chunk)), b""))
             if not response_id:
@@ -115,9 +113,13 @@ class Relay:
                 await remember(response_id)
         return chunk
 
-    async def _relay_body(self, response: UpstreamResponse, headers: Headers, chunk: bytes, verdict: Verdict) -> None:
+    async def _relay_body(self, response: Opening, headers: Headers, chunk: bytes, verdict: Verdict) -> None:
         """The upstream's own bytes, from their first chunk on."""
-        tap = UsageTap(value_of(headers, "content-encoding"))
+        if len(chunk) == response.length and not response.coding:
+            self._attempt.usage = usage_of(chunk)
+            await self._send_whole(response.status, headers, chunk, verdict)
+            return
+        tap = UsageTap(response.coding)
         length, received = response.length, 0
         await self._start(response.status, headers, length)
         try:
@@ -138,28 +140,24 @@ class Relay:
         await self._settle(verdict)
         await self._stream.end()
 
-    async def _relay_renamed(
-        self, response: UpstreamResponse, headers: Headers, chunk: bytes, verdict: Verdict
-    ) -> None:
+    async def _relay_renamed(self, response: Opening, headers: Headers, chunk: bytes, verdict: Verdict) -> None:
         """A JSON answer under the model's other name; what is too long, or cannot be read, passes as it came."""
         body, is_whole = await _read(response, chunk, _WHOLE_LIMIT_BYTES)
         try:
             if not is_whole:
                 raise DecodeError("the answer is too long")
-            plain = decoded(body, value_of(headers, "content-encoding"), _DECODED_LIMIT_BYTES)
+            plain = decoded(body, response.coding, _DECODED_LIMIT_BYTES)
             renamed = self._rewriter.body(plain)
         except (DecodeError, *lenient.UNREADABLE):
             await self._relay_body(response, headers, body, verdict)
             return
-        tap = UsageTap()
-        tap.feed(plain)
-        self._attempt.usage = tap.finish()
+        self._attempt.usage = usage_of(plain)
         await self._send_whole(response.status, _without(headers, "content-encoding"), renamed, verdict)
 
-    async def _relay_events(self, response: UpstreamResponse, headers: Headers, chunk: bytes) -> None:
+    async def _relay_events(self, response: Opening, headers: Headers, chunk: bytes) -> None:
         decoder: Decoder | None = None
         with contextlib.suppress(DecodeError):  # Then the upstream's bytes pass; what they report cannot be read.
-            decoder = Decoder(value_of(headers, "content-encoding"))
+            decoder = Decoder(response.coding)
         if decoder is not None and self._rewriter.edits_events:
             headers = _without(headers, "content-encoding")
         await self._start(response.status, headers, None)

@@ -399,7 +399,7 @@ class Balance:
         current = directory.by_uuid.get(rule.uuid)
         if current is not None:
             settings = directory.configuration.pool(current.pool)
-            definitions = [directory.snapshot.definition(current)]
+            definitions = [directory.definition(current)]
             await self._pool(current.pool).raise_fence(definitions, settings, directory.revision)
 
     def settle(

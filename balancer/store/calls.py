@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 
 from balancer.domain import (
@@ -71,11 +71,36 @@ def fence_arguments(settings: PoolSettings, revision: int) -> dict[str, str | in
     return {"record": settings.record, "keep": settings.record_events, "revision": revision}
 
 
-def rule_definition(
-    configuration: Configuration, rule: Rule, revision: int, *, is_edited: bool = True
+class Definer:
+    """Defines the rules of one configuration; what concerns all of them is found out once."""
+
+    def __init__(self, configuration: Configuration) -> None:
+        self._providers = {provider.uuid: provider for provider in configuration.providers}
+        self._lengths: dict[str, dict[str, set[int]]] = {}
+        for rule in configuration.rules:
+            if rule.active:
+                lengths = self._lengths.setdefault(rule.pool, {})
+                for service in rule.services:
+                    lengths.setdefault(service.id, set()).add(service.time_window)
+
+    def definition(self, rule: Rule, revision: int, *, is_edited: bool = True) -> RuleDefinition:
+        """What raising the fence of a rule writes into its pool; only its edit sets the cursor that it configures."""
+        return _definition(rule, revision, self._providers, self._lengths.get(rule.pool, {}), is_edited=is_edited)
+
+
+def rule_definition(configuration: Configuration, rule: Rule, revision: int) -> RuleDefinition:
+    """What raising the fence of one edited rule writes into its pool."""
+    return Definer(configuration).definition(rule, revision)
+
+
+def _definition(
+    rule: Rule,
+    revision: int,
+    providers: Mapping[str, Provider],
+    lengths: Mapping[str, set[int]],
+    *,
+    is_edited: bool,
 ) -> RuleDefinition:
-    """What raising the fence of a rule writes into its pool; a configured cursor is set only by an edit of the rule."""
-    providers = {provider.uuid: provider for provider in configuration.providers}
     cursor = ""
     if rule.current_service_index is not None and rule.services:
         cursor = rule.services[rule.current_service_index % len(rule.services)].id
@@ -88,7 +113,6 @@ def rule_definition(
         refuses=int(rule.on_exhausted == "refuse"),
         services=tuple(_service(service, providers.get(service.provider)) for service in rule.services),
     )
-    lengths = _window_lengths(configuration.rules, rule.pool)
     windows = tuple(
         WindowsDefinition(id=service.id, lengths=tuple(sorted(lengths.get(service.id, {service.time_window}))))
         for service in rule.services
@@ -149,13 +173,3 @@ def _share(limit: int, limits: Limits, pool: str) -> int:
         return limit
     # In fractions of what is written: 0.29 of 100 is 29, not 28.999….
     return math.floor(limit * Fraction(str(limits.split.get(pool, 0)))) or -1
-
-
-def _window_lengths(rules: Iterable[Rule], pool: str) -> dict[str, set[int]]:
-    """The distinct time_windows that the pool's active rules give each service."""
-    lengths: dict[str, set[int]] = {}
-    for rule in rules:
-        if rule.pool == pool and rule.active:
-            for service in rule.services:
-                lengths.setdefault(service.id, set()).add(service.time_window)
-    return lengths

@@ -1,16 +1,16 @@
 """Redis itself: commands for rare use, and one pipelined connection for the hot ones.
 
-redis-py connects (URL forms, TLS, ACL users, handshake) and parses; a `Link` joins the commands of a loop tick in one
-write and resolves the replies in order. Awaiting a redis-py client for each command costs three times as much CPU, and
-its default retries would run a script twice when one reply is lost. Where the master is, `topology` knows; what a
-refusal means, `refusals`.
+redis-py connects (URL forms, TLS, ACL users, handshake); from then on a `Link` joins the commands of a loop tick in one
+write, and hands out the replies in order as they are read (`wire`). Awaiting a redis-py client for each command costs
+many times as much CPU, and its default retries would run a script twice when one reply is lost. Where the master is,
+`topology` knows; what a refusal means, `refusals`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
+import functools
 import random
 import time
 from collections import deque
@@ -27,8 +27,11 @@ from balancer.errors import ConfigurationError, StoreUnavailableError
 from balancer.store.refusals import RefusedError, Then, describe, refusal
 from balancer.store.scripts import Script
 from balancer.store.topology import Topology, hang_up, new_client, new_connection
+from balancer.store.wire import Wire, pack
 
 Reply = list[Any]
+OnReply = Callable[[Any], None]
+"""Gets a command's reply: what Redis says, or a ResponseError, or a StoreUnavailableError."""
 
 AGAIN_S = 0.02
 """After this long a command that was not executed is asked again."""
@@ -231,9 +234,9 @@ class Link:
         self._on_down = on_down
         self._name = name
         self._connection: AbstractConnection | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._wire: Wire | None = None
         self._buffer: list[bytes] = []
-        self._waiting: deque[tuple[asyncio.Future[Any], float]] = deque()
+        self._waiting: deque[tuple[OnReply, float]] = deque()
         self._loaded: set[str] = set()
         self._url = ""
         self._failure = "not connected yet"
@@ -247,7 +250,7 @@ class Link:
     @property
     def is_connected(self) -> bool:
         """True while a connection stands that may be written to, answering or not."""
-        return self._writer is not None and self._leaving is None
+        return self._wire is not None and self._leaving is None
 
     @property
     def is_moving(self) -> bool:
@@ -282,25 +285,36 @@ class Link:
             return self._failure
         return self._refusal or "Redis does not answer in time"
 
-    def send(self, *command: str | int | bytes) -> asyncio.Future[Any]:
-        """Queues a command for the next `flush`; its reply, or ResponseError, or StoreUnavailableError."""
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    def post(self, command: tuple[str | int | bytes, ...], on_reply: OnReply) -> None:
+        """Queues a command for the next `flush`; `on_reply` is called as soon as the reply is read, never before."""
         if self._leaving is not None or self._is_moving:
-            future.set_exception(RefusedError(self.failure, Then.MOVE))
-            return future
-        if self._connection is None or self._writer is None:
-            future.set_exception(StoreUnavailableError(f"Redis is away: {self.failure}"))
-            return future
-        self._buffer.extend(self._connection.pack_command(*command))
-        self._waiting.append((future, time.monotonic()))
+            asyncio.get_running_loop().call_soon(on_reply, RefusedError(self.failure, Then.MOVE))
+        elif self._wire is None:
+            failed = StoreUnavailableError(f"Redis is away: {self._failure}")
+            asyncio.get_running_loop().call_soon(on_reply, failed)
+        else:
+            self._buffer.append(pack(command))
+            self._waiting.append((on_reply, time.monotonic()))
+
+    def post_call(self, script: Script, command: tuple[str | int, ...], on_reply: OnReply) -> None:
+        """Queues a script call: by its source the first time on this connection, then by its digest."""
+        if script.sha in self._loaded:
+            self.post(("EVALSHA", script.sha, *command), on_reply)
+        else:
+            self._loaded.add(script.sha)
+            self.post(("EVAL", script.source, *command), on_reply)
+
+    def send(self, *command: str | int | bytes) -> asyncio.Future[Any]:
+        """Queues a command; its reply, or ResponseError, or StoreUnavailableError."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.post(command, functools.partial(_resolve, future))
         return future
 
     def call(self, script: Script, command: tuple[str | int, ...]) -> asyncio.Future[Any]:
-        """Queues a script call: by its source the first time on this connection, then by its digest."""
-        if script.sha in self._loaded:
-            return self.send("EVALSHA", script.sha, *command)
-        self._loaded.add(script.sha)
-        return self.send("EVAL", script.source, *command)
+        """Queues a script call; its reply, or ResponseError, or StoreUnavailableError."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.post_call(script, command, functools.partial(_resolve, future))
+        return future
 
     def forget(self, script: Script) -> None:
         """Makes the next call send the source again: the server has said NOSCRIPT."""
@@ -313,9 +327,10 @@ class Link:
 
     def flush(self) -> None:
         """Writes what is queued to the socket, at once."""
-        if self._buffer and self._writer is not None:
-            self._writer.write(b"".join(self._buffer))
-        self._buffer.clear()
+        if self._buffer:
+            if self._wire is not None:
+                self._wire.write(b"".join(self._buffer))
+            self._buffer.clear()
 
     async def run(self) -> None:
         """Keeps the connection up until cancelled. Pauses between attempts grow to a second, with jitter."""
@@ -324,8 +339,7 @@ class Link:
             while True:
                 self._is_proven = False
                 try:
-                    await self._connect()
-                    await self._read_replies()
+                    await self._keep(await self._connect())
                 except RefusedError as exc:
                     self._learn(exc)
                     await self._disconnect(exc.message, is_moving=self._leaving is exc and self._is_moving)
@@ -344,7 +358,7 @@ class Link:
         finally:
             await self._disconnect("")
 
-    async def _connect(self) -> None:
+    async def _connect(self) -> Wire:
         url = await self._topology.locate(self._key)
         connect_s = self._topology.connect_timeout_s
         self._connection = connection = new_connection(url, None, connect_s, self._topology.tls)
@@ -356,13 +370,13 @@ class Link:
         if not await self._is_place(url):
             raise RefusedError("the master has changed meanwhile: a failover is under way", Then.MOVE)
         self._url = url
-        # The writer is redis-py's own: its public way to write awaits, and would not write within this loop tick.
-        self._writer = connection._writer
+        self._wire = wire = Wire(connection, self._on_reply)
         self._loaded.clear()
         self._leaving, self._is_moving, self._is_late, self._refusal = None, False, False, ""
         log.info("connected to the store", link=self._name)
         self._on_up()
         self.flush()
+        return wire
 
     async def _greet(self, connection: AbstractConnection) -> None:
         """Raises when the server loads its data, wants a password, or is not the master that we were told of."""
@@ -379,35 +393,28 @@ class Link:
                 raise refused from exc
             raise
 
-    async def _read_replies(self) -> None:
-        assert self._connection is not None
+    async def _keep(self, wire: Wire) -> None:
+        """Watches the connection until it is lost; raises why."""
         guard = asyncio.create_task(self._guard(self._url))
         try:
-            # Once we leave, nothing new is sent, and what was sent is still answered.
-            while self._leaving is None or self._waiting:
-                reply: Any
-                try:
-                    reply = await self._connection.read_response(
-                        disable_decoding=True, timeout=math.inf, disconnect_on_error=False
-                    )
-                except RedisError as exc:
-                    # Not a loss of the connection if the server said it, whatever class redis-py gives it.
-                    reply = refusal(exc) or exc
-                    if not isinstance(reply, ResponseError | RefusedError):
-                        raise
-                future, sent_at = self._waiting.popleft()
-                reply = self._noted(reply)
-                if time.monotonic() - sent_at < self._deadline_s and not isinstance(reply, RefusedError):
-                    self._is_late = False
-                if future.done():
-                    continue
-                if isinstance(reply, ResponseError | RefusedError):
-                    future.set_exception(reply)
-                else:
-                    future.set_result(reply)
+            await wire.lost
         finally:
             guard.cancel()
-        raise self._leaving
+
+    def _on_reply(self, reply: Any) -> None:
+        if isinstance(reply, RedisError):
+            # Not a loss of the connection if the server said it, whatever class redis-py gives it.
+            reply = refusal(reply) or reply
+            if not isinstance(reply, ResponseError | RefusedError):
+                raise reply
+        on_reply, sent_at = self._waiting.popleft()
+        reply = self._noted(reply)
+        if self._is_late and time.monotonic() - sent_at < self._deadline_s and not isinstance(reply, RefusedError):
+            self._is_late = False
+        on_reply(reply)
+        # Once we leave, nothing new is sent, and what was sent is still answered.
+        if self._leaving is not None and not self._waiting and self._wire:
+            self._wire.give_up(self._leaving)
 
     def _noted(self, reply: Any) -> Any:
         """The reply, once what it says about the server is kept: it works, it refuses, the master is elsewhere."""
@@ -443,12 +450,12 @@ class Link:
         while True:
             await asyncio.sleep(patience_s / 5)
             if self._is_late and self._leaving is None and not self._waiting:
-                self.send("PING").add_done_callback(_retrieve)
+                self.post(("PING",), _ignore)
                 self.flush()
             await self._topology.recheck(_RECHECK_S)
             is_silent = bool(self._waiting) and time.monotonic() - self._waiting[0][1] > patience_s
-            if (is_silent or not await self._is_place(url)) and self._writer:
-                self._writer.transport.abort()
+            if (is_silent or not await self._is_place(url)) and self._wire:
+                self._wire.abort()
 
     async def _is_place(self, url: str) -> bool:
         """True unless the sentinels name another master now."""
@@ -460,18 +467,20 @@ class Link:
             return True  # Nobody knows better.
 
     async def _disconnect(self, failure: str, *, is_moving: bool = False) -> None:
-        was_up = self._writer is not None or self._is_moving
+        was_up = self._wire is not None or self._is_moving
         if was_up and not self._is_late:
             self._away_since = time.monotonic()
         self._failure = failure
-        self._writer = None
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.release()
         self._leaving, self._is_moving = None, is_moving
         connection, self._connection = self._connection, None
         waiting, self._waiting = self._waiting, deque()
         self._buffer.clear()
-        for future, _ in waiting:
-            if not future.done():
-                future.set_exception(StoreUnavailableError(f"Redis is away: {failure}"))
+        loop = asyncio.get_running_loop()
+        for on_reply, _ in waiting:
+            loop.call_soon(on_reply, StoreUnavailableError(f"Redis is away: {failure}"))
         if connection is not None:
             await hang_up(connection)
         if was_up and failure and not is_moving:
@@ -479,10 +488,18 @@ class Link:
             self._on_down()
 
 
-def _retrieve(done: asyncio.Future[Any]) -> None:
-    """Takes the outcome of what nobody waits for."""
-    if not done.cancelled():
-        done.exception()
+def _resolve(future: asyncio.Future[Any], reply: Any) -> None:
+    """Gives a reply to whoever waits for it, if anybody still does."""
+    if future.done():
+        return
+    if isinstance(reply, ResponseError | StoreUnavailableError):
+        future.set_exception(reply)
+    else:
+        future.set_result(reply)
+
+
+def _ignore(reply: Any) -> None:
+    """Takes the reply that nobody waits for."""
 
 
 def is_noscript(exc: BaseException | None) -> bool:

@@ -23,6 +23,7 @@ from balancer.errors import ConfigurationError
 _SEALED = "sealed:v1:"
 _REFERENCE = re.compile(r"\$\{(file:)?([^}]+)\}")
 _NONCE_BYTES = 12
+_MOST_OPENED = 10_000
 _HOW_TO_MAKE_ONE = "make one with `openssl rand -base64 32` and give it to every worker as BALANCER_SECRET_KEY"
 
 Place = tuple[str, str]
@@ -165,10 +166,11 @@ def _values(provider: Provider) -> dict[str, str]:
 
 
 class Credentials:
-    """Resolves credentials in a worker. Files are read again when they change."""
+    """Resolves credentials in a worker. Files are read again when they change; what is sealed is opened once."""
 
     def __init__(self, sealer: Sealer | None) -> None:
         self._sealer = sealer
+        self._opened: dict[tuple[str, Place], str] = {}
         self._files: dict[str, tuple[int, str]] = {}
 
     def access_token(self, provider: Provider) -> str:
@@ -196,10 +198,18 @@ class Credentials:
                 raise ConfigurationError(
                     f"providers[{place[0]}].{place[1]} is sealed, and this worker has no BALANCER_SECRET_KEY"
                 )
-            value = self._sealer.open(value, place)
+            value = self._open(self._sealer, value, place)
         if "${" not in value:
             return value
         return _REFERENCE.sub(lambda match: self._refer(match, place), value)
+
+    def _open(self, sealer: Sealer, value: str, place: Place) -> str:
+        opened = self._opened.get((value, place))
+        if opened is None:
+            if len(self._opened) >= _MOST_OPENED:
+                self._opened.clear()  # Those of configurations long gone.
+            opened = self._opened[value, place] = sealer.open(value, place)
+        return opened
 
     def _refer(self, match: re.Match[str], place: Place) -> str:
         is_file, name = match.groups()

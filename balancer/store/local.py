@@ -266,7 +266,7 @@ class LocalPool:
         known = twin.rules.get(rule.uuid)
         if known and known.revision >= revision:
             return
-        definition = divided(directory.snapshot.definition(rule), self._share)
+        definition = divided(directory.definition(rule), self._share)
         for windows in definition.windows:
             self._load_service(twin, windows.id, now_ms)
         for provider in definition.providers:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from balancer.store.calls import entry_arguments, fence_arguments, pin_keys, sel
 from balancer.store.connection import AGAIN_S, Link, is_noscript
 from balancer.store.local import LocalPool, Picture
 from balancer.store.refusals import RefusedError, Then
-from balancer.store.scripts import load
+from balancer.store.scripts import Prepared, load
 from balancer.store.settlement import DEFAULT_MAX_ENTRIES, Batch, Outbox
 from balancer.store.spiller import Replayer, Spiller
 from balancer.store.topology import Topology
@@ -49,12 +51,22 @@ class PoolEvents(msgspec.Struct, kw_only=True):
 
 
 class _Asked(msgspec.Struct, eq=False):
-    """A selection and whoever waits for its answer; whether it is on its way, and what it was refused with last."""
+    """A selection and whoever waits for its answer, until when; None for an answer is a `failure`.
+
+    Whether it is on its way, and what it was refused with last.
+    """
 
     selection: Selection
-    future: asyncio.Future[Answer]
+    future: asyncio.Future[Answer | None]
+    until: float
     is_sent: bool = False
     refusal: RefusedError | None = None
+    failure: StoreUnavailableError | None = None
+
+    def fail(self, failure: StoreUnavailableError) -> None:
+        """Tells who waits that there will be no answer."""
+        self.failure = failure
+        self.future.set_result(None)
 
 
 class PoolClient:
@@ -91,8 +103,14 @@ class PoolClient:
         self._audit_interval_s = audit_interval_s
         self._scripts = {name: load(name, scripts_dir) for name in _SCRIPTS}
         self._link = Link(topology, keys.partitions(pool), deadline_ms, self._on_up, self._on_down, name=pool)
+        staying: dict[str, str | int] = {"now_ms": 0, "worker": worker, "lease_ms": lease_ms}
+        self._select = Prepared(self._scripts["select"], self._keys(worker), staying)
+        self._settle = Prepared(self._scripts["settle"], self._keys(worker), staying)
         self._asked: list[_Asked] = []
         self._refused: list[_Asked] = []
+        self._waiting: deque[_Asked] = deque()
+        """All that were asked, in that order, until they are answered and the next look at the deadlines."""
+        self._deadline: asyncio.TimerHandle | None = None
         self._flush_scheduled = False
         self._retry: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -182,32 +200,54 @@ class PoolClient:
         A selection that is given up (deadline, lost connection, cancelled caller) is settled as abandoned: should Redis
         have made the pick all the same, what it holds is given back.
         """
-        if not self._link.is_up and not self._link.is_moving:
-            raise StoreUnavailableError(f"Redis is away: {self._link.failure}")
-        asked = _Asked(selection=selection, future=asyncio.get_running_loop().create_future())
+        link, loop = self._link, asyncio.get_running_loop()
+        if not link.is_up and not link.is_moving:
+            raise StoreUnavailableError(f"Redis is away: {link.failure}")
+        asked = _Asked(selection, loop.create_future(), loop.time() + self._deadline_s)
         self._asked.append(asked)
-        self._schedule_flush()
+        self._waiting.append(asked)
+        if self._deadline is None:
+            self._deadline = loop.call_at(asked.until, self._end_waiting)
+        if not self._flush_scheduled:
+            self._schedule_flush()
         try:
-            async with asyncio.timeout(self._deadline_s):
-                return await asked.future
-        except TimeoutError:
-            if not asked.is_sent:
-                raise asked.refusal or StoreUnavailableError(f"Redis is away: {self._link.failure}") from None
-            self._link.late()
-            self._abandon(selection)
-            raise asked.refusal or StoreUnavailableError("Redis did not answer in time") from None
-        except RefusedError as exc:
-            if exc.may_have_run:
+            answer = await asked.future
+        except asyncio.CancelledError:
+            if asked.failure is None:
                 self._abandon(selection)
             raise
-        except (StoreUnavailableError, asyncio.CancelledError):
-            self._abandon(selection)
-            raise
+        if answer is None:
+            assert asked.failure is not None, "without an answer there is a reason"
+            raise asked.failure
+        return answer
+
+    def _end_waiting(self) -> None:
+        """Fails what has waited for the deadline, and looks again when the next one is over.
+
+        One timer for all: those of before are answered by then, so that hardly anything is looked at twice.
+        """
+        self._deadline = None
+        waiting, loop = self._waiting, asyncio.get_running_loop()
+        now = loop.time()
+        while waiting and (waiting[0].future.done() or waiting[0].until <= now):
+            asked = waiting.popleft()
+            if asked.future.done():
+                continue
+            if asked.is_sent:
+                self._link.late()
+                self._abandon(asked.selection)
+                failure = "Redis did not answer in time"
+            else:
+                failure = f"Redis is away: {self._link.failure}"
+            asked.fail(asked.refusal or StoreUnavailableError(failure))
+        if waiting:
+            self._deadline = loop.call_at(waiting[0].until, self._end_waiting)
 
     def settle(self, entry: Entry) -> None:
         """Queues an entry; it is written with the other commands of this tick."""
         self.outbox.add(entry)
-        self._schedule_flush()
+        if not self._flush_scheduled:
+            self._schedule_flush()
         if self._spiller is None and self.outbox.is_full and time.monotonic() - self._full_warned_at > _WARN_S:
             self._full_warned_at = time.monotonic()
             log.warning(
@@ -275,34 +315,34 @@ class PoolClient:
         asked = [one for one in asked if not one.future.done()]
         if not asked:
             return
-        script = self._scripts["select"]
-        rest = [argument for one in asked for argument in selection_arguments(one.selection)]
+        rest: list[str | int] = []
         for one in asked:
+            rest += selection_arguments(one.selection)
             one.is_sent = True
-        pins = pin_keys(self.pool, (one.selection for one in asked))
-        reply = self._link.call(script, script.command(self._keys(self.worker), self._arguments(), rest, pins))
-        reply.add_done_callback(lambda done: self._on_selected(asked, done))
+        pins = pin_keys(self.pool, [one.selection for one in asked])
+        epoch, position = self.seen
+        command = self._select.command({"epoch": epoch, "position": position}, rest, pins)
+        self._link.post_call(self._select.script, command, functools.partial(self._on_selected, asked))
 
-    def _on_selected(self, asked: Sequence[_Asked], done: asyncio.Future[Any]) -> None:
-        if done.cancelled():
+    def _on_selected(self, asked: Sequence[_Asked], reply: Any) -> None:
+        if isinstance(reply, Exception):
+            self._on_refused(asked, reply)
             return
-        exc = done.exception()
+        _, epoch, position, lost = reply[-1]
+        self._saw(epoch, position, lost)
+        # As many answers as were asked for, and the pool's place behind them.
+        for one, answer in zip(asked, reply, strict=False):
+            if not one.future.done():
+                one.future.set_result(_decoded(answer))
+
+    def _on_refused(self, asked: Sequence[_Asked], exc: Exception) -> None:
         if is_noscript(exc):
             # Nothing was run, so asking again is safe; once more at most, since the source goes along.
-            self._link.forget(self._scripts["select"])
+            self._link.forget(self._select.script)
             self._send_selections(asked)
             self._link.flush()
-            return
-        if isinstance(exc, RefusedError) and self._keep(asked, exc):
-            return
-        if exc is not None:
+        elif not (isinstance(exc, RefusedError) and self._keep(asked, exc)):
             self._fail(asked, _store_error(exc))
-            return
-        *answers, (_, epoch, position, lost) = done.result()
-        self._saw(epoch, position, lost)
-        for one, answer in zip(asked, answers, strict=True):
-            if not one.future.done():
-                one.future.set_result([item.decode() if isinstance(item, bytes) else item for item in answer])
 
     def _keep(self, asked: Sequence[_Asked], refusal: RefusedError) -> bool:
         """Holds selections that were not executed until they can be asked again; False when that is no use."""
@@ -324,11 +364,13 @@ class PoolClient:
         self._refused.clear()
         self._schedule_flush()
 
-    @staticmethod
-    def _fail(asked: Sequence[_Asked], exc: StoreUnavailableError) -> None:
+    def _fail(self, asked: Sequence[_Asked], exc: StoreUnavailableError) -> None:
+        may_have_run = exc.may_have_run if isinstance(exc, RefusedError) else True
         for one in asked:
             if not one.future.done():
-                one.future.set_exception(exc)
+                if may_have_run:
+                    self._abandon(one.selection)
+                one.fail(exc)
 
     def _saw(self, epoch: int, position: int, lost: int) -> None:
         if (epoch, position) > self.seen:
@@ -338,18 +380,16 @@ class PoolClient:
             self.seen = (epoch, position)
 
     def _send_batch(self, batch: Batch) -> None:
-        script = self._scripts["settle"]
-        arguments = self._arguments(batch=batch.number, skip=int(batch.skips))
-        reply = self._link.call(script, script.command(self._keys(self.worker), arguments, self._entries(batch)))
-        generation = batch.generation
-        reply.add_done_callback(lambda done: self._on_settled(generation, done))
+        epoch, position = self.seen
+        changing = {"epoch": epoch, "position": position, "batch": batch.number, "skip": int(batch.skips)}
+        command = self._settle.command(changing, self._entries(batch))
+        self._link.post_call(self._settle.script, command, functools.partial(self._on_settled, batch.generation))
 
     def _entries(self, batch: Batch) -> list[str | int]:
-        return [
-            argument
-            for entry, made_at in batch.entries or ()
-            for argument in entry_arguments(entry, self.outbox.age_ms(made_at))
-        ]
+        arguments: list[str | int] = []
+        for entry, made_at in batch.entries or ():
+            arguments += entry_arguments(entry, self.outbox.age_ms(made_at))
+        return arguments
 
     async def _settle_for(self, worker: str, batch: Batch, *, is_last: bool) -> int:
         """Applies a batch of a worker that is gone; the number of its last one that Redis has applied then.
@@ -366,36 +406,35 @@ class PoolClient:
     def _batches_lost(self, batches: int) -> None:
         self._events.batches_lost(self.pool, batches)
 
-    def _on_settled(self, generation: int, done: asyncio.Future[Any]) -> None:
-        if done.cancelled():
-            return
-        exc = done.exception()
-        if isinstance(exc, StoreUnavailableError) and not (isinstance(exc, RefusedError) and self._link.is_connected):
-            return  # The batch stays in the outbox; it is sent again when the link is up.
-        if exc is None:
-            word, last, *place = done.result()
+    def _on_settled(self, generation: int, reply: Any) -> None:
+        if not isinstance(reply, Exception):
+            word, last, *place = reply
             if word == b"applied":
                 self._saw(*place)
                 self.outbox.acknowledge(last)
                 if not len(self.outbox):
                     self._quiet.set()
-                elif self.outbox.is_behind:
+                elif self.outbox.is_behind and not self._flush_scheduled:
                     self._schedule_flush()
-                return
+            elif generation == self.outbox.generation:
+                self._resend(last)
+            return
+        if isinstance(reply, StoreUnavailableError) and not (
+            isinstance(reply, RefusedError) and self._link.is_connected
+        ):
+            return  # The batch stays in the outbox; it is sent again when the link is up.
         if generation != self.outbox.generation:
             return  # Sent before the last resend, which answers for it.
-        if exc is None:
-            self._resend(last)
-        elif is_noscript(exc):
-            self._link.forget(self._scripts["settle"])
+        if is_noscript(reply):
+            self._link.forget(self._settle.script)
             self._resend(None)
-        else:
-            pause_s = AGAIN_S if isinstance(exc, RefusedError) and exc.then is Then.AGAIN else _RETRY_S
-            if not isinstance(exc, RefusedError):  # What Redis refuses, the link has logged, once.
-                log.warning("the store refused a batch; trying again", pool=self.pool, reason=str(_store_error(exc)))
-            self.outbox.generation += 1
-            if self._retry is None:
-                self._retry = asyncio.get_running_loop().call_later(pause_s, self._resend, None)
+            return
+        pause_s = AGAIN_S if isinstance(reply, RefusedError) and reply.then is Then.AGAIN else _RETRY_S
+        if not isinstance(reply, RefusedError):  # What Redis refuses, the link has logged, once.
+            log.warning("the store refused a batch; trying again", pool=self.pool, reason=str(_store_error(reply)))
+        self.outbox.generation += 1
+        if self._retry is None:
+            self._retry = asyncio.get_running_loop().call_later(pause_s, self._resend, None)
 
     def _resend(self, last: int | None) -> None:
         if self._retry:
@@ -540,7 +579,7 @@ class PoolClient:
         self._saw(epoch, position, lost)
         if answer[0] != b"pick":
             await self.command("ZREM", keys.leases(self.pool), worker)  # It holds nothing.
-        return [item.decode() if isinstance(item, bytes) else item for item in answer]
+        return _decoded(answer)
 
     async def settle_held(self, worker: str, entry: Entry, kept_ms: int) -> bool:
         """Applies the only entry of such a worker, and takes it off the list; False if it was applied before.
@@ -653,6 +692,11 @@ class PoolClient:
             now_ms=int(seconds) * 1000 + int(micros) // 1000,
             taken_at=time.monotonic(),
         )
+
+
+def _decoded(answer: Answer) -> Answer:
+    """An answer of select with its words as text."""
+    return [item.decode() if type(item) is bytes else item for item in answer]
 
 
 def _store_error(exc: BaseException) -> StoreUnavailableError:

@@ -21,7 +21,7 @@ from balancer import document, log
 from balancer.domain import Configuration, PoolSettings, Provider, Rule, RuleDefinition
 from balancer.errors import BalancerError, ConfigurationError, ConflictError, StoreUnavailableError
 from balancer.store import keys
-from balancer.store.calls import fence_arguments, rule_definition
+from balancer.store.calls import Definer, fence_arguments
 from balancer.store.connection import Commands, WrappedClient, translated
 from balancer.store.scripts import load
 
@@ -65,11 +65,11 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         """The revision that last changed anything the rule's select reads."""
         return self.rule_revisions.get(uuid, self.revision)
 
-    def definition(self, rule: Rule) -> RuleDefinition:
-        """What raising the rule's fence writes."""
+    def definition(self, rule: Rule, definer: Definer) -> RuleDefinition:
+        """What raising the rule's fence writes; `definer` is the configuration's."""
         revision = self.rule_revision(rule.uuid)
         is_edited = self.edits.get(rule.uuid, revision) == revision
-        return rule_definition(self.configuration, rule, revision, is_edited=is_edited)
+        return definer.definition(rule, revision, is_edited=is_edited)
 
 
 class Directory(msgspec.Struct, frozen=True, kw_only=True, weakref=True):
@@ -78,7 +78,11 @@ class Directory(msgspec.Struct, frozen=True, kw_only=True, weakref=True):
     snapshot: Snapshot
     by_model: dict[tuple[str, str], Rule]
     by_uuid: dict[str, Rule]
+    by_scenario: dict[str, tuple[Rule, ...]]
     providers: dict[str, Provider]
+    pools: frozenset[str]
+    """The pools of all rules."""
+    definer: Definer
 
     @property
     def revision(self) -> int:
@@ -90,18 +94,17 @@ class Directory(msgspec.Struct, frozen=True, kw_only=True, weakref=True):
         """The snapshot's configuration."""
         return self.snapshot.configuration
 
-    @property
-    def pools(self) -> frozenset[str]:
-        """The pools of all rules."""
-        return frozenset(rule.pool for rule in self.by_uuid.values())
-
     def rule(self, scenario: str, model: str) -> Rule | None:
         """The active rule of that scenario and request_model; the first one wins."""
         return self.by_model.get((scenario, model))
 
     def rules(self, scenario: str) -> tuple[Rule, ...]:
         """The active rules of a scenario, in order."""
-        return tuple(rule for (name, _), rule in self.by_model.items() if name == scenario)
+        return self.by_scenario.get(scenario, ())
+
+    def definition(self, rule: Rule) -> RuleDefinition:
+        """What raising the rule's fence writes."""
+        return self.snapshot.definition(rule, self.definer)
 
     def provider(self, uuid: str) -> Provider | None:
         """The provider of that uuid."""
@@ -114,10 +117,16 @@ def directory_of(snapshot: Snapshot) -> Directory:
     for rule in snapshot.configuration.rules:
         if rule.active:
             by_model.setdefault((rule.scenario, rule.request_model), rule)
+    by_scenario: dict[str, list[Rule]] = {}
+    for rule in by_model.values():
+        by_scenario.setdefault(rule.scenario, []).append(rule)
     return Directory(
         snapshot=snapshot,
         by_model=by_model,
         by_uuid={rule.uuid: rule for rule in snapshot.configuration.rules},
+        by_scenario={scenario: tuple(rules) for scenario, rules in by_scenario.items()},
+        pools=frozenset(rule.pool for rule in snapshot.configuration.rules),
+        definer=Definer(snapshot.configuration),
         providers={provider.uuid: provider for provider in snapshot.configuration.providers},
     )
 
@@ -160,7 +169,8 @@ class Registry:
             text: Any = await self._commands.run(keys.HEAD, "GET", keys.snapshot(revision))
         if text is None:
             return None
-        return decoded(text)
+        # A configuration of thousands of rules takes long to read: requests must not wait for that.
+        return await asyncio.to_thread(decoded, text)
 
     async def current(self) -> Snapshot | None:
         """The snapshot that stands, None before the first."""
@@ -233,9 +243,10 @@ class Registry:
         for tombstone in snapshot.tombstones:
             gone = RuleDefinition(rule=tombstone.rule, revision=snapshot.revision)
             by_pool.setdefault(tombstone.pool, []).append(gone)
+        definer = Definer(snapshot.configuration)
         for rule in snapshot.configuration.rules:
             if snapshot.rule_revision(rule.uuid) == snapshot.revision:
-                by_pool.setdefault(rule.pool, []).append(snapshot.definition(rule))
+                by_pool.setdefault(rule.pool, []).append(snapshot.definition(rule, definer))
         for pool, definitions in by_pool.items():
             await self.raise_fences(snapshot.configuration.pool(pool), snapshot.revision, definitions)
         await self._run(
@@ -388,7 +399,7 @@ class Follower:
     async def _keep(self, kept: Path, snapshot: Snapshot) -> None:
         """Leaves the snapshot to workers that start while Redis is away. Its credentials are references or sealed."""
         try:
-            await asyncio.to_thread(_replace, kept, encoded(snapshot))
+            await asyncio.to_thread(lambda: _replace(kept, encoded(snapshot)))
         except OSError as exc:
             log.warning("cannot keep the configuration", file=str(kept), reason=exc.strerror)
 

@@ -63,6 +63,28 @@ class Script(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class Prepared:
+    """Calls of a script that differ in a few arguments only: the names are looked up once, not at each call."""
+
+    def __init__(self, script: Script, keys: Mapping[str, str], arguments: Mapping[str, str | int]) -> None:
+        """`arguments` are those that stay. Raises TypeError when a name is not one of the header."""
+        changing = [name for name in script.arguments if name not in arguments]
+        script.command(keys, {**arguments, **dict.fromkeys(changing, 0)})
+        self.script = script
+        self._keys = tuple(keys[name] for name in script.keys)
+        self._arguments = [arguments.get(name, 0) for name in script.arguments]
+        self._places = {name: script.arguments.index(name) for name in changing}
+
+    def command(
+        self, changing: Mapping[str, str | int], rest: Sequence[str | int], rest_keys: Sequence[str] = ()
+    ) -> tuple[str | int, ...]:
+        """As Script.command, given all of the arguments that change. Raises KeyError for an argument that does not."""
+        arguments = self._arguments.copy()
+        for name, value in changing.items():
+            arguments[self._places[name]] = value
+        return (len(self._keys) + len(rest_keys), *self._keys, *rest_keys, *arguments, *rest)
+
+
 def folder(override: str = "") -> Path:
     """Where the scripts lie: the folder given, else in the package, else beside it (an editable install)."""
     for candidate in (Path(override),) if override else (_PACKAGE / "lua", _PACKAGE.parent / "lua"):

@@ -15,6 +15,7 @@ from balancer.encoding import Decoder
 from balancer.gateway.accounting import Uncounted
 from balancer.gateway.events import EventRelay
 from balancer.gateway.masking import Mask
+from balancer.gateway.messages import Take
 from balancer.gateway.rewriting import Rewriter
 from tests.actors import OPENAI_JSON, Upstream, chunk, openai_events
 from tests.gateway.conftest import KEY, Serve, Served, a_document
@@ -53,12 +54,21 @@ class Parts:
     async def read(self) -> bytes:
         return self.parts.pop(0) if self.parts else b""
 
+    async def pump(self, take: Take) -> bytes:
+        while (chunk := await self.read()) and take(chunk):
+            pass
+        return chunk
+
     async def close(self) -> None: ...
 
     async def start(self, status: int, headers: tuple[tuple[str, str], ...], length: int | None) -> None: ...
 
     async def write(self, chunk: bytes) -> None:
         self.seen.append(chunk)
+
+    def write_now(self, chunk: bytes) -> bool:
+        self.seen.append(chunk)
+        return True
 
     async def end(self) -> None: ...
 

@@ -15,6 +15,7 @@ import redis.asyncio
 
 from balancer.dialects.paths import route
 from balancer.gateway.masking import Mask
+from balancer.gateway.messages import Take
 from balancer.gateway.opening import Opening
 from balancer.gateway.relay import Relay
 from tests.actors import STREAM_HEAD, Upstream, chunk, responses_events
@@ -126,12 +127,21 @@ class Down:
     async def read(self) -> bytes:
         return self.parts.pop(0) if self.parts else b""
 
+    async def pump(self, take: Take) -> bytes:
+        while (chunk := await self.read()) and take(chunk):
+            pass
+        return chunk
+
     async def close(self) -> None: ...
 
     async def start(self, status: int, headers: tuple[tuple[str, str], ...], length: int | None) -> None: ...
 
     async def write(self, chunk: bytes) -> None:
         self.seen += chunk
+
+    def write_now(self, chunk: bytes) -> bool:
+        self.seen += chunk
+        return True
 
     async def end(self) -> None: ...
 

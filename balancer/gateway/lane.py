@@ -1,0 +1,300 @@
+"""The fast lane of the HTTP front: one protocol for each connection, which serves the usual requests itself.
+
+The usual ones are POSTs whose head `lane_head` reads and whose body has a length. With anything else, valid or not, the
+connection is handed over to the other front, with all that came of the request, and stays there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Final, cast
+
+from balancer import log
+from balancer.gateway.lane_head import MAX_HEAD_BYTES, Head, is_beginning, read_head
+from balancer.gateway.lane_stream import LaneStream
+from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_RECEIVED = memoryview(bytearray(262144))
+_WAITING_BYTES = 65536
+"""What may have come of the next requests while one is being answered; then no more is read."""
+
+_SWEEP_S = 5.0
+IDLE_S = 3630.0
+"""Longer than most reverse proxies keep a connection: the one that closes first should be theirs."""
+SLOW_S = 60.0
+"""For a whole head, and between two parts of a body."""
+
+Handle = Callable[[ClientRequest, ClientStream], Awaitable[None]]
+
+
+class Lanes:
+    """All connections of the lane, and what they share."""
+
+    def __init__(
+        self,
+        handle: Handle,
+        hand_over: Callable[[], asyncio.Protocol],
+        max_body_bytes: int,
+        is_draining: Callable[[], bool],
+        *,
+        idle_s: float = IDLE_S,
+        slow_s: float = SLOW_S,
+        sweep_s: float = _SWEEP_S,
+    ) -> None:
+        """`hand_over`: makes the protocol that takes over what is not for the lane."""
+        self.handle = handle
+        self.hand_over = hand_over
+        self.max_body_bytes = max_body_bytes
+        self.is_draining = is_draining
+        self.loop = asyncio.get_running_loop()
+        self.open: set[Lane] = set()
+        self.is_closing = False
+        self._idle_s, self._slow_s, self._sweep_s = idle_s, slow_s, sweep_s
+        self.now = self.loop.time()
+        """The time of the last sweep: near enough for limits that are many sweeps long."""
+        self._sweeper = self.loop.call_later(sweep_s, self._sweep)
+
+    def __call__(self) -> Lane:
+        """The protocol of a new connection."""
+        return Lane(self)
+
+    def _sweep(self) -> None:
+        """Closes the connections that have been silent, or slow, for too long."""
+        self.now = self.loop.time()
+        idle, slow = self.now - self._idle_s, self.now - self._slow_s
+        for lane in [lane for lane in self.open if lane.since < (slow if lane.is_in_request else idle)]:
+            lane.close_unless_answering()
+        self._sweeper = self.loop.call_later(self._sweep_s, self._sweep)
+
+    def close_idle(self) -> None:
+        """Closes the connections that are not being answered, and from now on each behind its answer."""
+        self.is_closing = True
+        for lane in list(self.open):
+            lane.close_unless_answering()
+
+    async def close(self, timeout_s: float) -> None:
+        """Ends all connections; those that are being answered get that long."""
+        self.close_idle()
+        self._sweeper.cancel()
+        tasks = [lane.task for lane in self.open if lane.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout_s)
+        for lane in list(self.open):
+            lane.break_off()
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout_s)
+
+
+class Lane(asyncio.BufferedProtocol):
+    """One connection, with one request at a time."""
+
+    __slots__ = (
+        "_chunks",
+        "_drained",
+        "_head",
+        "_is_reading_paused",
+        "_lanes",
+        "_missing",
+        "_waiting",
+        "is_held_up",
+        "is_in_request",
+        "since",
+        "task",
+        "transport",
+    )
+
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes: Final = lanes
+        self.transport: asyncio.Transport | None = None
+        self.is_held_up = False
+        self.since = lanes.now
+        """When it fell silent, or when its head or the last part of its body came."""
+        self.is_in_request = False
+        """True from a request's first byte to its last."""
+        self.task: asyncio.Task[None] | None = None
+        """What answers the request, None between requests."""
+        self._waiting = b""
+        self._head: Head | None = None
+        self._chunks: list[bytes] = []
+        self._missing = 0
+        self._is_reading_paused = False
+        self._drained: asyncio.Future[None] | None = None
+
+    # -- the transport's side ------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begins to wait for the first request."""
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods only.
+        self._lanes.open.add(self)
+        if self._lanes.is_closing:
+            # Accepted before the listener was closed, and in a TLS handshake until now.
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Cancels what is being answered: nobody is left to read it."""
+        self.transport = None
+        self._lanes.open.discard(self)
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        if self.task is not None:
+            self.task.cancel()
+
+    def pause_writing(self) -> None:
+        """Holds the answer up."""
+        self.is_held_up = True
+
+    def resume_writing(self) -> None:
+        """Lets the answer go on."""
+        self.is_held_up = False
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the transport puts what came: one place for all, emptied at once.
+
+        With `data_received` asyncio makes a new one of 256 KiB for every read, which costs more than reading.
+        """
+        return _RECEIVED
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Takes what came of this request, or of the next."""
+        data = bytes(_RECEIVED[:nbytes])
+        if self.task is not None:
+            self._waiting += data
+            if len(self._waiting) > _WAITING_BYTES and self.transport is not None and not self._is_reading_paused:
+                self._is_reading_paused = True
+                self.transport.pause_reading()
+        elif self._head is not None:
+            self._take_body(self._head, data)
+        else:
+            self._take_head(self._waiting + data if self._waiting else data)
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def _take_head(self, data: bytes) -> None:
+        end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)
+        if end < 0:
+            if len(data) < MAX_HEAD_BYTES and is_beginning(data):
+                if not self.is_in_request:
+                    self.is_in_request = True
+                    self.since = self._lanes.now
+                self._waiting = data
+            else:
+                self._hand_over(data)
+            return
+        head = read_head(data[: end + 2])
+        if head is None or head.length > self._lanes.max_body_bytes:
+            self._hand_over(data)
+            return
+        self._waiting = b""
+        begin = end + 4
+        self._missing = head.length
+        if len(data) - begin < head.length:
+            self.is_in_request = True
+            self._head = head
+            self._take_body(head, data[begin:])
+            return
+        end = begin + head.length
+        self._waiting = data[end:]
+        self._answer(head, data[begin:end])
+
+    def _take_body(self, head: Head, data: bytes) -> None:
+        self.since = self._lanes.now
+        missing = self._missing - len(data)
+        if missing > 0:
+            self._missing = missing
+            self._chunks.append(data)
+            return
+        if missing:
+            self._waiting = data[missing:]
+            data = data[:missing]
+        self._chunks.append(data)
+        body = b"".join(self._chunks)
+        self._chunks = []
+        self._head = None
+        self._answer(head, body)
+
+    def _answer(self, head: Head, body: bytes) -> None:
+        """Starts the task that answers a request."""
+        lanes = self._lanes
+        given = head.first.get("x-request-id", "")
+        request_id = given if given and _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        request = ClientRequest(
+            method="POST",
+            path=head.path,
+            query=head.query,
+            headers=head.headers,
+            body=body,
+            request_id=request_id,
+            first=head.first,
+        )
+        is_last = head.is_last or lanes.is_closing or lanes.is_draining()
+        stream = LaneStream(self, lanes.loop, request_id, is_last=is_last)
+        self.is_in_request = False
+        self.task = asyncio.Task(self._run(request, stream), loop=lanes.loop, name="request")
+
+    async def _run(self, request: ClientRequest, stream: LaneStream) -> None:
+        try:
+            await self._lanes.handle(request, stream)
+        except ClientGoneError:
+            pass
+        except Exception as exc:  # noqa: BLE001 - a task's root: it is logged, and the worker lives.
+            log.error("a request failed in the gateway", exc=exc, request=request.request_id)
+        finally:
+            self.task = None
+            self._go_on(stream)
+
+    def _go_on(self, stream: LaneStream) -> None:
+        """Takes up the next request, if there is one and the answer to the last was whole."""
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        if not stream.is_ended:
+            transport.abort()
+        elif stream.is_last or self._lanes.is_closing:
+            transport.close()
+        else:
+            self.since = self._lanes.now
+            if self._is_reading_paused:
+                self._is_reading_paused = False
+                transport.resume_reading()
+            if self._waiting:
+                self._take_head(self._waiting)
+
+    def _hand_over(self, data: bytes) -> None:
+        """Gives the connection, and what came of the request, to the other front."""
+        transport = self.transport
+        assert transport is not None, "open"
+        self.transport = None
+        self._waiting = b""
+        self._lanes.open.discard(self)
+        protocol = self._lanes.hand_over()
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)
+        if self.is_held_up:
+            protocol.pause_writing()
+        protocol.data_received(data)
+
+    # -- the answer's and the owner's side -----------------------------------------------------------------------------
+
+    async def drained(self) -> None:
+        """Returns when the client's buffer has room, or the connection is lost."""
+        if self.is_held_up and self.transport is not None:
+            self._drained = self._lanes.loop.create_future()
+            await self._drained
+
+    def close_unless_answering(self) -> None:
+        """Closes the connection if no answer is on its way."""
+        if self.task is None and self.transport is not None:
+            self.transport.close()
+
+    def break_off(self) -> None:
+        """Breaks the connection, and with it the answer; the task that gives it is cancelled."""
+        if self.task is not None:
+            self.task.cancel()
+        if self.transport is not None:
+            self.transport.abort()

@@ -1,0 +1,102 @@
+"""The heads of requests that the lane serves itself, a part of what HTTP/1.1 allows that has one meaning only.
+
+Whatever is not in it, valid or not, is for the full parser to judge: nothing is refused here. A head that is read here
+means the same to that parser.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from balancer.dialects import Headers
+
+MAX_HEAD_BYTES = 8192
+MAX_HEADERS = 64
+BEGINNING = b"POST /"
+"""How every request of the lane begins."""
+
+# RFC 9112 §3: a target in origin form (§3.2.1) of the characters of RFC 3986 §3.3, 3.4; `//` may hide an authority.
+_SEGMENTS = r"!$%&'()*+,./0-9:;=@A-Z_a-z~-"
+_LINE = re.compile(rf"POST (/(?!/)[{_SEGMENTS}]*+)(?:\?([?{_SEGMENTS}]*+))? HTTP/1\.1\r\n")
+# RFC 9112 §5: no space before the colon, no folding, no control characters; and no bytes beyond ASCII. Every quantifier
+# is possessive, so that no head takes long.
+_FIELD = re.compile(r"(?<=\n)([!#$%&'*+.^_`|~0-9A-Za-z-]++):[ \t]*+([ -~\t]*+)\r\n")
+_HOST = re.compile(r"(?:[A-Za-z0-9._-]++|\[[0-9A-Fa-f:.]++\])(?::[0-9]++)?")
+_UNFINISHED = re.compile(r"(?![ \t])[ -~\t]*+\r?")
+
+# What frames the body in another way, or asks for more than an answer.
+_ELSEWHERE = frozenset(
+    ["transfer-encoding", "te", "trailer", "expect", "upgrade", "proxy-connection", "sec-websocket-key1"]
+)
+# Of which a second one is a fault, or means something else than the first.
+_SINGLE = (
+    "connection",
+    "content-length",
+    "content-location",
+    "content-range",
+    "content-type",
+    "etag",
+    "host",
+    "max-forwards",
+    "server",
+    "user-agent",
+    "x-request-id",
+)
+_LONGEST_LENGTH = 15
+
+
+class Head(msgspec.Struct, frozen=True, gc=False):
+    """A head that was read: the target in parts, headers in order, the body's length."""
+
+    path: str
+    query: str
+    headers: Headers
+    first: dict[str, str]
+    """The first value of each header by its name in lower case."""
+    length: int
+    is_last: bool
+    """True if the client wants the connection closed behind the answer."""
+
+
+def is_beginning(data: bytes) -> bool:
+    """True if a head of ours may begin so: of its lines nothing can be wrong yet."""
+    if not data.startswith(BEGINNING):
+        return BEGINNING.startswith(data)
+    text = data.decode("latin-1")
+    end = text.rfind("\r\n") + 2
+    if end == 1:
+        return _UNFINISHED.fullmatch(text) is not None
+    line = _LINE.match(text)
+    if line is None or _UNFINISHED.fullmatch(text, end) is None:
+        return False
+    return len(_FIELD.findall(text, line.end(), end)) == text.count("\n") - 1
+
+
+def read_head(data: bytes) -> Head | None:
+    """What a head says, given with its last header's line end and without the empty line; None for other than ours."""
+    text = data.decode("latin-1")
+    line = _LINE.match(text)
+    if line is None:
+        return None
+    headers: list[tuple[str, str]] = _FIELD.findall(text, line.end())
+    # Each match is one line and begins behind one: as many as there are lines means that nothing was passed over.
+    if len(headers) != text.count("\n") - 1 or len(headers) > MAX_HEADERS:
+        return None
+    if " \r\n" in text or "\t\r\n" in text:
+        return None
+    first = {name.lower(): value for name, value in reversed(headers)}
+    if not _HOST.fullmatch(first.get("host", "")) or not first.keys().isdisjoint(_ELSEWHERE):
+        return None
+    if len(first) != len(headers):
+        names = [name.lower() for name, _ in headers]
+        if any(names.count(name) > 1 for name in _SINGLE):
+            return None
+    length = first.get("content-length", "")
+    if not length.isdecimal() or len(length) > _LONGEST_LENGTH:
+        return None
+    option = first.get("connection", "keep-alive").lower()
+    if option not in ("keep-alive", "close"):
+        return None
+    return Head(line[1], line[2] or "", tuple(headers), first, int(length), option == "close")

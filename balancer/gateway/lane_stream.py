@@ -1,0 +1,162 @@
+"""The way back of the lane: an answer's head and bytes, written to the client's transport at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Protocol
+
+from balancer.dialects import Headers
+from balancer.gateway.messages import ClientGoneError
+
+_REASONS = {status.value: status.phrase for status in HTTPStatus}
+# RFC 9110 §6.4.1: answers without a body.
+_BODILESS = frozenset([*range(100, 200), 204, 304])
+# Framing is ours to say, and what serves here is nobody's business.
+_OURS = frozenset(["content-length", "transfer-encoding", "server"])
+# All but these may stand in a header (RFC 9110 §5.5).
+_CONTROLS = bytes([*range(9), *range(10, 32), 127])
+
+_dated = 0
+_date = ""
+
+
+class Line(Protocol):
+    """The client's connection, as an answer needs it."""
+
+    transport: asyncio.Transport | None
+    """None once the connection is lost."""
+    is_held_up: bool
+    """True while the client's buffer is full."""
+
+    async def drained(self) -> None:
+        """Returns when the client's buffer has room, or the connection is lost."""
+
+
+class LaneStream:
+    """One answer on a connection that stays usable if the answer was whole."""
+
+    __slots__ = ("_head", "_is_chunked", "_is_last", "_left", "_line", "_loop", "_request_id", "is_ended", "is_started")
+
+    def __init__(self, line: Line, loop: asyncio.AbstractEventLoop, request_id: str, *, is_last: bool) -> None:
+        """`is_last`: the connection is to be closed behind this answer, and the client told so."""
+        self._line = line
+        self._loop = loop
+        self._request_id = request_id
+        self._is_last = is_last
+        self._head = b""
+        self._is_chunked = False
+        self._left = 0
+        self.is_started = False
+        self.is_ended = False
+
+    @property
+    def is_last(self) -> bool:
+        """True if no other answer may follow on the connection."""
+        return self._is_last or not self.is_ended
+
+    async def start(self, status: int, headers: Headers, length: int | None) -> None:
+        """Keeps status and headers for the first part of the body; the loop's next turn sends them without one."""
+        self._transport()
+        has_body = status not in _BODILESS
+        self._is_chunked = has_body and length is None
+        self._left = length or 0 if has_body else 0
+        self._head = answer_head(status, headers, length, self._request_id, is_last=self._is_last)
+        self.is_started = True
+        if self._is_chunked:
+            self._loop.call_soon(self._flush)
+
+    async def write(self, chunk: bytes) -> None:
+        """Sends a part of the body; waits while the client's buffer is full."""
+        while not self.write_now(chunk):
+            self._transport()
+            await self._line.drained()
+
+    def write_now(self, chunk: bytes) -> bool:
+        """Sends a part of the body at once; False where the client's buffer is full, or the client gone."""
+        line = self._line
+        transport = line.transport
+        if line.is_held_up or transport is None or transport.is_closing():
+            return False
+        if self._is_chunked:
+            if chunk:
+                transport.write(b"%b%x\r\n%b\r\n" % (self._head, len(chunk), chunk))
+                self._head = b""
+            return True
+        # Never more than was announced: it would be taken for the next answer.
+        if len(chunk) > self._left:
+            chunk = chunk[: self._left]
+        if chunk:
+            self._left -= len(chunk)
+            transport.write(self._head + chunk if self._head else chunk)
+            self._head = b""
+        return True
+
+    async def end(self) -> None:
+        """Ends the body; one that is shorter than announced ends the connection with it."""
+        transport = self._transport()
+        if self._left:
+            self.abort()
+            return
+        last = self._head + b"0\r\n\r\n" if self._is_chunked else self._head
+        self._head = b""
+        if last:
+            transport.write(last)
+        self.is_ended = True
+        if self._line.is_held_up:
+            await self._line.drained()
+
+    def abort(self) -> None:
+        """Breaks the connection."""
+        if self._line.transport is not None:
+            self._line.transport.abort()
+
+    def _flush(self) -> None:
+        transport = self._line.transport
+        if self._head and not self.is_ended and transport is not None and not transport.is_closing():
+            transport.write(self._head)
+            self._head = b""
+
+    def _transport(self) -> asyncio.Transport:
+        transport = self._line.transport
+        if transport is None or transport.is_closing():
+            raise ClientGoneError
+        return transport
+
+
+def answer_head(status: int, headers: Headers, length: int | None, request_id: str, *, is_last: bool) -> bytes:
+    """An answer's head; the body is framed by its length, or in chunks when that is not known.
+
+    Raises ValueError for a control character, which could begin another header, or another answer.
+    """
+    names = {name.lower() for name, _ in headers}
+    if not names.isdisjoint(_OURS):
+        headers = tuple((name, value) for name, value in headers if name.lower() not in _OURS)
+    lines = [f"HTTP/1.1 {status} {_REASONS.get(status, '')}"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    lines.append(f"x-request-id: {request_id}")
+    if status not in _BODILESS:
+        lines.append("Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}")
+        if length != 0 and "content-type" not in names:
+            lines.append("Content-Type: application/octet-stream")
+    if "date" not in names:
+        lines.append(f"Date: {_now()}")
+    if is_last and "connection" not in names:
+        lines.append("Connection: close")
+    lines.append("\r\n")
+    head = "\r\n".join(lines).encode("utf-8", "ignore")
+    # Two for each line end that we wrote.
+    if len(head) - len(head.translate(None, _CONTROLS)) != 2 * len(lines):
+        raise ValueError("a control character in a header of the answer")
+    return head
+
+
+def _now() -> str:
+    """The date of this second, as headers give it (RFC 9110 §5.6.7)."""
+    global _dated, _date
+    now = int(time.time())
+    if now != _dated:
+        _dated, _date = now, formatdate(now, usegmt=True)
+    return _date
