@@ -14,7 +14,7 @@ import redis
 
 from balancer.store import keys
 from benchmarks.growth import crowd
-from benchmarks.growth.connected import Totals, settled
+from benchmarks.growth.connected import BLOCKS_AT_REST, Totals, settled
 from benchmarks.growth.figures import Part, Plot, Point, Table, Verdict, slope
 from benchmarks.growth.processes import Upstream, Worker, a_document, publish, rss_bytes
 from tests import servers
@@ -27,10 +27,10 @@ _QUIET_S = 2.0
 _KEPT_S = 0.2
 _PAGE = 1_000
 _SHOWN = 5
-_MOST_BLOCKS, _BLOCKS_AT_REST = 0.05, 500
-"""One request may leave one object in twenty behind; what is there at rest varies by so many."""
+_MOST_BLOCKS = 0.05
+"""That a request may leave behind: one object in twenty requests."""
 _MOST_RSS_BYTES, _RSS_AT_REST = 64, 2 * 2**20
-"""The same of bytes."""
+"""The same of bytes, and how much they vary at rest."""
 _PINNED, _PLAIN = "m1", "m0"
 
 Do = Callable[[crowd.Client, int], Awaitable[int]]
@@ -177,7 +177,7 @@ async def _series(port: int) -> frozenset[str]:
 
 async def measure(*, is_quick: bool) -> list[Part]:
     """All of it, on a server of its own."""
-    total = 4_000 if is_quick else 200_000
+    total = 12_000 if is_quick else 200_000
     samples: list[Point] = []
     bounds: list[tuple[str, int]] = []
     made = 0
@@ -235,7 +235,7 @@ def _told(
     for (name, start), (_, end) in zip(bounds, [*bounds[1:], ("", made + 1)], strict=True):
         curves[name] = [(x, y) for x, y in samples if start <= x < end]
     new = sorted(series[1] - series[0])
-    of_blocks = {name: each.blocks - _BLOCKS_AT_REST / each.requests for name, each in grown.items()}
+    of_blocks = {name: each.blocks - BLOCKS_AT_REST / each.requests for name, each in grown.items()}
     of_rss = {name: each.rss_bytes - _RSS_AT_REST / each.requests for name, each in grown.items()}
     worst, worst_rss = max(of_blocks, key=of_blocks.__getitem__), max(of_rss, key=of_rss.__getitem__)
     return Part(
