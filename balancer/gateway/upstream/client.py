@@ -11,7 +11,7 @@ from balancer.gateway.upstream.answer import Answer
 from balancer.gateway.upstream.connection import Connection
 from balancer.gateway.upstream.dialing import Dialer
 from balancer.gateway.upstream.pool import Pool
-from balancer.gateway.upstream.request import Origin, Targets, head_of
+from balancer.gateway.upstream.request import Heads, Origin, Targets
 from balancer.gateway.upstream.socks import SocksUpstream
 from balancer.gateway.upstream.tls import client_context
 from balancer.gateway.upstream.tunnel import ProxyRefusedError
@@ -27,6 +27,7 @@ class UpstreamClient:
         self._tls = client_context(ca_file)
         self._dialer = Dialer(self._tls)
         self._targets = Targets()
+        self._heads = Heads()
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._pools: dict[Origin, Pool] = {}
         self._connections: set[Connection] = set()
@@ -38,7 +39,7 @@ class UpstreamClient:
         if request.proxy_url.startswith("socks"):
             return await self._socks.send(request)
         target = self._targets.of(request.url, request.proxy_url)
-        head = head_of(request, target)
+        head = self._heads.of(request, target)
         pool = self._pools.get(target.origin) or self._new_pool(target.origin)
         now = pool.loop.time()
         answer = Answer(request, pool.loop, now)
