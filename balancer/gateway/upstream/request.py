@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 from urllib.parse import unquote, urlsplit
 
 from balancer.errors import UpstreamError
@@ -146,10 +146,11 @@ def _start_of(name: str) -> str:
     return start
 
 
-def _refuse(request: UpstreamRequest) -> None:
+def _refuse(request: UpstreamRequest) -> NoReturn:
     for name, value in request.headers:
         if any(sign in value for sign in "\r\n\0"):
             raise UpstreamError(
                 f"the header {name!r} for {request.provider} holds a line break or NUL and is not sent; "
                 "see the provider's token and `headers`"
             )
+    raise UpstreamError(f"a line of the request for {request.provider} holds a line break or NUL and is not sent")
