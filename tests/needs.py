@@ -24,6 +24,7 @@ def _aimock() -> str | None:
 FINDERS: dict[str, Callable[[], str | None]] = {
     "apt:haproxy": lambda: shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin"),
     "apt:lua-check": lambda: shutil.which("luacheck"),
+    "apt:nginx": lambda: shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin"),
     "apt:redis-server": lambda: shutil.which("redis-server"),
     "npm:@copilotkit/aimock": _aimock,
 }
