@@ -28,7 +28,7 @@ _LARGE_BYTES = 2**20
 
 
 class Connection(asyncio.BufferedProtocol):
-    """A connection. It tells `first` of its first answer's end, `freed` when it can carry a request, `lost` when it ends.
+    """A connection. It tells `first` when its first answer ends, `freed` when it can be asked, `lost` when it is gone.
 
     `buffer` is what the loop reads into. All connections of a loop may share one: what was read is copied out of it
     before the loop reads again. A new buffer for each read, which is what asyncio.Protocol does, costs as much CPU as
