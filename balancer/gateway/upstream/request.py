@@ -186,3 +186,4 @@ def _check(request: UpstreamRequest, headers: Headers, text: str, lines: int) ->
                 f"the header {name!r} for {request.provider} holds a line break or NUL and is not sent; "
                 "see the provider's token and `headers`"
             )
+    raise UpstreamError(f"a line of the request for {request.provider} holds a line break or NUL and is not sent")
