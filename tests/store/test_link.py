@@ -6,12 +6,14 @@ import asyncio
 from typing import Any
 
 import pytest
+from redis.exceptions import ConnectionError as LostConnectionError
 from redis.exceptions import ResponseError
 
 from balancer.errors import StoreUnavailableError
 from balancer.store import keys
 from balancer.store.pool import PoolClient, PoolEvents
-from balancer.store.topology import Topology
+from balancer.store.topology import Topology, hang_up, new_connection
+from balancer.store.wire import Wire, pack
 from tests import servers
 from tests.store.conftest import eventually
 from tests.store.test_pool import a_selection
@@ -118,6 +120,32 @@ async def test_what_was_read_ahead_in_the_handshake_is_not_lost() -> None:
         link.flush()
         assert await asked == b"here"
     assert told == ["up"]
+
+
+async def test_what_came_before_the_transport_was_taken_over_is_delivered() -> None:
+    async with nodes(Scripted()) as address:
+        topology = Topology(f"redis://{address}")
+        connection = new_connection(await topology.locate(KEY), None, topology.connect_timeout_s)
+        await connection.connect()  # type: ignore[no-untyped-call]
+        await connection.send_command("PING")
+
+        async def has_come() -> bool:
+            return await connection.can_read()
+
+        await eventually(has_come)
+        replies: list[Any] = []
+        wire = Wire(connection, replies.append)
+        assert replies == [b"PONG"]
+        wire.write(pack(("PING",)))
+
+        async def has_followed() -> bool:
+            return replies == [b"PONG", b"PONG"]
+
+        await eventually(has_followed)
+        wire.abort()
+        with pytest.raises(LostConnectionError):
+            await wire.lost
+        await hang_up(connection)
 
 
 async def test_a_reply_that_is_none_ends_the_connection() -> None:
