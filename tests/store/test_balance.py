@@ -122,8 +122,18 @@ async def test_a_settle_is_written_at_once_where_nothing_else_is_under_way(start
     await balance.flushed("default")
     assert balance.is_flushed("default")
     balance.settle(second, Outcome.SUCCESS, None)
-    balance.flush_now("default")
-    assert balance.is_flushed("default")
+    told: list[str] = []
+
+    def stumble() -> None:
+        raise ZeroDivisionError
+
+    balance.when_flushed("default", stumble)
+    balance.when_flushed("default", lambda: told.append("written" if balance.is_flushed("default") else "too early"))
+    assert told == []
+    await balance.flushed("default")
+    assert told == ["written"]
+    balance.when_flushed("default", lambda: told.append("at once"))
+    assert told == ["written", "at once"]
     await balance.settled(second)
     balance.settle(third, Outcome.SUCCESS, None)
     assert balance.is_flushed("default")
