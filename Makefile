@@ -9,7 +9,7 @@ SCRIPTS := .cache/lua
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check prove chaos soak bench profile bench-clients bench-peers lint format lock clean
+.PHONY: help demo test check prove chaos soak bench growth profile bench-clients bench-peers lint format lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -40,6 +40,9 @@ bench-clients: $(VENV)/.benched  ## what HTTP client libraries cost, ours among 
 
 bench-peers: $(VENV)/.benched  ## installs whom we are compared with, in BENCH_PEERS (else the user's cache)
 	$(BIN)/python -m benchmarks.bench.peers $(ARGS)
+
+growth: $(VENV)/.benched  ## how costs grow with rules, services, pins, streams, and what should not (GROWTH_QUICK=1)
+	$(BIN)/python -m benchmarks.growth $(ARGS)
 
 check: lint test  ## what the gate runs
 
