@@ -1,6 +1,6 @@
 """Measures client libraries: `python -m benchmarks.clients`, or `make bench-clients`.
 
-`[--only NAME,…] [--rounds N] [--seconds S] [--results FOLDER]`
+`[--only NAME,…] [--loop LOOP] [--rounds N] [--seconds S] [--results FOLDER]`
 
 Each sends requests, 32 at a time, from a process of its own on the contestants' core to the bench's accounts on the
 other; CPU is that process's, threads of a Rust runtime included. The libraries are taken from the peers' folder
@@ -48,14 +48,14 @@ def python_of(name: str) -> Path:
     return Path(sys.executable) if name in _OWN else peers_folder() / "venv-clients" / "bin" / "python"
 
 
-def measure(place: Site, name: str, seconds: float) -> Row | str:
+def measure(place: Site, name: str, loop: str, seconds: float) -> Row | str:
     """A row, or why there is none."""
     python = python_of(name)
     if not python.exists():
         return "not installed: make bench-peers"
     url = f"{place.upstreams[0]}/v1/chat/completions"
     files = [str(place.bodies["small"]), str(place.bodies["small_stream"])]
-    command = [str(python), "-m", "benchmarks.clients.worker", name, url, *files, str(seconds)]
+    command = [str(python), "-m", "benchmarks.clients.worker", loop, name, url, *files, str(seconds)]
     with on_core(CONTESTANT_CORE):
         process = subprocess.Popen(
             command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -112,13 +112,13 @@ def main(options: argparse.Namespace) -> int:
             for name in names[first:] + names[:first]:
                 if name in faults:
                     continue
-                found = measure(place, name, options.seconds)
+                found = measure(place, name, options.loop, options.seconds)
                 if isinstance(found, Row):
                     rows.setdefault(name, []).append(found)
                 else:
                     faults[name] = found
             print(f"round {round_ + 1} of {options.rounds} is done", file=sys.stderr, flush=True)
-    plan = f"{options.rounds} rounds, {options.seconds:g} s for requests and as long for streams"
+    plan = f"{options.rounds} rounds, {options.seconds:g} s for requests and as long for streams, on {options.loop}"
     versions = about.installed("venv-clients", (each.partition("==")[0] for each in peers.CLIENTS))
     info = about.of_this_run("benchmarks.clients", sys.argv[1:], plan, versions)
     text = "\n\n".join(["# HTTP client libraries", about.header(info), report(rows, faults), _METHOD])
@@ -140,6 +140,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", default="", help=", ".join(ADAPTERS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.5)
+    parser.add_argument("--loop", choices=("asyncio", "uvloop"), default="asyncio", help="that the clients run on")
     parser.add_argument("--results", default="", help="folder for the table and the rows")
     signal.signal(signal.SIGTERM, _end)
     try:
