@@ -91,15 +91,16 @@ class Marks:
     def since(self) -> Since:
         """What has come."""
         gc.collect()
+        more = _types() - self._types
         lines: dict[str, tuple[int, int]] = {}
         traced_bytes = 0
         if self._lines:
-            differences = tracemalloc.take_snapshot().compare_to(self._lines, "lineno")
+            snapshot = tracemalloc.take_snapshot().filter_traces((tracemalloc.Filter(False, tracemalloc.__file__),))
+            differences = snapshot.compare_to(self._lines, "lineno")
             traced_bytes = sum(difference.size_diff for difference in differences)
             for difference in differences[:_SHOWN]:
                 frame = difference.traceback[0]
                 lines[f"{_short(frame.filename)}:{frame.lineno}"] = (difference.size_diff, difference.count_diff)
-        more = _types() - self._types
         return Since(types=dict(more.most_common(_SHOWN)), lines=lines, traced_bytes=traced_bytes)
 
 
