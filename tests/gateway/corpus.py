@@ -94,9 +94,11 @@ _SIZE = len(MEANT)
 _GOOD_LENGTHS = (b"%d ", b"  %d", b"%d\t", b"\t%d", b"0%d", b"000000000000000000000000%d")
 _BAD_LENGTHS = (
     b"", b" ", b"+%d", b"-%d", b"-0", b"+0", b"%d,%d", b"%d, %d", b"%d,0", b",%d", b"%d,", b"0x%x", b"0X%x", b"%xh",
-    b"%d.0", b"%d.", b"%de0", b"%d;", b"%d;q=1", b"'%d'", b'"%d"', b"(%d)", b"%d %d", b"3 3", b"3_3", b"3\t3", b"%d\x0b",
-    b"%d\x0c", b"%d\x00", b"\x00%d", b"%d\x7f", b"%d\xa0", b"%d\x85", b"\xef\xbc\x93\xef\xbc\x93", b"\xd9\xa3\xd9\xa3",
-    b"18446744073709551649", b"99999999999999999999999", b"NaN", b"inf", b"null", b"thirty-three", b"%d#", b"%%33", b"~%d",
+    b"%d.0", b"%d.", b"%de0", b"%d;", b"%d;q=1", b"'%d'", b'"%d"', b"(%d)", b"%d %d", b"3 3", b"3_3", b"3\t3",
+    b"%d\x0b", b"%d\x0c", b"%d\x00", b"\x00%d", b"%d\x7f", b"%d\xa0", b"%d\x85",
+    b"\xef\xbc\x93\xef\xbc\x93", b"\xd9\xa3\xd9\xa3",
+    b"18446744073709551649", b"99999999999999999999999", b"NaN", b"inf", b"null", b"thirty-three",
+    b"%d#", b"%%33", b"~%d",
 )  # fmt: skip
 
 
@@ -125,11 +127,10 @@ def _lengths() -> Iterator[tuple[str, Case]]:
     yield "another name with it", served(sized(b"X-Content-Length: 0", b"Content-Length-X: 0", b"Content_Length: 0"))
     # The body is read as what it is then: the next request, and no request.
     yield "none", Case(a_request(), (400, 400), ())
-    yield "none, and a request as the body", Case(
-        a_request(body=SMUGGLED), (400, 200, 200), ("smuggled", "marker")
-    )
-    yield "zero, and a request as the body", Case(
-        a_request(b"Content-Length: 0", body=SMUGGLED), (400, 200, 200), ("smuggled", "marker")
+    yield "none, and a request as the body", Case(a_request(body=SMUGGLED), (400, 200, 200), ("smuggled", "marker"))
+    yield (
+        "zero, and a request as the body",
+        Case(a_request(b"Content-Length: 0", body=SMUGGLED), (400, 200, 200), ("smuggled", "marker")),
     )
     yield "a request inside the body", answered(a_request(b"Content-Length: %d" % len(SMUGGLED), body=SMUGGLED), 400)
     yield "too short", Case(a_request(b"Content-Length: 5"), (400, 400), ())
@@ -143,12 +144,12 @@ def _lengths() -> Iterator[tuple[str, Case]]:
 
 _GOOD_CODINGS = (b"chunked", b"Chunked", b"CHUNKED", b"cHuNkEd", b" chunked", b"\tchunked", b"chunked ")
 _BAD_CODINGS = (
-    b"", b"xchunked", b"chunkedx", b"chunked, identity", b"chunked,identity", b"identity", b"identity, chunked", b"gzip",
-    b"gzip, chunked", b"chunked, gzip", b"chunked, chunked", b"chunked;q=1", b"chunked;", b"chunked,", b",chunked",
-    b'"chunked"', b"'chunked'", b"chunk", b"chunke", b"\x0bchunked", b"chunked\x0b", b"chunked\x0c", b"chunked\x00",
-    b"\x00chunked", b"chunked\x7f", b"chunked\xa0", b"chunked\x85", b"\xefchunked", b"chunk ed", b"chunked gzip",
-    b"chunked\rx", b"trailers, chunked", b"deflate,chunked", b"none", b"*", b"chunked chunked", b"\xd1\x81hunked", b"0",
-    b"compress", b"chunked:", b"chunked=1",
+    b"", b"xchunked", b"chunkedx", b"chunked, identity", b"chunked,identity", b"identity", b"identity, chunked",
+    b"gzip", b"gzip, chunked", b"chunked, gzip", b"chunked, chunked", b"chunked;q=1", b"chunked;", b"chunked,",
+    b",chunked", b'"chunked"', b"'chunked'", b"chunk", b"chunke", b"\x0bchunked", b"chunked\x0b", b"chunked\x0c",
+    b"chunked\x00", b"\x00chunked", b"chunked\x7f", b"chunked\xa0", b"chunked\x85", b"\xefchunked", b"chunk ed",
+    b"chunked gzip", b"chunked\rx", b"trailers, chunked", b"deflate,chunked", b"none", b"*", b"chunked chunked",
+    b"\xd1\x81hunked", b"0", b"compress", b"chunked:", b"chunked=1",
 )  # fmt: skip
 _BAD_CODING_LINES = {
     "a blank before the colon": b"Transfer-Encoding : chunked",
@@ -195,19 +196,26 @@ def _codings() -> Iterator[tuple[str, Case]]:
     for other in (b"TE", b"Transfer_Encoding", b"X-Transfer-Encoding", b"Transfer-Encodin", b"Transfer-Encodings"):
         # No framing at all: the body is text, of the length that is told.
         yield f"{other!r}", served(sized(other + b": chunked"))
-    yield "a length of 4, then chunked: CL.TE", refused(
-        a_request(b"Content-Length: 4", CHUNKED, body=b"0\r\n\r\n" + SMUGGLED)
+    yield (
+        "a length of 4, then chunked: CL.TE",
+        refused(a_request(b"Content-Length: 4", CHUNKED, body=b"0\r\n\r\n" + SMUGGLED)),
     )
-    yield "chunked, then a length of 4: TE.CL", refused(
-        a_request(CHUNKED, b"Content-Length: 4", body=b"%x\r\n%b\r\n0\r\n\r\n" % (len(SMUGGLED), SMUGGLED))
+    yield (
+        "chunked, then a length of 4: TE.CL",
+        refused(a_request(CHUNKED, b"Content-Length: 4", body=b"%x\r\n%b\r\n0\r\n\r\n" % (len(SMUGGLED), SMUGGLED))),
     )
-    yield "an empty body before a request", Case(
-        a_request(CHUNKED, body=b"0\r\n\r\n" + SMUGGLED), (400, 200, 200), ("smuggled", "marker")
+    yield (
+        "an empty body before a request",
+        Case(a_request(CHUNKED, body=b"0\r\n\r\n" + SMUGGLED), (400, 200, 200), ("smuggled", "marker")),
     )
     for version in (b"HTTP/1.0",):
-        yield f"chunked in {version!r}", refused(a_request(CHUNKED, body=CHUNKS, first=b"POST " + CHAT + b" " + version))
-        yield f"chunked and kept alive in {version!r}", refused(
-            a_request(CHUNKED, b"Connection: keep-alive", body=CHUNKS, first=b"POST " + CHAT + b" " + version)
+        yield (
+            f"chunked in {version!r}",
+            refused(a_request(CHUNKED, body=CHUNKS, first=b"POST " + CHAT + b" " + version)),
+        )
+        yield (
+            f"chunked and kept alive in {version!r}",
+            refused(a_request(CHUNKED, b"Connection: keep-alive", body=CHUNKS, first=b"POST " + CHAT + b" " + version)),
         )
 
 
@@ -277,8 +285,9 @@ def _chunks() -> Iterator[tuple[str, Case]]:
     for name, body in _BAD_CHUNKS.items():
         yield name, refused(a_request(CHUNKED, body=body))
     # RFC 9112 §7.1.1: a server ought to limit the length; aiohttp keeps nothing of it, and sets no limit.
-    yield "an extension of 100 kB", tolerated(
-        a_request(CHUNKED, body=_HEX + b";" + b"a" * 100_000 + b"\r\n" + MEANT + _END)
+    yield (
+        "an extension of 100 kB",
+        tolerated(a_request(CHUNKED, body=_HEX + b";" + b"a" * 100_000 + b"\r\n" + MEANT + _END)),
     )
     yield "a size too large", unfinished(a_request(CHUNKED, body=b"fff\r\n" + MEANT + _END))
     yield "no last chunk", refused(a_request(CHUNKED, body=_HEX + b"\r\n" + MEANT + b"\r\n"))
@@ -290,7 +299,8 @@ def _chunks() -> Iterator[tuple[str, Case]]:
 def _lines() -> Iterator[tuple[str, Case]]:
     good = sized(b"X-A: b")
     for spelt, end in {
-        "LF": b"\n", "CR": b"\r", "CR CR LF": b"\r\r\n", "LF CR": b"\n\r", "CR NUL LF": b"\r\x00\n", "CR blank LF": b"\r \n",
+        "LF": b"\n", "CR": b"\r", "CR CR LF": b"\r\r\n", "LF CR": b"\n\r", "CR NUL LF": b"\r\x00\n",
+        "CR blank LF": b"\r \n",
         "vertical tab": b"\x0b", "form feed": b"\x0c", "CRLF blank": b"\r\n ", "CRLF tab": b"\r\n\t",
         "NUL CRLF": b"\x00\r\n",
     }.items():  # fmt: skip
@@ -360,11 +370,13 @@ def _first_lines() -> Iterator[tuple[str, Case]]:
     # Behind a refused CONNECT bytes may be the tunnel's.
     yield "CONNECT", Case(first(b"CONNECT elsewhere.invalid:80 HTTP/1.1"), (404,))
     yield "CONNECT to a path", Case(first(b"CONNECT " + CHAT + b" HTTP/1.1"), (404,))
-    yield "CONNECT, with a request as its body", Case(
-        sized(body=SMUGGLED, first=b"CONNECT elsewhere.invalid:80 HTTP/1.1"), (404,)
+    yield (
+        "CONNECT, with a request as its body",
+        Case(sized(body=SMUGGLED, first=b"CONNECT elsewhere.invalid:80 HTTP/1.1"), (404,)),
     )
-    yield "CONNECT, with a request behind it", Case(
-        b"CONNECT elsewhere.invalid:80 HTTP/1.1\r\nHost: elsewhere.invalid:80\r\n\r\n" + SMUGGLED, (404,)
+    yield (
+        "CONNECT, with a request behind it",
+        Case(b"CONNECT elsewhere.invalid:80 HTTP/1.1\r\nHost: elsewhere.invalid:80\r\n\r\n" + SMUGGLED, (404,)),
     )
     yield "asterisk form", answered(first(b"OPTIONS * HTTP/1.1"), 404)
     yield "a POST to an asterisk", refused(first(b"POST * HTTP/1.1"))
@@ -376,8 +388,9 @@ def _first_lines() -> Iterator[tuple[str, Case]]:
     yield "two slashes within", answered(first(b"POST /v1//chat/completions HTTP/1.1"), 404)
     yield "an escaped slash", answered(first(b"POST /v1%2fchat/completions HTTP/1.1"), 404)
     yield "an escaped line end", answered(first(b"POST /v1/chat/completions%0d%0aX-A:%20b HTTP/1.1"), 404)
-    yield "an escaped line end in the query", Case(
-        first(b"POST " + CHAT + b"?a=%0d%0aX-A:%20b HTTP/1.1"), (200, 200), ("meant?a=%0D%0AX-A%3A+b", "marker")
+    yield (
+        "an escaped line end in the query",
+        Case(first(b"POST " + CHAT + b"?a=%0d%0aX-A:%20b HTTP/1.1"), (200, 200), ("meant?a=%0D%0AX-A%3A+b", "marker")),
     )
     yield "half an escape", answered(first(b"POST /v1/chat/completions%2 HTTP/1.1"), 404)
     yield "a question mark only", served(first(b"POST " + CHAT + b"? HTTP/1.1"))
@@ -413,9 +426,7 @@ def _first_lines() -> Iterator[tuple[str, Case]]:
     yield "a preface of HTTP/2", refused(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9))
     yield "a handshake of TLS", refused(bytes.fromhex("1603010200010001fc0303"))
     yield "HTTP/1.0", Case(first(b"POST " + CHAT + b" HTTP/1.0"), (200,), ("meant",))
-    yield "HTTP/1.0 that is kept alive", served(
-        sized(b"Connection: keep-alive", first=b"POST " + CHAT + b" HTTP/1.0")
-    )
+    yield "HTTP/1.0 that is kept alive", served(sized(b"Connection: keep-alive", first=b"POST " + CHAT + b" HTTP/1.0"))
     yield "a target of 8 kB", answered(first(b"POST /" + b"a" * 8000 + b" HTTP/1.1"), 404)
     yield "a target of 9 kB", refused(first(b"POST /" + b"a" * 9000 + b" HTTP/1.1"))
     yield "a method of 9 kB", refused(first(b"P" * 9000 + b" " + CHAT + b" HTTP/1.1"))
@@ -439,28 +450,42 @@ def _headers() -> Iterator[tuple[str, Case]]:
     yield "a host in IPv6", served(host(b"Host: [::1]:8080\r\n"))
     for value in (b"a b", b"a/b", b"a@b", b"a\tb", b"a#b", b"a?b", b"a\\b", b"[::1", b"a:b", b"a:1:2", b"\xff"):
         yield f"host {value!r}", refused(host(b"Host: " + value + b"\r\n"))
-    yield "no host in HTTP/1.0", Case(
-        a_request(LENGTH, host=b"", first=b"POST " + CHAT + b" HTTP/1.0"), (200,), ("meant",)
+    yield (
+        "no host in HTTP/1.0",
+        Case(a_request(LENGTH, host=b"", first=b"POST " + CHAT + b" HTTP/1.0"), (200,), ("meant",)),
     )
     yield "an expectation", Case(sized(b"Expect: 100-continue"), (100, 200, 200), ("meant", "marker"))
     yield "an expectation in capitals", Case(sized(b"Expect: 100-Continue"), (100, 200, 200), ("meant", "marker"))
-    yield "an expectation before chunks", Case(
-        a_request(b"Expect: 100-continue", CHUNKED, body=CHUNKS), (100, 200, 200), ("meant", "marker")
+    yield (
+        "an expectation before chunks",
+        Case(a_request(b"Expect: 100-continue", CHUNKED, body=CHUNKS), (100, 200, 200), ("meant", "marker")),
     )
-    yield "an expectation in HTTP/1.0", Case(
-        sized(b"Expect: 100-continue", first=b"POST " + CHAT + b" HTTP/1.0"), (200,), ("meant",)
+    yield (
+        "an expectation in HTTP/1.0",
+        Case(sized(b"Expect: 100-continue", first=b"POST " + CHAT + b" HTTP/1.0"), (200,), ("meant",)),
     )
-    for value in (b"a miracle", b"100", b"100-continue, 100-continue", b"100-continue;a=b", b"200-ok", b"100-continuex"):
+    for value in (
+        b"a miracle",
+        b"100",
+        b"100-continue, 100-continue",
+        b"100-continue;a=b",
+        b"200-ok",
+        b"100-continuex",
+    ):
         yield f"expectation {value!r}", Case(sized(b"Expect: " + value), (417,), ())
     yield "two expectations", Case(sized(b"Expect: 100-continue", b"Expect: a miracle"), (417,), ())
     for value in (b"h2c", b"websocket", b"TLS/1.3", b"HTTP/2.0, x"):
         yield f"upgrade to {value!r}", not_upgraded(sized(b"Connection: Upgrade", b"Upgrade: " + value))
         yield f"upgrade to {value!r} without an option", served(sized(b"Upgrade: " + value))
-    yield "an upgrade with settings of HTTP/2", not_upgraded(
-        sized(b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA")
+    yield (
+        "an upgrade with settings of HTTP/2",
+        not_upgraded(
+            sized(b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA")
+        ),
     )
-    yield "an upgrade before chunks", not_upgraded(
-        a_request(b"Connection: Upgrade", b"Upgrade: h2c", CHUNKED, body=CHUNKS)
+    yield (
+        "an upgrade before chunks",
+        not_upgraded(a_request(b"Connection: Upgrade", b"Upgrade: h2c", CHUNKED, body=CHUNKS)),
     )
     yield "an upgrade without a body", Case(a_request(b"Connection: Upgrade", b"Upgrade: h2c", body=SMUGGLED), (400,))
     for value in (b"close", b"Close", b"close, x-a", b"keep-alive, close", b"x-a,close"):
@@ -487,18 +512,16 @@ def _followed() -> Iterator[tuple[str, Case]]:
     yield "forty more", Case(sized() * 41, (200,) * 42, ("meant",) * 41 + ("marker",))
     yield "an empty line", served(sized() + b"\r\n")
     yield "three empty lines", served(sized() + b"\r\n" * 3)
-    yield "a probe of health", Case(
-        sized() + b"GET /healthz HTTP/1.1\r\nHost: gateway\r\n\r\n", (200, 200, 200), ("meant", "marker")
+    yield (
+        "a probe of health",
+        Case(sized() + b"GET /healthz HTTP/1.1\r\nHost: gateway\r\n\r\n", (200, 200, 200), ("meant", "marker")),
     )
-    yield "another path", Case(
-        sized() + sized(first=b"POST /nowhere HTTP/1.1"), (200, 404, 200), ("meant", "marker")
-    )
+    yield "another path", Case(sized() + sized(first=b"POST /nowhere HTTP/1.1"), (200, 404, 200), ("meant", "marker"))
     yield "a bad body", Case(sized() + sized(body=b"{"), (200, 400, 200), ("meant", "marker"))
-    yield "chunks", Case(
-        sized() + a_request(CHUNKED, body=CHUNKS), (200, 200, 200), ("meant", "meant", "marker")
-    )
-    yield "a second behind chunks", Case(
-        a_request(CHUNKED, body=CHUNKS) + SMUGGLED, (200, 200, 200), ("meant", "smuggled", "marker")
+    yield "chunks", Case(sized() + a_request(CHUNKED, body=CHUNKS), (200, 200, 200), ("meant", "meant", "marker"))
+    yield (
+        "a second behind chunks",
+        Case(a_request(CHUNKED, body=CHUNKS) + SMUGGLED, (200, 200, 200), ("meant", "smuggled", "marker")),
     )
     yield "a second behind the last of the connection", Case(sized(b"Connection: close") + SMUGGLED, (200,), ("meant",))
     yield "noise behind the last of the connection", Case(sized(b"Connection: close") + bytes(64), (200,), ("meant",))
