@@ -38,7 +38,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     applies: int
 
 
-FULL = Sizes(rules=(10, 100, 1_000, 10_000), pools=(1, 10, 100), idle_s=22.0, applies=5)
+FULL = Sizes(rules=(10, 100, 1_000, 10_000), pools=(1, 10, 100), idle_s=15.0, applies=3)
 QUICK = Sizes(rules=(10, 200, 1_000), pools=(1, 10), idle_s=3.0, applies=1)
 
 

@@ -197,6 +197,11 @@ async def by_streams(url: str, sizes: Sizes) -> Part:
         verdicts=(
             Verdict(claim="a worker's memory for an open stream", figure=each, bound=64, unit="KiB"),
             Verdict(claim=f"of {len(answers)} streams, not ended properly", figure=len(answers) - proper, bound=0),
+            Verdict(
+                claim=f"of {len(answers)} open streams, not in flight by Redis",
+                figure=len(answers) - open_now.in_flight,
+                bound=0,
+            ),
             Verdict(claim="totals in Redis that differ from the upstream's books", figure=wrong, bound=0),
             Verdict(
                 claim=f"p99 of small requests beside {most} streams, less that without",
