@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
 from collections.abc import Awaitable, Callable
 from typing import Final, cast
 
@@ -16,6 +15,7 @@ from balancer import log
 from balancer.gateway.lane_head import MAX_HEAD_BYTES, Head, Repeat, is_beginning, read_head, repeat_of
 from balancer.gateway.lane_stream import LaneStream
 from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
+from balancer.gateway.request_ids import new_request_id
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _RECEIVED = memoryview(bytearray(262144))
@@ -248,7 +248,7 @@ class Lane(asyncio.BufferedProtocol):
         """Starts the task that answers a request."""
         lanes = self._lanes
         given = head.first.get("x-request-id", "")
-        request_id = given if given and _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        request_id = given if given and _REQUEST_ID.fullmatch(given) else new_request_id()
         request = ClientRequest(
             method="POST",
             path=head.path,

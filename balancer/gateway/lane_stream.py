@@ -38,7 +38,18 @@ class Line(Protocol):
 class LaneStream:
     """One answer on a connection that stays usable if the answer was whole."""
 
-    __slots__ = ("_head", "_is_chunked", "_is_last", "_left", "_line", "_loop", "_request_id", "is_ended", "is_started")
+    __slots__ = (
+        "_ends_at",
+        "_head",
+        "_is_chunked",
+        "_is_last",
+        "_left",
+        "_line",
+        "_loop",
+        "_request_id",
+        "is_ended",
+        "is_started",
+    )
 
     def __init__(self, line: Line, loop: asyncio.AbstractEventLoop, request_id: str, *, is_last: bool) -> None:
         """`is_last`: the connection is to be closed behind this answer, and the client told so."""
@@ -46,6 +57,7 @@ class LaneStream:
         self._loop = loop
         self._request_id = request_id
         self._is_last = is_last
+        self._ends_at: float | None = None
         self._head = b""
         self._is_chunked = False
         self._left = 0
@@ -56,6 +68,10 @@ class LaneStream:
     def is_last(self) -> bool:
         """True if no other answer may follow on the connection."""
         return self._is_last or not self.is_ended
+
+    def give_until(self, time: float) -> None:
+        """Breaks the connection where something written waits beyond a time of the loop's."""
+        self._ends_at = time
 
     async def start(self, status: int, headers: Headers, length: int | None) -> None:
         """Keeps status and headers for the first part of the body; the loop's next turn sends them without one."""
@@ -72,7 +88,7 @@ class LaneStream:
         """Sends a part of the body; waits while the client's buffer is full."""
         while not self.write_now(chunk):
             self._transport()
-            await self._line.drained()
+            await self._drained()
 
     def write_now(self, chunk: bytes) -> bool:
         """Sends a part of the body at once; False where the client's buffer is full, or the client gone."""
@@ -106,12 +122,20 @@ class LaneStream:
             transport.write(last)
         self.is_ended = True
         if self._line.is_held_up:
-            await self._line.drained()
+            await self._drained()
 
     def abort(self) -> None:
         """Breaks the connection."""
         if self._line.transport is not None:
             self._line.transport.abort()
+
+    async def _drained(self) -> None:
+        try:
+            async with asyncio.timeout_at(self._ends_at):
+                await self._line.drained()
+        except TimeoutError:
+            self.abort()
+            raise ClientGoneError from None
 
     def _flush(self) -> None:
         transport = self._line.transport
