@@ -96,6 +96,11 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(name="max_body_bytes", default=64 * 1024 * 1024, meaning="longest request body in bytes; beyond it: 413"),
     Setting(name="upstream_connections", default=1024, meaning="connections a worker opens per provider at most"),
     Setting(
+        name="upstream_ca_file",
+        default="",
+        meaning="file of certificates in PEM that upstreams and proxies may be signed by, beside the system's",
+    ),
+    Setting(
         name="loop", default="asyncio", meaning="the workers' event loop: asyncio, or uvloop where it is installed"
     ),
     Setting(name="decision_headers", default=True, meaning="answer with x-balancer-decision, -service and -attempts"),
@@ -134,6 +139,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     drain_delay_s: float
     max_body_bytes: int
     upstream_connections: int
+    upstream_ca_file: str
     loop: str
     decision_headers: bool
     audit_interval_s: float

@@ -41,7 +41,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
             }
         ),
     ),
-    ("instruments", frozenset({"log", "metrics"})),
+    ("instruments", frozenset({"log", "metrics", "tally"})),
     ("store", frozenset({"store"})),
     ("services", frozenset({"admin", "gateway"})),
     ("composition", frozenset({"__main__", "cli"})),
@@ -54,12 +54,12 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "hiredis": ("store/*",),
     "aiohttp": (
         "admin/app.py",  # the HTTP front of the admin server
-        "gateway/app.py",  # composes the front and the upstream client
+        "gateway/app.py",  # composes the front
         "gateway/front*.py",  # the HTTP front: requests in, bytes out
-        "gateway/upstream*.py",  # the client that talks to providers
+        "gateway/upstream/socks.py",  # the client that talks to providers behind SOCKS proxies
         "cli/*",  # the demo's fake accounts, clients of the admin API
     ),
-    "aiohttp_socks": ("gateway/upstream*.py",),
+    "aiohttp_socks": ("gateway/upstream/socks.py",),
 }
 
 # Pure modules get the clock, the draw and the bytes as arguments.
@@ -171,7 +171,7 @@ def test_imports_point_down_and_libraries_are_used_by_their_owners_only() -> Non
         ("gateway/app.py", "from balancer.cli import serve", "services imports balancer.cli.serve from above"),
         ("gateway/app.py", "import redis.asyncio as redis", "only store/* may import redis"),
         ("gateway/relay.py", "from aiohttp import web", "may import aiohttp"),
-        ("gateway/upstream.py", "import aiohttp, aiohttp_socks", None),
+        ("gateway/upstream/socks.py", "import aiohttp, aiohttp_socks", None),
         ("gateway/app.py", "from balancer.store import registry\nfrom balancer import __version__", None),
         ("store/sub/deep.py", "from redis.asyncio import Redis\nfrom ...domain import Rule", None),
         ("stray.py", "", "has no layer"),
@@ -179,7 +179,7 @@ def test_imports_point_down_and_libraries_are_used_by_their_owners_only() -> Non
 )
 def test_a_forbidden_import_is_found_in_any_spelling(tmp_path: Path, name: str, source: str, fault: str | None) -> None:
     package = tmp_path / "balancer"
-    for folder in ("cli", "gateway", "store/sub", "tactics"):
+    for folder in ("cli", "gateway/upstream", "store/sub", "tactics"):
         (package / folder).mkdir(parents=True)
     (package / "domain.py").touch()
     (package / name).write_text(source, encoding="utf-8")

@@ -24,7 +24,7 @@ from balancer.gateway.lane import Lanes
 from balancer.gateway.matching import Plans
 from balancer.gateway.messages import ClientRequest, ClientStream
 from balancer.gateway.tls import server_context
-from balancer.gateway.upstream import AiohttpUpstream
+from balancer.gateway.upstream import UpstreamClient
 from balancer.metrics import CONTENT_TYPE, Metrics, pool_gauges
 from balancer.store.balance import Balance, BalanceEvents
 from balancer.store.credentials import Credentials, Sealer
@@ -58,7 +58,7 @@ class Gateway:
         folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         self.metrics = Metrics(Path(folder) if folder else None, slot)
         self.balance = Balance(url, settings, self._events())
-        self._upstream = AiohttpUpstream(settings.upstream_connections)
+        self._upstream = UpstreamClient(settings.upstream_connections, settings.upstream_ca_file)
         providers = _Providers(self.balance, Credentials(sealer))
         plans = Plans(self.balance.snapshot)
         forwarder = Forwarder(
@@ -77,7 +77,7 @@ class Gateway:
         metrics = self.metrics
         return BalanceEvents(
             stale=lambda pool: metrics.stale_picks.labels(pool).inc(),
-            selected=lambda pool, seconds: metrics.select.labels(pool).observe(seconds),
+            selected=metrics.select_s,
             pool=PoolEvents(
                 epoch_bumped=lambda pool, lost: metrics.epoch_bumps.labels(pool).inc(),
                 lease_expired=lambda pool, lost: metrics.leases_expired.labels(pool).inc(lost),
@@ -140,6 +140,7 @@ class Gateway:
         if self._ticker:
             self._ticker.cancel()
         await self.balance.close(_LAST_SETTLES_S)
+        self.metrics.flush()
         await self._upstream.close()
 
     async def _tick(self) -> None:

@@ -316,7 +316,8 @@ class Lane(asyncio.BufferedProtocol):
     async def drained(self) -> None:
         """Returns when the client's buffer has room, or the connection is lost."""
         if self.is_held_up and self.transport is not None:
-            self._drained = self._lanes.loop.create_future()
+            if self._drained is None or self._drained.done():
+                self._drained = self._lanes.loop.create_future()
             await self._drained
 
     def forget(self) -> None:

@@ -17,6 +17,7 @@ import uvloop
 
 from balancer import config, document
 from balancer.gateway.app import Gateway
+from balancer.gateway.messages import Upstream as UpstreamClient
 from balancer.store import connection
 from balancer.store.credentials import Sealer
 from balancer.store.publishing import publish_file
@@ -24,6 +25,7 @@ from balancer.store.registry import Registry
 from balancer.store.views import PoolView, ServiceView
 from tests import servers
 from tests.actors import Upstream
+from tests.gateway import by_hand
 from tests.store.conftest import eventually
 
 SEALING_KEY = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
@@ -159,3 +161,35 @@ async def gateway(serve: Serve, upstream: Upstream) -> Served:
 def decoded(body: bytes) -> Any:
     """What a JSON body holds."""
     return msgspec.json.decode(body)
+
+
+@pytest.fixture
+async def a_client() -> AsyncIterator[Callable[..., UpstreamClient]]:
+    """Makes clients as workers use them; in the end they are closed, and no task or socket of them is left."""
+    sockets = by_hand.open_sockets()
+    clients: list[UpstreamClient] = []
+
+    def make(**options: Any) -> UpstreamClient:
+        clients.append(by_hand.a_client(**options))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        await client.close()
+    await by_hand.turns(8)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert by_hand.open_sockets() == sockets
+
+
+@pytest.fixture
+def client(a_client: Callable[..., UpstreamClient]) -> UpstreamClient:
+    """A client as workers use it."""
+    return a_client()
+
+
+@pytest.fixture
+async def listener(a_client: Callable[..., UpstreamClient]) -> AsyncIterator[by_hand.Listener]:
+    """A listening socket, closed before the clients are looked at."""
+    listener = by_hand.Listener()
+    yield listener
+    await listener.close()

@@ -8,7 +8,7 @@ import pytest
 
 from balancer.domain import Health, OAuthDetail, Provider, Timeouts
 from balancer.gateway.health import HealthProbe, health_url, means_alive
-from balancer.gateway.upstream import AiohttpUpstream
+from balancer.gateway.upstream import UpstreamClient
 from tests.actors import Upstream
 from tests.builders import a_provider
 from tests.gateway.conftest import KEY, Serve, a_document
@@ -38,7 +38,7 @@ class Resolved:
 
 
 async def ask(provider: Provider) -> bool:
-    upstream = AiohttpUpstream(1)
+    upstream = UpstreamClient(1)
     try:
         return await HealthProbe(Resolved(), upstream)(provider)
     finally:

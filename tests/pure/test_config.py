@@ -45,6 +45,7 @@ def test_with_nothing_given_every_setting_has_its_default() -> None:
         drain_delay_s=0.0,
         max_body_bytes=64 * 1024 * 1024,
         upstream_connections=1024,
+        upstream_ca_file="",
         loop="asyncio",
         decision_headers=True,
         audit_interval_s=60.0,

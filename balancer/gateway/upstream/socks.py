@@ -1,15 +1,11 @@
-"""The upstream client, on aiohttp: keep-alive, proxies, and a limit on each part of an answer.
-
-A pooled connection that the upstream has closed fails without a second try: the request may have been processed. So
-idle connections are kept for a short time only.
-"""
+"""Upstreams behind SOCKS proxies: aiohttp's client, which does for the few who need it."""
 
 from __future__ import annotations
 
 import asyncio
 import io
+import ssl
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 import yarl
@@ -23,11 +19,10 @@ from balancer.gateway.messages import Take, UpstreamRequest
 _KEEPALIVE_S = 15.0
 _READ_BYTES = 2**16
 _LARGE_BYTES = 2**20
-"""A body beyond this is handed to the socket in parts, so that one large prompt does not hold up the loop."""
 _AUTO_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
 
 
-class _Connector(aiohttp.TCPConnector):
+class _Connector(ProxyConnector):
     """A pool that gives out no connection on which the upstream spoke unasked.
 
     aiohttp looks at that when a connection comes back only, so that a late 408, or a second answer, was once read as
@@ -50,14 +45,12 @@ class _Connector(aiohttp.TCPConnector):
         return protocol
 
 
-class _SocksConnector(_Connector, ProxyConnector):
-    """The same through a SOCKS proxy."""
-
-
-class AiohttpResponse:
+class SocksAnswer:
     """An answer from aiohttp, its body undecoded."""
 
     def __init__(self, request: UpstreamRequest, response: aiohttp.ClientResponse, deadline: float) -> None:
+        self.status = response.status
+        self.length = response.content_length
         self._request = request
         self._response = response
         self._deadline = deadline
@@ -74,22 +67,12 @@ class AiohttpResponse:
             content.set_exception(aiohttp.ClientPayloadError("the connection is closed"))
 
     @property
-    def status(self) -> int:
-        """Its status."""
-        return self._response.status
-
-    @property
     def headers(self) -> Headers:
         """Its headers in order."""
         return tuple(
             (name.decode("latin-1"), value.decode("utf-8", "surrogateescape"))
             for name, value in self._response.raw_headers
         )
-
-    @property
-    def length(self) -> int | None:
-        """Its body's length if it says so."""
-        return self._response.content_length
 
     async def read(self) -> bytes:
         """The next bytes as they came, b"" at the end."""
@@ -124,28 +107,25 @@ class AiohttpResponse:
             self._response.close()
 
 
-class AiohttpUpstream:
-    """Sessions by proxy; one pool of connections for each, limited per host."""
+class SocksUpstream:
+    """A session for each proxy, with a limit of connections per host."""
 
-    def __init__(self, connections_per_host: int) -> None:
-        self._limit = connections_per_host
+    def __init__(self, connections: int, tls: ssl.SSLContext) -> None:
+        self._limit = connections
+        self._tls = tls
         self._sessions: dict[str, aiohttp.ClientSession] = {}
 
     def _session(self, proxy_url: str) -> aiohttp.ClientSession:
-        is_socks = urlsplit(proxy_url).scheme.startswith("socks")
-        key = proxy_url if is_socks else ""
-        if key not in self._sessions:
-            options: dict[str, Any] = {
-                "limit": 0,
-                "limit_per_host": self._limit,
-                "keepalive_timeout": _KEEPALIVE_S,
-            }
-            connector = (
-                _SocksConnector.from_url(proxy_url.replace("socks5h://", "socks5://"), rdns=True, **options)
-                if is_socks
-                else _Connector(**options)
+        if proxy_url not in self._sessions:
+            connector = _Connector.from_url(
+                proxy_url.replace("socks5h://", "socks5://"),
+                rdns=True,
+                limit=0,
+                limit_per_host=self._limit,
+                keepalive_timeout=_KEEPALIVE_S,
+                ssl=self._tls,
             )
-            self._sessions[key] = aiohttp.ClientSession(
+            self._sessions[proxy_url] = aiohttp.ClientSession(
                 connector=connector,
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
@@ -153,13 +133,11 @@ class AiohttpUpstream:
                 read_bufsize=_READ_BYTES,
                 trust_env=False,
             )
-        return self._sessions[key]
+        return self._sessions[proxy_url]
 
-    async def send(self, request: UpstreamRequest) -> AiohttpResponse:
+    async def send(self, request: UpstreamRequest) -> SocksAnswer:
         """The answer, as soon as its headers are there. Redirects are not followed."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + request.timeout_s
-        is_http_proxy = urlsplit(request.proxy_url).scheme in ("http", "https")
+        deadline = asyncio.get_running_loop().time() + request.timeout_s
         headers_s = min(request.timeouts.headers_s, request.timeout_s)
         connect_s = min(request.timeouts.connect_s, headers_s)
         try:
@@ -170,7 +148,6 @@ class AiohttpUpstream:
                     headers=request.headers,
                     data=io.BytesIO(request.body) if len(request.body) > _LARGE_BYTES else request.body or None,
                     allow_redirects=False,
-                    proxy=request.proxy_url if is_http_proxy else None,
                     timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s),
                 )
         except (aiohttp.ConnectionTimeoutError, aiohttp.ServerTimeoutError, ProxyTimeoutError) as exc:
@@ -178,16 +155,11 @@ class AiohttpUpstream:
         except TimeoutError:
             name = "headers_s" if headers_s < request.timeout_s else "timeout"
             raise UpstreamTimeoutError(f"{request.provider} did not answer in time ({name})") from None
-        except (
-            aiohttp.ClientConnectorError,
-            aiohttp.ClientProxyConnectionError,
-            ProxyConnectionError,
-            ProxyError,
-        ) as exc:
+        except (aiohttp.ClientConnectorError, ProxyConnectionError, ProxyError) as exc:
             raise UpstreamError(f"{request.provider} cannot be reached") from exc
         except (aiohttp.ClientError, OSError) as exc:
             raise UpstreamError(f"{request.provider} broke off before it answered") from exc
-        return AiohttpResponse(request, response, deadline)
+        return SocksAnswer(request, response, deadline)
 
     async def close(self) -> None:
         """Closes all connections."""

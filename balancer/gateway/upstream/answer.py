@@ -1,0 +1,223 @@
+"""An answer as its reader sees it: what has come and was not read yet, and who waits for more.
+
+It outlives its connection: that goes back to its pool as soon as the answer's last byte has come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from balancer.dialects import Headers
+from balancer.errors import UpstreamError, UpstreamTimeoutError
+from balancer.gateway.messages import Take, UpstreamRequest
+
+if TYPE_CHECKING:
+    from balancer.gateway.upstream.connection import Connection
+
+_HELD_BYTES = 256 * 1024
+"""What waits unread beyond this holds the upstream back."""
+
+
+class Answer:
+    """An UpstreamResponse; its connection fills it."""
+
+    __slots__ = (
+        "_chunks",
+        "_connection",
+        "_deadline",
+        "_error",
+        "_first_at",
+        "_has_begun",
+        "_held",
+        "_is_held_back",
+        "_is_over",
+        "_limit",
+        "_loop",
+        "_request",
+        "_take",
+        "_waiter",
+        "headers",
+        "length",
+        "status",
+    )
+
+    def __init__(self, request: UpstreamRequest, loop: asyncio.AbstractEventLoop, sent_at: float) -> None:
+        self.status = 0
+        self.headers: Headers = ()
+        self.length: int | None = None
+        self._request = request
+        self._loop = loop
+        self._connection: Connection | None = None
+        self._deadline = sent_at + request.timeout_s
+        self._first_at = min(sent_at + request.timeouts.headers_s, self._deadline)
+        self._limit = ""
+        self._chunks: list[bytes] = []
+        self._held = 0
+        self._is_held_back = False
+        self._has_begun = False
+        self._is_over = False
+        self._error: UpstreamError | None = None
+        self._take: Take | None = None
+        self._waiter: asyncio.Future[bytes] | None = None
+
+    # -- who reads -----------------------------------------------------------------------------------------------------
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until its headers must be there."""
+        return self._first_at - self._loop.time()
+
+    @property
+    def is_awaited(self) -> bool:
+        """True while somebody waits for what comes next."""
+        return self._waiter is not None
+
+    async def opened(self, connection: Connection) -> None:
+        """Waits for the headers. Raises UpstreamError, and leaves no connection behind when it is cancelled."""
+        connection.arm(self._first_at)
+        await self._more()
+        if self._error is not None and not self.status:
+            raise self._error
+
+    async def read(self) -> bytes:
+        """The next bytes as they came, b"" at the end."""
+        while not self._chunks:
+            if self._error is not None:
+                raise self._error
+            if self._is_over:
+                return b""
+            self._arm()
+            await self._more()
+        return self._taken()
+
+    async def pump(self, take: Take) -> bytes:
+        """Gives the chunks to `take` as they come; the first that is not taken, b"" at the end."""
+        if self._chunks:
+            chunk = self._taken()
+            if not take(chunk):
+                return chunk
+        if self._error is None and not self._is_over:
+            self._take = take
+            self._arm()
+            if chunk := await self._more():
+                return chunk
+        if self._error is not None:
+            raise self._error
+        return b""
+
+    async def close(self) -> None:
+        """Ends the connection unless the answer came to its end."""
+        self.abandon("was closed before its end")
+
+    def abandon(self, reason: str) -> None:
+        """Ends the connection, if there still is one; whoever reads on is told so."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._error = UpstreamError(f"the answer of {self._request.provider} {reason}")
+            connection.drop()
+
+    def _taken(self) -> bytes:
+        chunks = self._chunks
+        chunk = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        chunks.clear()
+        self._held = 0
+        if self._is_held_back:
+            self._is_held_back = False
+            if self._connection is not None:
+                self._connection.resume()
+        return chunk
+
+    def _arm(self) -> None:
+        """Limits the wait for what comes next."""
+        connection = self._connection
+        assert connection is not None, "an answer without a connection is over, or has failed"
+        timeouts = self._request.timeouts
+        if self._has_begun:
+            self._limit, limit_s = "idle_s", timeouts.idle_s
+        else:
+            self._limit, limit_s = "first_byte_s", timeouts.first_byte_s
+        connection.arm(min(self._loop.time() + limit_s, self._deadline))
+
+    async def _more(self) -> bytes:
+        """Waits until something has come; with a `take`, the chunk that it refused."""
+        waiter: asyncio.Future[bytes] = self._loop.create_future()
+        self._waiter = waiter
+        try:
+            return await waiter
+        except BaseException:
+            self.abandon("was cancelled")
+            raise
+        finally:
+            self._waiter = self._take = None
+
+    # -- the connection ------------------------------------------------------------------------------------------------
+
+    def attach(self, connection: Connection) -> None:
+        """The connection that was sent the request."""
+        self._connection = connection
+
+    def begin(self, status: int, headers: Headers, length: int | None) -> None:
+        """Its headers have come."""
+        self.status, self.headers, self.length = status, headers, length
+        self._wake()
+
+    def receive(self, chunk: bytes) -> None:
+        """A part of its body has come."""
+        self._has_begun = True
+        take = self._take
+        if take is None:
+            self._chunks.append(chunk)
+            self._held += len(chunk)
+            if self._held > _HELD_BYTES and not self._is_held_back and self._connection is not None:
+                self._is_held_back = True
+                self._connection.pause()
+            self._wake()
+            return
+        waiter = self._waiter
+        try:
+            if take(chunk):
+                if self._connection is not None:
+                    self._arm()
+                return
+        except Exception as exc:  # noqa: BLE001  # It is raised where `pump` is awaited.
+            self._take = None
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(exc)
+            return
+        self._take = None
+        self._wake(chunk)
+
+    def end(self) -> None:
+        """All of it has come; the connection is somebody else's from now on."""
+        self._is_over = True
+        self._connection = None
+        self._wake()
+
+    def fail(self, what: str = "") -> None:
+        """It will not come to its end; `what` is wrong with it, unless it just broke off."""
+        self._connection = None
+        what = what or ("broke off its answer" if self.status else "broke off before it answered")
+        self._error = UpstreamError(f"{self._request.provider} {what}")
+        self._wake()
+
+    def late(self) -> None:
+        """Nothing came before the limit."""
+        self._connection = None
+        if self.status:
+            limit = "timeout" if self._loop.time() >= self._deadline else self._limit
+            self._error = UpstreamTimeoutError(f"{self._request.provider} was silent for too long ({limit})")
+        else:
+            self._error = self.unanswered()
+        self._wake()
+
+    def unanswered(self) -> UpstreamTimeoutError:
+        """The error when its headers are not there in time."""
+        limit = "headers_s" if self._first_at < self._deadline else "timeout"
+        return UpstreamTimeoutError(f"{self._request.provider} did not answer in time ({limit})")
+
+    def _wake(self, chunk: bytes = b"") -> None:
+        self._take = None
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(chunk)

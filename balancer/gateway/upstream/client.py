@@ -1,0 +1,136 @@
+"""The upstream client: a connection for a request, its own origin's, and the answer on it."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+
+from balancer.errors import UpstreamError, UpstreamTimeoutError
+from balancer.gateway.messages import UpstreamRequest, UpstreamResponse
+from balancer.gateway.upstream.answer import Answer
+from balancer.gateway.upstream.connection import Connection
+from balancer.gateway.upstream.dialing import Dialer
+from balancer.gateway.upstream.pool import Pool
+from balancer.gateway.upstream.request import Origin, Targets, head_of
+from balancer.gateway.upstream.socks import SocksUpstream
+from balancer.gateway.upstream.tls import client_context
+from balancer.gateway.upstream.tunnel import ProxyRefusedError
+
+_BUFFER_BYTES = 64 * 1024
+
+
+class UpstreamClient:
+    """Sends requests, each on a connection of its origin's pool."""
+
+    def __init__(self, connections: int, ca_file: str = "") -> None:
+        self._limit = connections
+        self._tls = client_context(ca_file)
+        self._dialer = Dialer(self._tls)
+        self._targets = Targets()
+        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        self._pools: dict[Origin, Pool] = {}
+        self._connections: set[Connection] = set()
+        self._emptied: asyncio.Future[None] | None = None
+        self._socks = SocksUpstream(connections, self._tls)
+
+    async def send(self, request: UpstreamRequest) -> UpstreamResponse:
+        """The answer, as soon as its headers are there. Redirects are not followed."""
+        if request.proxy_url.startswith("socks"):
+            return await self._socks.send(request)
+        target = self._targets.of(request.url, request.proxy_url)
+        head = head_of(request, target)
+        pool = self._pools.get(target.origin) or self._new_pool(target.origin)
+        now = pool.loop.time()
+        answer = Answer(request, pool.loop, now)
+        while True:
+            connection = pool.take(now)
+            is_new = connection is None
+            if connection is None:
+                connection, is_new = await self._another(pool, target.origin, answer, request)
+            if connection.ask(answer, head, request.body, head_only=request.method == "HEAD"):
+                break
+            # Nothing was sent: an idle connection has ended unseen.
+            connection.drop()
+            if is_new:
+                raise UpstreamError(f"{request.provider} broke off before it answered")
+            pool = self._pools.get(target.origin) or self._new_pool(target.origin)
+        await answer.opened(connection)
+        return answer
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        if self._connections:
+            self._emptied = asyncio.get_running_loop().create_future()
+            for connection in self._connections:
+                connection.drop()
+            await self._emptied
+        await self._socks.close()
+
+    def _new_pool(self, origin: Origin) -> Pool:
+        def emptied(pool: Pool) -> None:
+            if self._pools.get(origin) is pool:
+                del self._pools[origin]
+
+        pool = self._pools[origin] = Pool(asyncio.get_running_loop(), self._limit, emptied)
+        return pool
+
+    async def _another(
+        self, pool: Pool, origin: Origin, answer: Answer, request: UpstreamRequest
+    ) -> tuple[Connection, bool]:
+        """A connection, and whether it is new: a place to open one has come free, or one that others had."""
+        if not pool.reserve():
+            try:
+                async with asyncio.timeout(answer.left_s):
+                    connection = await pool.turn()
+            except TimeoutError:
+                raise answer.unanswered() from None
+            if connection is not None:
+                return connection, False
+        try:
+            return await self._dialled(pool, origin, answer, request), True
+        except BaseException:
+            pool.leave()
+            raise
+
+    async def _dialled(self, pool: Pool, origin: Origin, answer: Answer, request: UpstreamRequest) -> Connection:
+        loop = pool.loop
+        is_new = True
+
+        def freed(connection: Connection) -> None:
+            nonlocal is_new
+            if is_new and connection.transport is not None:
+                is_new = False
+                tls = connection.transport.get_extra_info("ssl_object")
+                if tls is not None:
+                    self._tls.remember(tls)
+            pool.free(connection)
+
+        def lost(connection: Connection) -> None:
+            if connection not in self._connections:
+                return  # It was never used; who made it gives its place back.
+            self._connections.discard(connection)
+            pool.lose(connection)
+            if self._emptied is not None and not self._connections and not self._emptied.done():
+                self._emptied.set_result(None)
+
+        left_s, connect_s = answer.left_s, request.timeouts.connect_s
+        try:
+            async with asyncio.timeout(min(left_s, connect_s)) as limit:
+                connection = await self._dialer.dial(origin, lambda: Connection(loop, self._buffer, freed, lost))
+        except OSError as exc:
+            if not limit.expired():
+                raise UpstreamError(f"{request.provider} cannot be reached{_why(exc)}") from exc
+            if left_s < connect_s:
+                raise answer.unanswered() from None
+            raise UpstreamTimeoutError(f"{request.provider} could not be reached in time (connect_s)") from exc
+        if not connection.is_usable:
+            raise UpstreamError(f"{request.provider} broke off before it answered")
+        self._connections.add(connection)
+        return connection
+
+
+def _why(error: OSError) -> str:
+    """What an operator can mend; addresses stay here, as the client is told it too."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return ": its certificate is not trusted (BALANCER_UPSTREAM_CA_FILE)"
+    return f": {error}" if isinstance(error, ProxyRefusedError) else ""

@@ -1,0 +1,320 @@
+"""One connection to an upstream: a request's bytes out, an answer's bytes in, one answer at a time.
+
+llhttp (httptools) reads the answers, and refuses what two readers could read differently: bare line ends, folded
+headers, a length beside chunks or a second length. What it leaves to its caller is checked here: versions, codings, how
+long a head may be, and bytes that belong to no answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import httptools
+
+if TYPE_CHECKING:
+    from balancer.gateway.upstream.answer import Answer
+
+_HEAD_BYTES = 64 * 1024
+"""The longest head; as much may stand between two parts of a body in chunks, and behind the last."""
+_HEADERS = 256
+_PART_BYTES = 256 * 1024
+_LARGE_BYTES = 2**20
+"""A body beyond this goes out in parts, so that one large prompt neither doubles memory nor holds up the loop."""
+
+
+class Connection(asyncio.BufferedProtocol):
+    """A connection. It tells `freed` when it can carry the next request, `lost` when it is gone.
+
+    `buffer` is what the loop reads into. All connections of a loop may share one: what was read is copied out of it
+    before the loop reads again. A new buffer for each read, which is what asyncio.Protocol does, costs as much CPU as
+    all of the rest.
+    """
+
+    __slots__ = (
+        "_answer",
+        "_buffer",
+        "_due_at",
+        "_fault",
+        "_fed",
+        "_freed",
+        "_has_head",
+        "_head_only",
+        "_is_broken",
+        "_is_chunked",
+        "_is_complete",
+        "_is_paused",
+        "_keeps_alive",
+        "_length",
+        "_loop",
+        "_lost",
+        "_parser",
+        "_parts",
+        "_raw",
+        "_rest",
+        "_timer",
+        "_timer_at",
+        "idle_since",
+        "transport",
+    )
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        buffer: memoryview,
+        freed: Callable[[Connection], None],
+        lost: Callable[[Connection], None],
+    ) -> None:
+        self.transport: asyncio.Transport | None = None
+        self.idle_since = math.inf
+        self._loop = loop
+        self._buffer = buffer
+        self._freed = freed
+        self._lost = lost
+        self._answer: Answer | None = None
+        self._is_broken = False
+        self._rest: memoryview | None = None
+        self._is_paused = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = self._due_at = math.inf
+        self._parser = httptools.HttpResponseParser(self)
+        self._raw: list[tuple[bytes, bytes]] = []
+        self._parts: list[bytes] = []
+        self._expect(head_only=False)
+
+    def _expect(self, *, head_only: bool) -> None:
+        """An answer is to come."""
+        self._head_only = head_only
+        self._fed = 0
+        self._has_head = self._is_complete = self._is_chunked = self._keeps_alive = False
+        self._length: int | None = None
+        self._fault = ""
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """It can be written to; again when TLS was started on it."""
+        self.transport = transport  # type: ignore[assignment]
+
+    @property
+    def is_usable(self) -> bool:
+        """True as long as nothing has ended it, as far as the loop has seen."""
+        return not self._is_broken and self.transport is not None and not self.transport.is_closing()
+
+    def drop(self) -> None:
+        """Ends it, whatever is on its way."""
+        self._is_broken = True
+        self._answer = self._rest = None
+        if self.transport is not None:
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is gone."""
+        self._is_broken = True
+        self._rest = None
+        if self._timer is not None:
+            self._timer.cancel()
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.fail()
+        self._lost(self)
+        self.transport = None
+        del self._parser  # It holds our methods.
+
+    # -- time ----------------------------------------------------------------------------------------------------------
+
+    def arm(self, at: float) -> None:
+        """Ends what is waited for at that time of the loop's, unless it is armed anew before.
+
+        One timer serves all waits. It goes off at the earliest of their ends, and looks whether that still counts.
+        """
+        self._due_at = at
+        if at < self._timer_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = at
+            self._timer = self._loop.call_at(at, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer, self._timer_at = None, math.inf
+        if self._loop.time() < self._due_at:
+            self.arm(self._due_at)
+            return
+        answer = self._answer
+        if answer is None:
+            if self.idle_since != math.inf:
+                self.drop()
+        elif answer.is_awaited:
+            self._answer = None
+            answer.late()
+            self.drop()
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def ask(self, answer: Answer, head: bytes, body: bytes, *, head_only: bool) -> bool:
+        """Sends a request, whose answer is filled; False when nothing of it has been sent, nor can be."""
+        transport = self.transport
+        if transport is None or self._is_broken:
+            return False
+        self.idle_since = math.inf
+        self._answer = answer
+        self._expect(head_only=head_only)
+        if len(body) <= _LARGE_BYTES:
+            transport.write(head + body)
+        else:
+            self._rest = memoryview(body)
+            transport.write(head)
+        if transport.is_closing():
+            # asyncio hands what is written to the kernel at once, and the kernel has refused it.
+            self._answer = self._rest = None
+            return False
+        answer.attach(self)
+        if self._rest is not None and not self._is_paused:
+            self.resume_writing()
+        return True
+
+    def pause_writing(self) -> None:
+        """The upstream takes no more for now."""
+        self._is_paused = True
+
+    def resume_writing(self) -> None:
+        """The rest of the request goes on."""
+        self._is_paused = False
+        while (rest := self._rest) is not None and not self._is_paused and self.transport is not None:
+            part, rest = rest[:_PART_BYTES], rest[_PART_BYTES:]
+            self._rest = rest or None
+            self.transport.write(part)
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Reads no more for now."""
+        if self.transport is not None:
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        """Reads on."""
+        if self.transport is not None:
+            self.transport.resume_reading()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """What is received comes here."""
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Reads what was received, and hands what it holds of a body on as one chunk."""
+        answer = self._answer
+        if answer is None:
+            self.drop()  # Nobody has asked: a late 408, or a second answer.
+            return
+        self._fed += nbytes
+        try:
+            self._parser.feed_data(self._buffer[:nbytes])
+        except httptools.HttpParserUpgrade:
+            self._fault = "switched protocols, which it was not asked for"
+        except httptools.HttpParserError as exc:
+            if self._is_complete:
+                self._keeps_alive = False
+            else:
+                self._fault = f"sent what is no HTTP: {exc}"
+        parts = self._parts
+        if parts:
+            self._fed = 0
+            chunk = parts[0] if len(parts) == 1 else b"".join(parts)
+            parts.clear()
+            answer.receive(chunk)
+            if self._answer is not answer:
+                return  # Who took it has ended it.
+        if self._fault:
+            self._fail(self._fault)
+        elif self._is_complete:
+            self._finish(answer)
+        elif self._fed > _HEAD_BYTES:
+            self._fail("sent a head that is too long")
+
+    def eof_received(self) -> None:
+        """The end of an answer that does not say where it ends."""
+        answer = self._answer
+        if answer is not None and self._has_head and not self._is_chunked and self._length is None:
+            self._keeps_alive = False
+            self._finish(answer)
+
+    def _finish(self, answer: Answer) -> None:
+        self._answer = None
+        answer.end()
+        if self._keeps_alive and self._rest is None and self.is_usable:
+            if self._head_only:
+                self._parser = httptools.HttpResponseParser(self)  # The old one waits for a body.
+            self._freed(self)
+        else:
+            self.drop()
+
+    def _fail(self, what: str) -> None:
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.fail(what)
+        self.drop()
+
+    # -- the parser's calls --------------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """An answer begins; what begins behind the end of one is nobody's."""
+        if self._is_complete:
+            self._keeps_alive = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or a trailer, which is dropped."""
+        if not self._has_head:
+            self._raw.append((name, value))
+        elif name.lower() in (b"connection", b"proxy-connection"):
+            self._keeps_alive = False  # llhttp obeys it, and would take no other answer.
+
+    def on_headers_complete(self) -> None:
+        """The head is whole."""
+        if self._has_head:
+            return  # That of a second answer.
+        raw, status = self._raw, self._parser.get_status_code()
+        if status < 200:
+            raw.clear()
+            if status == 101 or status < 100:
+                self._fault = f"answered with status {status}, which is no answer"
+            return
+        self._has_head = True
+        version = self._parser.get_http_version()
+        self._keeps_alive = self._parser.should_keep_alive()
+        for name, value in raw:
+            size = len(name)
+            if size == 14 and name.lower() == b"content-length":
+                self._length = int(value)
+            elif size == 17 and name.lower() == b"transfer-encoding":
+                if self._is_chunked or value.strip().lower() != b"chunked":
+                    self._fault = "sent a Transfer-Encoding other than chunked"
+                self._is_chunked = True
+                self._keeps_alive = self._keeps_alive and version == "1.1"  # RFC 9112 §6.1.
+        if version not in ("1.1", "1.0"):
+            self._fault = f"answered with HTTP/{version}"
+        elif len(raw) > _HEADERS or (self._fed > _HEAD_BYTES and sum(len(n) + len(v) for n, v in raw) > _HEAD_BYTES):
+            self._fault = "sent a head that is too long"
+        self._fed = 0
+        if self._head_only or status in (204, 304):
+            self._length, self._is_chunked, self._is_complete = 0, False, True
+        if not self._fault and self._answer is not None:
+            headers = tuple(
+                [(name.decode("ascii"), value.strip(b" \t").decode("utf-8", "surrogateescape")) for name, value in raw]
+            )
+            self._answer.begin(status, headers, self._length)
+        raw.clear()
+
+    def on_body(self, part: bytes) -> None:
+        """A part of the body."""
+        if self._is_complete:
+            self._keeps_alive = False
+        elif not self._fault:
+            self._parts.append(part)
+
+    def on_message_complete(self) -> None:
+        """The answer is whole; one of 1xx is none yet."""
+        if self._has_head:
+            self._is_complete = True

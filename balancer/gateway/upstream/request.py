@@ -1,0 +1,155 @@
+"""A request's head as bytes: where its URL leads, and its headers, checked so that none can end early.
+
+URLs and names of headers recur, so what was found out about them is kept, up to a bound.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from balancer.errors import UpstreamError
+from balancer.gateway.messages import UpstreamRequest
+
+_KEPT = 1024
+_PORTS = {"http": 80, "https": 443}
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_WITH_LENGTH = frozenset({"POST", "PUT", "PATCH"})
+"""Methods whose body, when it is empty, is said to be so (RFC 9110 §8.6)."""
+_OURS = frozenset(
+    {"connection", "content-length", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade"}
+)
+"""Headers about the connection, and about where the body ends: who frames it says it, and nobody else."""
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_UNSENDABLE = re.compile(r"[\x00-\x20\x7f]")
+
+
+class Origin(NamedTuple):
+    """Whom a connection leads to, and through which proxy; connections of one origin are alike."""
+
+    scheme: str
+    host: str
+    port: int
+    proxy_url: str
+
+    @property
+    def is_tunnelled(self) -> bool:
+        """True when the proxy hands on bytes, and not requests."""
+        return bool(self.proxy_url) and self.scheme == "https"
+
+
+class Target(NamedTuple):
+    """A URL taken apart: its origin, and what of it stands in a request's first lines."""
+
+    origin: Origin
+    line: str
+    """What follows the method: the target and the version."""
+    host: str
+    """The Host header, unless the request has one of its own."""
+    proxy_lines: str
+    """What the proxy is told beside the request."""
+
+
+class Targets:
+    """Targets by URL and proxy."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], Target] = {}
+
+    def of(self, url: str, proxy_url: str) -> Target:
+        """The target. Raises UpstreamError for a URL that cannot be sent."""
+        key = (url, proxy_url)
+        target = self._kept.get(key)
+        if target is None:
+            target = _parsed(url, proxy_url)
+            if len(self._kept) >= _KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = target
+        return target
+
+
+def _parsed(url: str, proxy_url: str) -> Target:
+    if _UNSENDABLE.search(url):
+        raise UpstreamError("the upstream's URL holds white space or control characters: it cannot be requested")
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("ascii" if url.isascii() else "idna").decode("ascii")
+        port = parts.port
+    except ValueError as exc:  # Among them UnicodeError.
+        raise UpstreamError("the upstream's URL has no valid host and port") from exc
+    if parts.scheme not in _PORTS or not host:
+        raise UpstreamError("the upstream's URL is none of http:// or https:// with a host")
+    default = _PORTS[parts.scheme]
+    name = f"[{host}]" if ":" in host else host
+    authority = name if port in (None, default) else f"{name}:{port}"
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    origin = Origin(parts.scheme, host, default if port is None else port, proxy_url)
+    asked_of_proxy = bool(proxy_url) and not origin.is_tunnelled
+    return Target(
+        origin=origin,
+        line=f" {f'http://{authority}' if asked_of_proxy else ''}{path} HTTP/1.1\r\n",
+        host=f"Host: {authority}\r\n",
+        proxy_lines=proxy_authorization(proxy_url) if asked_of_proxy else "",
+    )
+
+
+def proxy_authorization(proxy_url: str) -> str:
+    """The header line with the credentials in a proxy's URL, empty when it has none."""
+    parts = urlsplit(proxy_url)
+    if parts.username is None:
+        return ""
+    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return f"Proxy-Authorization: Basic {base64.b64encode(pair.encode()).decode()}\r\n"
+
+
+_starts: dict[str, str] = {}
+"""How a header's line begins, by its name as it was given; empty for those that are not passed on."""
+
+
+def head_of(request: UpstreamRequest, target: Target) -> bytes:
+    """The request's first line and its headers. Raises UpstreamError that names the header which cannot be sent."""
+    method = request.method
+    if method not in _METHODS and not _TOKEN.fullmatch(method):
+        raise UpstreamError("the request's method is none")
+    parts = [method, target.line, target.host, target.proxy_lines]
+    lines = 3 if target.proxy_lines else 2
+    starts = _starts
+    for name, value in request.headers:
+        start = starts.get(name)
+        if start is None:
+            start = _start_of(name)
+        if start:
+            parts += (start, value, "\r\n")
+            lines += 1
+            if start == "Host: ":
+                lines -= bool(parts[2])
+                parts[2] = ""
+    if request.body or method in _WITH_LENGTH:
+        parts.append(f"Content-Length: {len(request.body)}\r\n")
+        lines += 1
+    parts.append("\r\n")
+    text = "".join(parts)
+    if text.count("\n") != lines + 1 or text.count("\r") != lines + 1 or "\0" in text:
+        _refuse(request)
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _start_of(name: str) -> str:
+    if not _TOKEN.fullmatch(name):
+        raise UpstreamError(f"the header {name[:64]!r} has a name that cannot be sent; see the provider's `headers`")
+    lower = name.lower()
+    start = "" if lower in _OURS else "Host: " if lower == "host" else f"{name}: "
+    if len(_starts) < _KEPT:
+        _starts[name] = start
+    return start
+
+
+def _refuse(request: UpstreamRequest) -> None:
+    for name, value in request.headers:
+        if any(sign in value for sign in "\r\n\0"):
+            raise UpstreamError(
+                f"the header {name!r} for {request.provider} holds a line break or NUL and is not sent; "
+                "see the provider's token and `headers`"
+            )
