@@ -285,16 +285,22 @@ class Lane(asyncio.BufferedProtocol):
             transport.close()
         else:
             self.since = self._lanes.now
-            if self._is_reading_paused:
-                self._is_reading_paused = False
-                transport.resume_reading()
             if self._waiting:
                 self._take_head(self._waiting)
+            # Not as long as enough is there for the next ones: what is let in with every answer would add up.
+            if len(self._waiting) <= _WAITING_BYTES:
+                self._resume_reading()
+
+    def _resume_reading(self) -> None:
+        if self._is_reading_paused and self.transport is not None:
+            self._is_reading_paused = False
+            self.transport.resume_reading()
 
     def _hand_over(self, data: bytes) -> None:
         """Gives the connection, and what came of the request, to the other front."""
         transport = self.transport
         assert transport is not None, "open"
+        self._resume_reading()
         self.transport = None
         self._waiting = b""
         self._lanes.open.discard(self)

@@ -381,6 +381,21 @@ async def test_an_answer_that_is_shorter_than_announced_ends_its_connection() ->
 
 
 @pytest.mark.parametrize("has_lane", [True, False])
+async def test_what_is_more_than_announced_is_not_sent(has_lane: bool) -> None:
+    """It would be read as the next answer."""
+
+    async def handle(_: ClientRequest, stream: ClientStream) -> None:
+        await stream.start(200, (), 2)
+        await stream.write(b"{}HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        await stream.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        await stream.end()
+
+    async with opened(handle, has_lane=has_lane) as door:
+        answers = await door.ask(a_post() + a_post(b"{}", b"Connection: close"))
+        assert [answer.body for answer in answers] == [b"{}", b"{}"]
+
+
+@pytest.mark.parametrize("has_lane", [True, False])
 async def test_a_handler_that_fails_is_logged_and_ends_its_connection(
     has_lane: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
