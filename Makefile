@@ -9,10 +9,10 @@ SCRIPTS := .cache/lua
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check prove chaos soak lint format lock clean
+.PHONY: help demo test check prove chaos soak bench growth profile bench-clients bench-peers lint format lock clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
 
 demo: $(VENV)/.installed  ## three fake accounts, two workers, one killed in the middle, and the proof (ARGS="--keep")
 	$(BIN)/balancer demo $(ARGS)
@@ -28,6 +28,21 @@ chaos: $(VENV)/.developed  ## a fleet under every fault; each error traced to it
 
 soak: $(VENV)/.developed  ## an hour of the same, and whether memory grows
 	$(BIN)/python -m benchmarks.chaos --soak 60 $(ARGS)
+
+bench: $(VENV)/.benched  ## us beside others, and what each feature costs; 20 minutes (BENCH_QUICK=1: 4)
+	$(BIN)/python -m benchmarks.bench $(ARGS)
+
+profile: $(VENV)/.benched  ## where a worker's time goes, under small requests and under streams
+	$(BIN)/python -m benchmarks.profile $(ARGS)
+
+bench-clients: $(VENV)/.benched  ## what HTTP client libraries cost, ours among them
+	$(BIN)/python -m benchmarks.clients $(ARGS)
+
+bench-peers: $(VENV)/.benched  ## installs whom we are compared with, in BENCH_PEERS (else the user's cache)
+	$(BIN)/python -m benchmarks.bench.peers $(ARGS)
+
+growth: $(VENV)/.benched  ## how costs grow with rules, services, pins, streams, and what should not (GROWTH_QUICK=1)
+	$(BIN)/python -m benchmarks.growth $(ARGS)
 
 check: lint test  ## what the gate runs
 
@@ -49,19 +64,21 @@ format: $(VENV)/.developed  ## ruff's formatter and its safe fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# One resolution for all three files: the first one has everything, the others are held to its versions.
+# One resolution for all four files: the first one has everything, the others are held to its versions.
 COMPILE = $(BIN)/uv pip compile --no-config --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
   --no-emit-find-links --no-annotate --no-header --quiet $(UPGRADE)
 
-lock: $(VENV)/.made  ## the three requirements files anew (UPGRADE=--upgrade for the newest versions)
+lock: $(VENV)/.made  ## the four requirements files anew (UPGRADE=--upgrade for the newest versions)
 	$(PIP) install $(UV)
 	@mkdir -p .cache/lock
-	@for name in -dev "" -build; do cp requirements$$name.txt .cache/lock/ 2>/dev/null || true; done
+	@for name in -dev "" -build -bench; do cp requirements$$name.txt .cache/lock/ 2>/dev/null || true; done
 	$(COMPILE) --extra dev requirements-build.in pyproject.toml --output-file .cache/lock/requirements-dev.txt
 	$(COMPILE) --constraint .cache/lock/requirements-dev.txt pyproject.toml --output-file .cache/lock/requirements.txt
 	$(COMPILE) --constraint .cache/lock/requirements-dev.txt requirements-build.in \
 	  --output-file .cache/lock/requirements-build.txt
-	@for name in -dev "" -build; do \
+	$(COMPILE) --constraint .cache/lock/requirements-dev.txt --extra bench pyproject.toml \
+	  --output-file .cache/lock/requirements-bench.txt
+	@for name in -dev "" -build -bench; do \
 	  { echo '# Made by `make lock`; do not edit.'; grep -v '^#' .cache/lock/requirements$$name.txt; } \
 	    >requirements$$name.txt || exit 1; \
 	done
@@ -93,4 +110,8 @@ $(VENV)/.installed: $(VENV)/.made pyproject.toml requirements.txt
 
 $(VENV)/.developed: $(VENV)/.installed requirements-dev.txt
 	$(PIP) install --require-hashes -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.benched: $(VENV)/.developed requirements-bench.txt
+	$(PIP) install --require-hashes -r requirements-bench.txt
 	@touch $@

@@ -332,9 +332,10 @@ class Configuration(Struct, frozen=True, kw_only=True):
 
 
 # -- what a request leaves ---------------------------------------------------------------------------------------------
+# Structs without `gc` hold nothing that could lead back to them: thousands are kept, and need not be gone through.
 
 
-class Usage(Struct, frozen=True, kw_only=True):
+class Usage(Struct, frozen=True, kw_only=True, gc=False):
     """Tokens as the vendor reports them: Anthropic's input excludes cache reads, OpenAI's includes them."""
 
     input: int = 0
@@ -374,7 +375,7 @@ class Candidate(Struct, frozen=True, kw_only=True):
     per_token: int = 0
 
 
-class Pick(Struct, frozen=True, kw_only=True):
+class Pick(Struct, frozen=True, kw_only=True, gc=False):
     """One selection's answer.
 
     `number` names it within its worker; (epoch, position) is its place in the pool's history.
@@ -407,7 +408,7 @@ class Pick(Struct, frozen=True, kw_only=True):
 # -- what the scripts are asked ----------------------------------------------------------------------------------------
 
 
-class Selection(Struct, frozen=True, kw_only=True):
+class Selection(Struct, frozen=True, kw_only=True, gc=False):
     """One pick asked for: its name within the worker, the partition and the revision it is meant under.
 
     `draw` in [0, 2^32) brings the randomness, `reserved` tokens are held until the settle, `deadline_ms` from now on
@@ -428,7 +429,7 @@ class Selection(Struct, frozen=True, kw_only=True):
     excluded: tuple[str, ...] = ()
 
 
-class Entry(Struct, frozen=True, kw_only=True):
+class Entry(Struct, frozen=True, kw_only=True, gc=False):
     """One settled attempt: which pick, on which service (empty for an abandoned name), and what it used.
 
     `cooldown_ms` is how long the service asks to be left alone. `first_token_us` passed before the first content token

@@ -1,12 +1,14 @@
 """Every series that we export. Labels come from configuration, never from clients.
 
 Counters live in files that all workers of one supervisor share, one set for each worker's slot: a worker that takes the
-place of a dead one goes on counting in its files. What the fleet shares (windows, cursors, holdings) is read from
-Redis at the scrape, so that every worker tells the same.
+place of a dead one goes on counting in its files. What a request counts gets there within 100 ms (`tally`): so far may
+a scrape of another worker be behind, and so much does a worker lose that is killed. What the fleet shares (windows,
+cursors, holdings) is read from Redis at the scrape, so that every worker tells the same.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,10 +22,13 @@ from prometheus_client.registry import Collector
 
 from balancer import __version__
 from balancer.domain import Configuration, Outcome, Pick, Usage
+from balancer.tally import Counts, Times
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 SHORT_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+FLUSH_S = 0.1
+"""So long after it was counted the other workers know of it."""
 _BREAKER_STATES = ("closed", "half_open", "open")
 
 
@@ -65,61 +70,129 @@ class Metrics:
             values.ValueClass = values.MultiProcessValue(lambda: slot)  # type: ignore[no-untyped-call]
         self._registry = registry = CollectorRegistry()
 
+        self._tallies: list[Counts | Times] = []
+        self._is_flushing = False
+
         def counter(name: str, help_: str, *labels: str) -> Counter:
             return Counter(f"balancer_{name}", help_, labels, registry=registry)
 
-        def histogram(name: str, help_: str, buckets: Sequence[float], *labels: str) -> Histogram:
-            return Histogram(f"balancer_{name}", help_, labels, buckets=buckets, registry=registry)
+        def counts(name: str, help_: str, *labels: str) -> Counts:
+            tally = Counts(counter(name, help_, *labels))
+            self._tallies.append(tally)
+            return tally
+
+        def times(name: str, help_: str, buckets: tuple[float, ...], *labels: str) -> Times:
+            histogram = Histogram(f"balancer_{name}", help_, labels, buckets=buckets, registry=registry)
+            tally = Times(histogram, buckets)
+            self._tallies.append(tally)
+            return tally
 
         def gauge(name: str, help_: str, mode: Any, *labels: str) -> Gauge:
             return Gauge(f"balancer_{name}", help_, labels, registry=registry, multiprocess_mode=mode)
 
-        self.requests = counter("requests_total", "Requests answered.", "scenario", "rule", "outcome")
-        self.attempts = counter("attempts_total", "Attempts settled.", "pool", "rule", "service", "outcome")
-        self.picks = counter("picks_total", "Services picked.", "pool", "rule", "service", "reason")
-        self.switches = counter("switches_total", "Moves of a rule's cursor.", "pool", "rule", "reason")
-        self.tokens = counter("tokens_total", "Tokens that upstreams reported.", "pool", "rule", "service", "kind")
-        self.saved_switches = counter(
+        self.requests = counts("requests_total", "Requests answered.", "scenario", "rule", "outcome")
+        self.attempts = counts("attempts_total", "Attempts settled.", "pool", "rule", "service", "outcome")
+        self.picks = counts("picks_total", "Services picked.", "pool", "rule", "service", "reason")
+        self.switches = counts("switches_total", "Moves of a rule's cursor.", "pool", "rule", "reason")
+        self.tokens = counts("tokens_total", "Tokens that upstreams reported.", "pool", "rule", "service", "kind")
+        self.saved_switches = counts(
             "pinned_switches_saved_total", "Picks that a pin kept on another service than the cursor's.", "pool", "rule"
         )
-        self.degraded_picks = counter("degraded_picks_total", "Services picked without Redis.", "pool", "rule")
+        self.degraded_picks = counts("degraded_picks_total", "Services picked without Redis.", "pool", "rule")
         self.stale_picks = counter("stale_picks_total", "Selections made under an outdated revision.", "pool")
         self.leases_expired = counter("leases_expired_total", "Attempts lost with their worker.", "pool")
         self.batches_lost = counter("settle_batches_lost_total", "Settled batches no longer held.", "pool")
         self.epoch_bumps = counter("epoch_bumps_total", "Failovers that lost writes.", "pool")
         self.violations = counter("invariant_violations_total", "What the audit of a pool found wrong.", "pool")
-        self.request_duration = histogram("request_duration_seconds", "Whole requests.", BUCKETS, "scenario")
-        self.upstream_duration = histogram("upstream_duration_seconds", "Whole attempts.", BUCKETS, "service")
-        self.first_token = histogram(
+        self._request_duration = times("request_duration_seconds", "Whole requests.", BUCKETS, "scenario")
+        self._upstream_duration = times("upstream_duration_seconds", "Whole attempts.", BUCKETS, "service")
+        self._first_token = times(
             "time_to_first_token_seconds", "From sending to the first content token.", BUCKETS, "service"
         )
-        self.overhead = histogram("overhead_seconds", "From the request's last byte to sending it on.", SHORT_BUCKETS)
-        self.select = histogram("select_seconds", "Waiting for a selection.", SHORT_BUCKETS, "pool")
+        self._overhead = times("overhead_seconds", "From the request's last byte to sending it on.", SHORT_BUCKETS)
+        self._select = times("select_seconds", "Waiting for a selection.", SHORT_BUCKETS, "pool")
         self.outbox = gauge("outbox_entries", "Settled attempts that Redis has not acknowledged.", "sum", "pool")
         self.revision = gauge("config_revision", "The oldest revision that a worker stands on.", "min")
         self.build = gauge("build_info", "Always 1.", "max", "version")
         self.build.labels(__version__).set(1)
 
+    # -- what a request counts: a lookup and an addition each ----------------------------------------------------------
+
+    def request(self, scenario: str, rule: str, outcome: Outcome, duration_s: float) -> None:
+        """Counts an answered request."""
+        self.requests.pending[scenario, rule, outcome._value_] += 1
+        self._request_duration.observe((scenario,), duration_s)
+        self._flush_soon()
+
+    def overhead_s(self, seconds: float) -> None:
+        """Counts the time from a request's last byte to sending it on."""
+        self._overhead.observe((), seconds)
+        self._flush_soon()
+
+    def select_s(self, pool: str, seconds: float) -> None:
+        """Counts the time that a selection was waited for."""
+        self._select.observe((pool,), seconds)
+        self._flush_soon()
+
+    def first_token_s(self, service: str, seconds: float) -> None:
+        """Counts the time from sending to the first content token."""
+        self._first_token.observe((service,), seconds)
+        self._flush_soon()
+
     def picked(self, pick: Pick) -> None:
         """Counts a pick, and the switch if it was one, or if a pin saved it; and whether Redis was there."""
-        self.picks.labels(pick.pool, pick.rule, pick.service, pick.reason).inc()
+        pool, rule, reason = pick.pool, pick.rule, pick.reason
+        self.picks.pending[pool, rule, pick.service, reason] += 1
         if pick.is_switch:
-            self.switches.labels(pick.pool, pick.rule, pick.reason).inc()
+            self.switches.pending[pool, rule, reason] += 1
         if pick.is_saved:
-            self.saved_switches.labels(pick.pool, pick.rule).inc()
+            self.saved_switches.pending[pool, rule] += 1
         if pick.is_local:
-            self.degraded_picks.labels(pick.pool, pick.rule).inc()
+            self.degraded_picks.pending[pool, rule] += 1
+        self._flush_soon()
 
-    def settled(self, pick: _Settled, outcome: Outcome, usage: Usage | None) -> None:
-        """Counts the end of an attempt and its tokens."""
-        self.attempts.labels(pick.pool, pick.rule, pick.service, outcome.value).inc()
+    def settled(self, pick: _Settled, outcome: Outcome, usage: Usage | None, duration_s: float | None = None) -> None:
+        """Counts the end of an attempt, its tokens, and how long it took where that is known."""
+        pool, rule, service = pick.pool, pick.rule, pick.service
+        self.attempts.pending[pool, rule, service, outcome._value_] += 1
         if usage is not None:
-            for kind, tokens in msgspec.structs.asdict(usage).items():
-                if tokens:
-                    self.tokens.labels(pick.pool, pick.rule, pick.service, kind).inc(tokens)
+            tokens = self.tokens.pending
+            if usage.input:
+                tokens[pool, rule, service, "input"] += usage.input
+            if usage.output:
+                tokens[pool, rule, service, "output"] += usage.output
+            if usage.cached:
+                tokens[pool, rule, service, "cached"] += usage.cached
+            if usage.cache_creation:
+                tokens[pool, rule, service, "cache_creation"] += usage.cache_creation
+            if usage.reasoning:
+                tokens[pool, rule, service, "reasoning"] += usage.reasoning
+        if duration_s is not None:
+            self._upstream_duration.observe((service,), duration_s)
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        if self._is_flushing or self._folder is None:
+            return  # Without a folder nobody reads but `exposition`.
+        try:
+            asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
+        except RuntimeError:
+            self.flush()
+        else:
+            self._is_flushing = True
+
+    def flush(self) -> None:
+        """Lets all workers know what this one has counted."""
+        self._is_flushing = False
+        for tally in self._tallies:
+            tally.flush()
+
+    # -- the scrape ----------------------------------------------------------------------------------------------------
 
     def exposition(self, pools: Iterable[PoolGauges], stores_up: Mapping[str, bool]) -> bytes:
         """The text that Prometheus reads: every worker's counters, and the gauges given."""
+        for tally in self._tallies:
+            tally.flush()
         registry = self._registry
         if self._folder is not None:
             registry = CollectorRegistry()

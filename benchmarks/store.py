@@ -80,7 +80,7 @@ class Load:
             pick, _ = await balance.select(self._rule, reserved=100, deadline_ms=60_000, session=session)
             metrics.picked(pick)
             balance.settle(pick, Outcome.SUCCESS, usage, stream_us=1000)
-            metrics.settled(pick, Outcome.SUCCESS, usage)
+            metrics.settled(pick, Outcome.SUCCESS, usage, 0.001)
             await balance.flushed(pick.pool)
 
 
@@ -127,8 +127,7 @@ async def _measure(url: str, folder: Path, options: argparse.Namespace) -> None:
     await client.aclose()
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)  # As a worker under a supervisor counts.
     metrics = Metrics(folder)
-    events = BalanceEvents(selected=lambda pool, seconds: metrics.select.labels(pool).observe(seconds))
-    balance = Balance(url, load({"redis_deadline_ms": 5000}, {}), events)
+    balance = Balance(url, load({"redis_deadline_ms": 5000}, {}), BalanceEvents(selected=metrics.select_s))
     await balance.start()
     try:
         if options.profile:

@@ -41,7 +41,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
             }
         ),
     ),
-    ("instruments", frozenset({"log", "metrics"})),
+    ("instruments", frozenset({"log", "metrics", "tally"})),
     ("store", frozenset({"store"})),
     ("services", frozenset({"admin", "gateway"})),
     ("composition", frozenset({"__main__", "cli"})),

@@ -39,7 +39,7 @@ from balancer.domain import (
     Timeouts,
 )
 from balancer.errors import ConfigurationError
-from balancer.tactics import TACTIC_NAMES, TACTICS, is_valid_tactic, tactic_from_map
+from balancer.tactics import TACTIC_NAMES, TACTICS, is_valid_tactic, parameters, tactic_from_map
 
 Door = Literal["strict", "lenient", "stored"]
 
@@ -504,7 +504,7 @@ class _Reader:
         except _SkippedError:
             return {}
         tactic = TACTICS[kind if isinstance(kind, int) else TACTIC_NAMES.index(kind.lower())]
-        known = {field.name: field.type for field in msgspec.structs.fields(tactic)}
+        known = parameters(tactic)
         for name in [name for name in params if name not in known]:
             # tingly-box writes all thresholds for every tactic.
             is_other = name in ("request_threshold", "token_threshold")

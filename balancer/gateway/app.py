@@ -77,7 +77,7 @@ class Gateway:
         metrics = self.metrics
         return BalanceEvents(
             stale=lambda pool: metrics.stale_picks.labels(pool).inc(),
-            selected=lambda pool, seconds: metrics.select.labels(pool).observe(seconds),
+            selected=metrics.select_s,
             pool=PoolEvents(
                 epoch_bumped=lambda pool, lost: metrics.epoch_bumps.labels(pool).inc(),
                 lease_expired=lambda pool, lost: metrics.leases_expired.labels(pool).inc(lost),
@@ -140,6 +140,7 @@ class Gateway:
         if self._ticker:
             self._ticker.cancel()
         await self.balance.close(_LAST_SETTLES_S)
+        self.metrics.flush()
         await self._upstream.close()
 
     async def _tick(self) -> None:

@@ -102,8 +102,7 @@ class Attempt:
             first_token_us=first_token_us,
             stream_us=stream_us,
         )
-        self._metrics.settled(self.pick, outcome, self.usage)
-        self._metrics.upstream_duration.labels(self.pick.service).observe(now - self._started)
+        self._metrics.settled(self.pick, outcome, self.usage, now - self._started)
 
     async def settle_before_last_byte(self, outcome: Outcome, cooldown_ms: int = 0) -> None:
         """Settles, and returns when the client may be sent the rest: the settle is on its way before it."""
@@ -117,7 +116,7 @@ class Attempt:
         """Notes the first content token."""
         if self._first_token is None:
             self._first_token = time.perf_counter()
-            self._metrics.first_token.labels(self.pick.service).observe(self._first_token - self._started)
+            self._metrics.first_token_s(self.pick.service, self._first_token - self._started)
 
 
 def _us(seconds: float) -> int:

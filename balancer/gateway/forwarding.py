@@ -256,7 +256,7 @@ class Forwarder:
         try:
             outgoing, relay = self._prepare(errand, attempt)
             if errand.course.attempts == 1:
-                self._metrics.overhead.observe(errand.clock.elapsed_s)
+                self._metrics.overhead_s(errand.clock.elapsed_s)
             with errand.clock.no_longer_than(outgoing.timeout_s, stream):
                 with errand.clock.until_first_byte(most_s=_opening_s(outgoing.timeouts)):
                     answer = await self._open(outgoing)

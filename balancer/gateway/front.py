@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from aiohttp import web
 from balancer.dialects import Dialect, Headers
 from balancer.errors import BalancerError, BodyTooLargeError, ExpectationError, RequestError
 from balancer.gateway.front_server import Answer, is_spoken
-from balancer.gateway.lane import Handle
+from balancer.gateway.lane import SLOW_S, Handle
 from balancer.gateway.messages import ClientGoneError, ClientRequest
 from balancer.gateway.telling import send_error
 
@@ -133,6 +134,8 @@ class Front:
             # The rest of the body is still coming: the connection cannot be used again.
             stream = AiohttpStream(request, (("x-request-id", request_id), _CLOSE))
             await send_error(self._dialect_of(path), exc, message, stream)
+        except ClientGoneError:
+            stream.abort()
         else:
             message = ClientRequest(
                 method=request.method, path=path, query=query, headers=headers, body=body, request_id=request_id
@@ -156,7 +159,7 @@ class Front:
             if expectations:
                 await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 request.writer.output_size = 0  # The answer has not begun.
-            async for chunk in request.content.iter_any():
+            while chunk := await _part(request):
                 chunks.append(chunk)
                 held += len(chunk)
                 if held > self._max_body_bytes:
@@ -164,6 +167,15 @@ class Front:
         except (web.RequestPayloadError, ConnectionError) as exc:
             raise RequestError("the request's body broke off") from exc
         return b"".join(chunks)
+
+
+async def _part(request: web.BaseRequest) -> bytes:
+    """The next part of a body, b"" at its end. Raises ClientGoneError if none comes for as long as the lane waits."""
+    try:
+        async with asyncio.timeout(SLOW_S):
+            return await request.content.readany()
+    except TimeoutError as exc:
+        raise ClientGoneError from exc
 
 
 def _fault(request: web.BaseRequest) -> RequestError | None:

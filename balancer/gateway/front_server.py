@@ -22,7 +22,7 @@ from balancer import log
 from balancer.dialects.openai import OPENAI
 from balancer.errors import BalancerError, RequestError
 from balancer.gateway.accepting import Acceptor
-from balancer.gateway.lane import Lanes
+from balancer.gateway.lane import SLOW_S, Lanes
 
 BACKLOG = 1024
 """Connections that may wait to be accepted."""
@@ -69,18 +69,47 @@ class _Request(web.BaseRequest):
 
 
 class _Protocol(web.RequestHandler):
-    __slots__ = ()
+    __slots__ = ("_slow",)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begins to wait for the first request."""
+        self._slow: asyncio.TimerHandle | None = None
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Cancels what is being answered."""
+        if self._slow is not None:
+            self._slow.cancel()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Takes what came. A body that turns out to be malformed ends: aiohttp would wait for the rest of it."""
         super().data_received(data)
-        if not self._messages or isinstance(self._messages[-1][0], RawRequestMessage):
+        if not self._messages:
+            if self._slow is None and (self._is_waiting or not self._request_count):
+                # The beginning of a head: aiohttp would wait for its end as long as for the first byte.
+                self._slow = self._loop.call_later(SLOW_S, self._end_of_patience)
+            return
+        if self._slow is not None:
+            self._slow.cancel()
+            self._slow = None
+        if isinstance(self._messages[-1][0], RawRequestMessage):
             return
         request = self._current_request
         payloads = [payload for _, payload in self._messages]
         for payload in payloads if request is None else [*payloads, request.content]:
             if not payload.is_eof() and payload.exception() is None:
                 payload.set_exception(web.RequestPayloadError("no valid chunks"))
+
+    @property
+    def _is_waiting(self) -> bool:
+        """True while no request is there to be answered."""
+        return self._waiter is not None and not self._waiter.done()
+
+    def _end_of_patience(self) -> None:
+        self._slow = None
+        if self._is_waiting:
+            self.force_close()
 
     def handle_error(
         self,

@@ -129,8 +129,7 @@ class Handlers:
             await send_error(dialect, BalancerError("internal error"), request, stream)
         finally:
             scenario = wanted.scenario if wanted else ""
-            self._metrics.requests.labels(scenario, rule.uuid if rule else "", outcome.value).inc()
-            self._metrics.request_duration.labels(scenario).observe(time.perf_counter() - began)
+            self._metrics.request(scenario, rule.uuid if rule else "", outcome, time.perf_counter() - began)
 
     def dialect_of(self, path: str) -> Dialect:
         """The dialect in which an error on any path is told."""

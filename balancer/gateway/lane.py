@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, cast
 
 from balancer import log
-from balancer.gateway.lane_head import MAX_HEAD_BYTES, Head, is_beginning, read_head
+from balancer.gateway.lane_head import MAX_HEAD_BYTES, Head, Repeat, is_beginning, read_head, repeat_of
 from balancer.gateway.lane_stream import LaneStream
 from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
 
@@ -21,6 +21,8 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _RECEIVED = memoryview(bytearray(262144))
 _WAITING_BYTES = 65536
 """What may have come of the next requests while one is being answered; then no more is read."""
+_NEWS = 4
+"""So many heads of a connection are remembered, one at a time; then its client is one whose heads differ each time."""
 
 _SWEEP_S = 5.0
 IDLE_S = 3630.0
@@ -66,8 +68,11 @@ class Lanes:
         """Closes the connections that have been silent, or slow, for too long."""
         self.now = self.loop.time()
         idle, slow = self.now - self._idle_s, self.now - self._slow_s
-        for lane in [lane for lane in self.open if lane.since < (slow if lane.is_in_request else idle)]:
-            lane.close_unless_answering()
+        for lane in list(self.open):
+            if lane.since < (slow if lane.is_in_request else idle):
+                lane.close_unless_answering()
+            elif lane.since < slow:
+                lane.forget()
         self._sweeper = self.loop.call_later(self._sweep_s, self._sweep)
 
     def close_idle(self) -> None:
@@ -99,6 +104,8 @@ class Lane(asyncio.BufferedProtocol):
         "_is_reading_paused",
         "_lanes",
         "_missing",
+        "_news_left",
+        "_repeat",
         "_waiting",
         "is_held_up",
         "is_in_request",
@@ -122,6 +129,8 @@ class Lane(asyncio.BufferedProtocol):
         self._chunks: list[bytes] = []
         self._missing = 0
         self._is_reading_paused = False
+        self._repeat: Repeat | None = None
+        self._news_left = _NEWS
         self._drained: asyncio.Future[None] | None = None
 
     # -- the transport's side ------------------------------------------------------------------------------------------
@@ -162,12 +171,16 @@ class Lane(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Takes what came of this request, or of the next."""
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            # TLS gives what came behind the last request to a protocol that has closed.
+            return
         data = bytes(_RECEIVED[:nbytes])
         if self.task is not None:
             self._waiting += data
-            if len(self._waiting) > _WAITING_BYTES and self.transport is not None and not self._is_reading_paused:
+            if len(self._waiting) > _WAITING_BYTES and not self._is_reading_paused:
                 self._is_reading_paused = True
-                self.transport.pause_reading()
+                transport.pause_reading()
         elif self._head is not None:
             self._take_body(self._head, data)
         else:
@@ -176,6 +189,10 @@ class Lane(asyncio.BufferedProtocol):
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def _take_head(self, data: bytes) -> None:
+        repeated = self._repeat.read(data) if self._repeat is not None else None
+        if repeated is not None:
+            self._begin(*repeated, data)
+            return
         end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES)
         if end < 0:
             if len(data) < MAX_HEAD_BYTES and is_beginning(data):
@@ -187,20 +204,29 @@ class Lane(asyncio.BufferedProtocol):
                 self._hand_over(data)
             return
         head = read_head(data[: end + 2])
-        if head is None or head.length > self._lanes.max_body_bytes:
+        if head is None:
             self._hand_over(data)
             return
-        self._waiting = b""
-        begin = end + 4
-        self._missing = head.length
-        if len(data) - begin < head.length:
-            self.is_in_request = True
-            self._head = head
-            self._take_body(head, data[begin:])
+        if self._news_left:
+            self._news_left -= 1
+            self._repeat = repeat_of(data[: end + 4], head)
+        self._begin(head, end + 4, data)
+
+    def _begin(self, head: Head, begin: int, data: bytes) -> None:
+        """Begins a request whose head was read, and whose body begins there."""
+        if head.length > self._lanes.max_body_bytes:
+            self._hand_over(data)
             return
         end = begin + head.length
-        self._waiting = data[end:]
-        self._answer(head, data[begin:end])
+        if len(data) >= end:
+            self._waiting = data[end:]
+            self._answer(head, data[begin:end])
+            return
+        self._waiting = b""
+        self._missing = head.length
+        self.is_in_request = True
+        self._head = head
+        self._take_body(head, data[begin:])
 
     def _take_body(self, head: Head, data: bytes) -> None:
         self.since = self._lanes.now
@@ -286,6 +312,11 @@ class Lane(asyncio.BufferedProtocol):
         if self.is_held_up and self.transport is not None:
             self._drained = self._lanes.loop.create_future()
             await self._drained
+
+    def forget(self) -> None:
+        """Keeps no head for a client that is silent: there may be many, and credentials are in it."""
+        self._repeat = None
+        self._news_left = _NEWS
 
     def close_unless_answering(self) -> None:
         """Closes the connection if no answer is on its way."""

@@ -45,6 +45,7 @@ _SINGLE = (
     "x-request-id",
 )
 _LONGEST_LENGTH = 15
+_LENGTH = re.compile(rb"\r\n[Cc][Oo][Nn][Tt][Ee][Nn][Tt]-[Ll][Ee][Nn][Gg][Tt][Hh]:[ \t]*+([0-9]++)")
 
 
 class Head(msgspec.Struct, frozen=True, gc=False):
@@ -100,3 +101,39 @@ def read_head(data: bytes) -> Head | None:
     if option not in ("keep-alive", "close"):
         return None
     return Head(line[1], line[2] or "", tuple(headers), first, int(length), option == "close")
+
+
+class Repeat(msgspec.Struct, frozen=True, gc=False):
+    """A head that was read, to know it again: most clients send the same one each time, but for the body's length."""
+
+    before: bytes
+    behind: bytes
+    """Its bytes before and behind the length's digits, with the empty line."""
+    head: Head
+
+    def read(self, data: bytes) -> tuple[Head, int] | None:
+        """The head that data begins with and where its body begins; None if it is not the same, or not whole."""
+        if not data.startswith(self.before):
+            return None
+        begin = len(self.before)
+        end = data.find(b"\r", begin, begin + _LONGEST_LENGTH + 1)
+        digits = data[begin:end]
+        if end < 0 or not digits.isdigit() or not data.startswith(self.behind, end):
+            return None
+        head = self.head
+        length = digits.decode()
+        if length != head.first["content-length"]:
+            headers = tuple(
+                (name, length if name.lower() == "content-length" else value) for name, value in head.headers
+            )
+            first = head.first | {"content-length": length}
+            head = Head(head.path, head.query, headers, first, int(length), head.is_last)
+        return head, end + len(self.behind)
+
+
+def repeat_of(data: bytes, head: Head) -> Repeat | None:
+    """How to know again a head that was read from these bytes, the empty line included."""
+    length = _LENGTH.search(data)
+    if length is None:
+        return None
+    return Repeat(data[: length.start(1)], data[length.end(1) :], head)

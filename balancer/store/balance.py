@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from balancer.store.topology import Topology
 from balancer.store.views import PoolView
 
 _TRIES = 5
+_NOTHING_USED = Usage()
 _RESPONSE_MS = 30 * 86_400_000
 """So long an answer is found by its id; the vendors keep theirs no longer."""
 
@@ -63,6 +65,7 @@ class Balance:
         self._follower = Follower(self._commands, self.registry, kept_file(settings.outbox_dir))
         self._pools: dict[str, PoolClient] = {}
         self._numbers = itertools.count(1)
+        self._draw = random.Random(secrets.randbits(128)).getrandbits  # A draw is no secret.
         self._cursors: dict[str, str] = {}
         self._queues = Queues()
         self._probe: Probe | None = None
@@ -236,7 +239,7 @@ class Balance:
 
     # -- selections and settles ----------------------------------------------------------------------------------------
 
-    async def select(
+    def select(
         self,
         rule: Rule,
         *,
@@ -246,7 +249,7 @@ class Balance:
         session: str = "",
         only: str = "",
         holder: str = "",
-    ) -> tuple[Pick, Rule]:
+    ) -> Coroutine[Any, Any, tuple[Pick, Rule]]:
         """The pick for a rule, and the rule as it stood at the pick: an edit in between is followed.
 
         A `session` (as the client names it) stays with its service for the rule's `session_affinity`; `only` asks for
@@ -260,25 +263,14 @@ class Balance:
         StoreUnavailableError when Redis does not answer in time.
         """
 
-        async def ask() -> tuple[Pick, Rule]:
-            return await self._select(
-                rule,
-                reserved=reserved,
-                deadline_ms=deadline_ms,
-                excluded=excluded,
-                session=session,
-                only=only,
-                holder=holder,
-            )
+        def ask() -> Coroutine[Any, Any, tuple[Pick, Rule]]:
+            return self._select(rule, reserved, deadline_ms, excluded, session, only, holder)
 
-        if not rule.queue_timeout_ms or excluded:
-            return await ask()
-        return await self._queues.wait(rule, only, ask)
+        return self._queues.wait(rule, only, ask) if rule.queue_timeout_ms and not excluded else ask()
 
     async def _select(
         self,
         rule: Rule,
-        *,
         reserved: int,
         deadline_ms: int,
         excluded: tuple[str, ...],
@@ -298,7 +290,7 @@ class Balance:
                 rule=current.uuid,
                 partition=partition,
                 revision=directory.snapshot.rule_revision(current.uuid),
-                draw=secrets.randbits(32),
+                draw=self._draw(32),
                 reserved=reserved,
                 deadline_ms=deadline_ms,
                 session=keys.session(partition, session) if is_pinned else "",
@@ -309,7 +301,11 @@ class Balance:
             pool = self._pool(current.pool)
             goes_on_alone = current.on_store_loss == "local" and not holder
             try:
-                answer = await self._ask(pool, selection, holder)
+                if not (pool.was_up or pool.is_missed):  # The first request to a pool comes before its connection.
+                    await pool.wait_until_up(self._settings.redis_deadline_ms / 1000)
+                started = time.perf_counter()
+                answer = await (pool.select_held(holder, selection) if holder else pool.select(selection))
+                self._events.selected(pool.pool, time.perf_counter() - started)
             except StoreUnavailableError as exc:
                 if not goes_on_alone:
                     raise
@@ -334,15 +330,6 @@ class Balance:
             current = self.directory.by_uuid.get(rule.uuid)
         raise StoreUnavailableError(f"rule {rule.uuid} changes faster than a selection can be made")
 
-    async def _ask(self, pool: PoolClient, selection: Selection, holder: str) -> list[Any]:
-        """Redis' answer. Raises StoreUnavailableError: after the deadline, at once where Redis is known to be away."""
-        if not (pool.was_up or pool.is_missed):  # The first request to a pool comes before its connection.
-            await pool.wait_until_up(self._settings.redis_deadline_ms / 1000)
-        started = time.perf_counter()
-        answer = await (pool.select_held(holder, selection) if holder else pool.select(selection))
-        self._events.selected(pool.pool, time.perf_counter() - started)
-        return answer
-
     def _picked_alone(self, rule: Rule, selection: Selection, loss: StoreUnavailableError) -> Pick:
         """This worker's own pick, under a new name: of the one that was asked for, Redis may have made something."""
         selection = msgspec.structs.replace(selection, number=next(self._numbers))
@@ -358,27 +345,24 @@ class Balance:
             case _:
                 raise loss  # A rule newer than what this worker knows of it: only Redis can tell.
 
-    def _picked(self, rule: Rule, selection: Selection, answer: Sequence[object]) -> Pick:
+    def _picked(self, rule: Rule, selection: Selection, answer: Sequence[Any]) -> Pick:
         _, service, reason, seq, epoch, position, streak, is_switch = answer
         is_pinned = reason == "pinned"
-        pick = msgspec.convert(
-            {
-                "pool": rule.pool,
-                "rule": rule.uuid,
-                "partition": selection.partition,
-                "revision": selection.revision,
-                "number": selection.number,
-                "service": service,
-                "reason": reason,
-                "seq": seq,
-                "epoch": epoch,
-                "position": position,
-                "streak": streak,
-                "is_switch": bool(is_switch) and not is_pinned,
-                "is_saved": bool(is_switch) and is_pinned,
-                "reserved": selection.reserved,
-            },
-            Pick,
+        pick = Pick(
+            pool=rule.pool,
+            rule=rule.uuid,
+            partition=selection.partition,
+            revision=selection.revision,
+            number=selection.number,
+            service=service,
+            reason=reason,
+            seq=seq,
+            epoch=epoch,
+            position=position,
+            streak=streak,
+            is_switch=bool(is_switch) and not is_pinned,
+            is_saved=bool(is_switch) and is_pinned,
+            reserved=selection.reserved,
         )
         if pick.reason not in ASIDE:
             self._cursors[rule.uuid] = pick.service
@@ -412,7 +396,7 @@ class Balance:
         first_token_us: int = 0,
         stream_us: int = 0,
     ) -> None:
-        """Queues the end of an attempt; it is written to Redis with the other commands of this tick.
+        """Queues the end of an attempt; it is written to Redis with the other commands of this tick (see `is_flushed`).
 
         `cooldown_ms`: so long the service asks to be left alone. The times are an Entry's.
         """
@@ -420,14 +404,14 @@ class Balance:
             number=pick.number,
             service=pick.service,
             outcome=outcome,
-            usage=usage or Usage(),
+            usage=usage or _NOTHING_USED,
             cooldown_ms=cooldown_ms,
             first_token_us=first_token_us,
             stream_us=stream_us,
         )
         pool = self._pool(pick.pool)
-        pool.settle(entry)
         pool.local.settled(entry)
+        pool.settle(entry)
         self._queues.settled(pick.pool, pick.service)
 
     async def pick_held(
@@ -478,6 +462,17 @@ class Balance:
             stream_us=stream_us,
         )
         return await (await self._up(hold.pool)).settle_held(hold.worker, entry, kept_ms)
+
+    def is_flushed(self, pool: str) -> bool:
+        """True when all that was settled before has been written to Redis' socket: `flushed` would not wait."""
+        return self._pool(pool).is_flushed
+
+    def flush_now(self, pool: str) -> None:
+        """Writes all that was settled before to Redis' socket, apart from what else this tick would bring.
+
+        For a callback, which cannot wait: `flushed` joins more in a call, which costs Redis less.
+        """
+        self._pool(pool).flush_now()
 
     async def flushed(self, pool: str) -> None:
         """Returns once everything settled before has been written to Redis' socket."""

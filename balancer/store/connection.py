@@ -269,6 +269,11 @@ class Link:
         return not self._waiting or time.monotonic() - self._waiting[0][1] < self._deadline_s
 
     @property
+    def is_idle(self) -> bool:
+        """True when no command waits for its reply."""
+        return not self._waiting
+
+    @property
     def away_s(self) -> float:
         """How long the link has been down, 0 while it is up."""
         if self.is_up:

@@ -74,7 +74,7 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
         return int(self.services.get(name.encode(), 0))
 
 
-class _Seen(msgspec.Struct, frozen=True):
+class _Seen(msgspec.Struct, frozen=True, gc=False):
     """Where a partition's cursor was after a pick at that place."""
 
     place: tuple[int, int]
@@ -108,7 +108,7 @@ class LocalPool:
         self._picture = Picture(partitions={}, services={}, now_ms=0, taken_at=0)
         self._seen: dict[str, _Seen] = {}
         self._recent: dict[str, _Recent] = {}
-        self._open: dict[int, Held] = {}
+        self._open: dict[int, tuple[str, int]] = {}
         self._pins: dict[str, tuple[str, int]] = {}
         self._counts: deque[int] = deque(maxlen=_LOOKS)
         self._wanted = asyncio.Event()
@@ -136,6 +136,11 @@ class LocalPool:
         """How many workers were alive: the most of the last looks, for after an outage all leases have ended."""
         return max(self._counts, default=1)
 
+    @property
+    def in_flight(self) -> int:
+        """How many of this worker's own attempts are not settled."""
+        return len(self._open)
+
     def saw_workers(self, count: int) -> None:
         """Notes how many workers have a lease."""
         self._counts.append(max(1, count))
@@ -156,9 +161,9 @@ class LocalPool:
     def settled(self, entry: Entry) -> None:
         """Notes the end of an attempt, whoever picked it."""
         self._open.pop(entry.number, None)
-        recent = self._recent.setdefault(entry.service, _Recent())
-        recent.tokens += entry.usage.input + entry.usage.output
-        recent.output += entry.usage.output
+        recent, usage = self._recent_of(entry.service), entry.usage
+        recent.tokens += usage.input + usage.output
+        recent.output += usage.output
         if entry.cooldown_ms:
             recent.cooldown = max(recent.cooldown, self.now_ms() + entry.cooldown_ms)
         if self._twin is not None:
@@ -196,8 +201,14 @@ class LocalPool:
 
     def _note(self, service: str, selection: Selection) -> None:
         """Notes an attempt in flight."""
-        self._recent.setdefault(service, _Recent()).picks += 1
-        self._open[selection.number] = Held(service, selection.reserved, 0, BY_SERVICE | BY_PROVIDER)
+        self._recent_of(service).picks += 1
+        self._open[selection.number] = service, selection.reserved
+
+    def _recent_of(self, service: str) -> _Recent:
+        recent = self._recent.get(service)
+        if recent is None:
+            recent = self._recent[service] = _Recent()
+        return recent
 
     def _pin(self, session: str, pin: tuple[str, int]) -> None:
         """Remembers where a session is, and forgets the one that was asked for longest ago."""
@@ -237,8 +248,9 @@ class LocalPool:
         self._picks, self._alone_since = 0, self._clock()
         # Where breakers look for what spreads their probes; the workers shall not all have the same.
         twin.position = secrets.randbelow(1_000_000)
-        twin.workers[self._worker] = WorkerState(names=dict(self._open))
-        for held in self._open.values():
+        names = {number: Held(*held, 0, BY_SERVICE | BY_PROVIDER) for number, held in self._open.items()}
+        twin.workers[self._worker] = WorkerState(names=dict(names))
+        for held in names.values():
             for measured in (twin.service(held.service), twin.meter(held.service)):
                 measured.in_flight += 1
                 measured.reserved += held.reserved

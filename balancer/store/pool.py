@@ -208,8 +208,7 @@ class PoolClient:
         self._waiting.append(asked)
         if self._deadline is None:
             self._deadline = loop.call_at(asked.until, self._end_waiting)
-        if not self._flush_scheduled:
-            self._schedule_flush()
+        self._flush_soon()
         try:
             answer = await asked.future
         except asyncio.CancelledError:
@@ -246,8 +245,7 @@ class PoolClient:
     def settle(self, entry: Entry) -> None:
         """Queues an entry; it is written with the other commands of this tick."""
         self.outbox.add(entry)
-        if not self._flush_scheduled:
-            self._schedule_flush()
+        self._flush_soon()
         if self._spiller is None and self.outbox.is_full and time.monotonic() - self._full_warned_at > _WARN_S:
             self._full_warned_at = time.monotonic()
             log.warning(
@@ -256,10 +254,20 @@ class PoolClient:
                 entries=len(self.outbox),
             )
 
+    @property
+    def is_flushed(self) -> bool:
+        """True when all that was queued is written to the socket, or waits for a socket."""
+        return not self._flush_scheduled
+
     async def flushed(self) -> None:
-        """Returns once all that was queued before is written to the socket: the next turn of the loop."""
+        """Returns once all that was queued before is written to the socket: the next turn of the loop at the latest."""
         if self._flush_scheduled:
             await asyncio.sleep(0)
+
+    def flush_now(self) -> None:
+        """Writes what is queued to the socket, for whoever cannot wait for the end of this turn of the loop."""
+        if self._flush_scheduled:
+            self._flush()
 
     async def acknowledged(self, timeout_s: float) -> bool:
         """Waits until everything settled so far is applied, at most that long; True if it is."""
@@ -273,7 +281,20 @@ class PoolClient:
         return True
 
     def _abandon(self, selection: Selection) -> None:
+        self._schedule_flush()  # Who is given up is rarely the only one.
         self.settle(Entry(number=selection.number, service="", outcome=Outcome.ABANDONED))
+
+    def _flush_soon(self) -> None:
+        """Writes with the other commands of this tick; at once where none is to be expected.
+
+        A worker that has nothing else under way would only pay for a turn of its loop.
+        """
+        if self._flush_scheduled:
+            return
+        if self.local.in_flight or not self._link.is_idle:
+            self._schedule_flush()
+        else:
+            self._flush()
 
     def _schedule_flush(self) -> None:
         if not self._flush_scheduled:
@@ -387,8 +408,11 @@ class PoolClient:
 
     def _entries(self, batch: Batch) -> list[str | int]:
         arguments: list[str | int] = []
-        for entry, made_at in batch.entries or ():
-            arguments += entry_arguments(entry, self.outbox.age_ms(made_at))
+        entries, age_ms = batch.entries or (), self.outbox.age_ms
+        # The first is the oldest: where that is fresh, all are.
+        is_fresh = bool(entries) and not age_ms(entries[0][1])
+        for entry, made_at in entries:
+            arguments += entry_arguments(entry, 0 if is_fresh else age_ms(made_at))
         return arguments
 
     async def _settle_for(self, worker: str, batch: Batch, *, is_last: bool) -> int:

@@ -104,8 +104,13 @@ class Outbox:
             self._number_next()
 
     def _number_next(self) -> None:
-        count = min(len(self._entries), ENTRIES_PER_BATCH)
-        entries = tuple(self._entries.popleft() for _ in range(count))
+        queued = self._entries
+        count = min(len(queued), ENTRIES_PER_BATCH)
+        if count == len(queued):
+            entries = tuple(queued)
+            queued.clear()
+        else:
+            entries = tuple(queued.popleft() for _ in range(count))
         self._batches.append(Batch(number=self._next, entries=entries, count=count))
         self._next += 1
         self._unacknowledged += count

@@ -6,6 +6,7 @@ A new one is one small module here, which is found by being there, and its twin 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ __all__ = [
     "TokenBased",
     "choose",
     "is_valid_tactic",
+    "parameters",
     "tactic_from_map",
     "tactic_name",
     "tactic_of",
@@ -49,6 +51,15 @@ _LEGACY: tuple[type[Tactic], ...] = (RoundRobin, TokenBased, Hybrid, Random)
 TACTICS: tuple[type[Tactic], ...] = (*_LEGACY, *(kind for kind in CHOOSERS if kind not in _LEGACY))
 """Those of the legacy integers, then the others by name."""
 TACTIC_NAMES: tuple[str, ...] = tuple(str(kind.__struct_config__.tag) for kind in TACTICS)
+
+
+@functools.cache
+def parameters(kind: type[Tactic]) -> dict[str, type]:
+    """The names and types of what a tactic of that kind is told. Not to be changed: every caller gets the same one.
+
+    msgspec evaluates a class's annotations at each look, which was once half of what reading a configuration cost.
+    """
+    return {field.name: field.type for field in msgspec.structs.fields(kind)}
 
 
 def choose(
@@ -97,7 +108,7 @@ def tactic_from_map(name: str | int, params: Mapping[str, Any] | None = None) ->
     if not is_valid_tactic(name):
         name = TACTIC_NAMES[0]
     kind = TACTICS[name if isinstance(name, int) else TACTIC_NAMES.index(name.lower())]
-    known = {f.name: f.type for f in msgspec.structs.fields(kind)}
+    known = parameters(kind)
     given = {k: v for k, v in (params or {}).items() if k in known and v is not None}
     for key in [key for key in given if known[key] is int]:
         value = given[key]
@@ -112,10 +123,10 @@ def tactic_to_map(tactic: Tactic) -> dict[str, Any]:
     """The tactic in the shape of a configuration: {type, params}, its own numbers always there."""
     own = _own(type(tactic))
     params: dict[str, Any] = {}
-    for field in msgspec.structs.fields(type(tactic)):
-        value = getattr(tactic, field.name)
-        if field.name in own or value != field.default:
-            params[field.name] = value
+    for name, default in zip(tactic.__struct_fields__, _defaults(type(tactic)), strict=True):
+        value = getattr(tactic, name)
+        if name in own or value != default:
+            params[name] = value
     return {"type": tactic_name(tactic), "params": params}
 
 
@@ -136,3 +147,8 @@ def tactic_of(name: str, params: Mapping[str, int]) -> Tactic | None:
 def _own(kind: type[Tactic]) -> list[str]:
     """The names of the fields that a tactic does not share with all."""
     return [name for name in kind.__struct_fields__ if name not in Tactic.__struct_fields__]
+
+
+@functools.cache
+def _defaults(kind: type[Tactic]) -> tuple[object, ...]:
+    return tuple(field.default for field in msgspec.structs.fields(kind))

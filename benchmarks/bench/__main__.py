@@ -2,7 +2,7 @@
 
 `[--parts PART,…] [--only CONTESTANT,…] [--phases WORD,…] [--rounds N] [--seconds S] [--results FOLDER]`
 
-All of it takes some 15 minutes; with BENCH_QUICK=1, or --quick, 3. A run of all parts and contestants is written to
+All of it takes some 20 minutes; with BENCH_QUICK=1, or --quick, 4. A run of all parts and contestants is written to
 benchmarks/results; others are printed, unless `--results` names a folder.
 """
 
@@ -23,6 +23,7 @@ from benchmarks.bench.targets import OURS
 
 PARTS = ("contestants", "features", "loops", "workers")
 _FULL = Plan(rounds=3, seconds=1.6, phases=PHASES)
+_FEATURE_ROUNDS, _FEATURE_SECONDS = 5, 1.2
 _QUICK = Plan(rounds=1, seconds=0.6, phases=PHASES)
 
 
@@ -33,7 +34,10 @@ def say(line: str) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Measures and reports; 0 unless nothing of ours could be measured."""
-    processes.cores()
+    if options.readme:
+        print(report.readme_part(report.read(Path(options.results or site.RESULTS) / "bench.json")))
+        return 0
+    processes.leave_the_contestant_alone()
     usual = _QUICK if options.quick else _FULL
     plan = Plan(
         rounds=options.rounds or usual.rounds,
@@ -46,8 +50,7 @@ def main(options: argparse.Namespace) -> int:
         if "contestants" in parts:
             found.contestants = run.beside_others(place, options.only or list(contestants.ALL), plan, say)
         if "features" in parts:
-            phases = features.PHASES[:1] if options.quick else features.PHASES
-            found.features = run.by_feature(place, run.with_phases(plan, phases), say)
+            found.features = run.by_feature(place, _features_plan(options, plan), say)
         if "loops" in parts:
             found.loops = run.by_loop(place, plan, say)
         if "workers" in parts:
@@ -60,6 +63,14 @@ def main(options: argparse.Namespace) -> int:
         say(f"written: {folder}")
     measured = found.contestants.figures.contestants if found.contestants else [OURS]
     return 0 if OURS in measured or OURS not in (options.only or [OURS]) else 1
+
+
+def _features_plan(options: argparse.Namespace, plan: Plan) -> Plan:
+    """Differences between variants are small: more rounds, unless it has to be quick."""
+    if options.quick:
+        return run.with_phases(plan, features.PHASES[:1])
+    rounds = options.rounds or _FEATURE_ROUNDS
+    return Plan(rounds=rounds, seconds=min(plan.seconds, _FEATURE_SECONDS), phases=features.PHASES)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -84,9 +95,14 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=0.0, help="of each phase, after its warm-up")
     parser.add_argument("--quick", action="store_true", default=bool(os.environ.get("BENCH_QUICK")))
+    parser.add_argument(
+        "--readme", action="store_true", help="print the README's part from the results, measure nothing"
+    )
     parser.add_argument("--results", default="", help="folder for the report, the rows and the plots")
     signal.signal(signal.SIGTERM, _end)
     try:
         sys.exit(main(parser.parse_args()))
     except KeyboardInterrupt:
         sys.exit("stopped")
+    except RuntimeError as exc:
+        sys.exit(str(exc))

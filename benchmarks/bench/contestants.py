@@ -225,6 +225,11 @@ def everything_on(site: Site) -> Contestant | Missing:
     return of_ours(site, ours.ALL, name="ours")
 
 
+def on_uvloop(site: Site) -> Contestant | Missing:
+    """The same on the other loop."""
+    return of_ours(site, msgspec.structs.replace(ours.ALL, settings={"loop": "uvloop"}), name="ours+uvloop")
+
+
 ALL: dict[str, Callable[[Site], Contestant | Missing]] = {
     "direct": direct,
     "nginx": nginx,
@@ -235,4 +240,5 @@ ALL: dict[str, Callable[[Site], Contestant | Missing]] = {
     "vllm-router": vllm_router,
     "sglang-router": sglang_router,
     "ours": everything_on,
+    "ours+uvloop": on_uvloop,
 }

@@ -91,6 +91,11 @@ class Figures:
         """Answers that were not right, over all rounds and phases."""
         return sum(row.load.wrong for row in self.rows if row.contestant == contestant)
 
+    def silent(self, contestant: str) -> list[str]:
+        """The phases in which, in some round, no answer was right."""
+        own = (row for row in self.rows if row.contestant == contestant and not row.load.all_right)
+        return list(dict.fromkeys(row.phase for row in own))
+
     def complaint(self, contestant: str) -> str:
         """The first of those answers, as far as it was kept."""
         found = (row.load.complaint for row in self.rows if row.contestant == contestant and row.load.complaint)

@@ -10,7 +10,7 @@ import msgspec
 import redis
 
 from benchmarks.bench.contestants import Contestant
-from benchmarks.bench.processes import OTHERS_CORE, Process, cores
+from benchmarks.bench.processes import OTHERS_CORE, Process, on_core
 from benchmarks.bench.site import Site
 
 PATH = "/v1/chat/completions"
@@ -99,19 +99,12 @@ class _Store:
 
 def run_load(site: Site, contestant: Contestant, phase: Phase, seconds: float) -> Load:
     """Sends a phase's load; nothing right in it if the load program fails."""
-    command = [
-        "taskset",
-        "-c",
-        str(cores()[OTHERS_CORE]),
-        str(site.load),
-        str(contestant.load_port or contestant.port),
-        PATH,
-    ]
-    command += [str(site.bodies[phase.body]), str(phase.connections), str(seconds), str(phase.warm_up_s)]
-    command += [str(phase.rate), *contestant.headers]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=seconds + phase.warm_up_s + _PATIENCE_S, check=False
-    )
+    warm_up_s = phase.warm_up_s * contestant.slowness
+    command = [str(site.load), str(contestant.load_port or contestant.port), PATH, str(site.bodies[phase.body])]
+    command += [str(phase.connections), str(seconds), str(warm_up_s), str(phase.rate), *contestant.headers]
+    patience_s = seconds + warm_up_s + _PATIENCE_S
+    with on_core(OTHERS_CORE):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patience_s, check=False)
     if done.returncode:
         return Load(wrong=1, complaint=done.stderr[-200:])
     return msgspec.json.decode(done.stdout, type=Load)

@@ -48,7 +48,7 @@ def _bars(path: Path, title: str, bars: Sequence[tuple[str, float | None]], *, i
     known = [(name, value) for name, value in bars if value]
     names = [name for name, _ in known]
     figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.32 * len(known)), layout="constrained")
-    colours = [_OURS if name == "ours" or is_logarithmic is False else _OTHERS for name in names]
+    colours = [_OURS if name.startswith("ours") or not is_logarithmic else _OTHERS for name in names]
     drawn = axes.barh(names, [value for _, value in known], color=colours)
     axes.bar_label(drawn, labels=[f"{value:,.0f}" for _, value in known], padding=3)
     axes.invert_yaxis()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -15,12 +16,18 @@ CONTESTANT_CORE, OTHERS_CORE = 0, 1
 _PATIENCE_S = 10.0
 
 
+@functools.cache
 def cores() -> list[int]:
     """The cores that we may use, the contestants' first. Raises RuntimeError with fewer than two."""
     found = sorted(os.sched_getaffinity(0))
     if len(found) < 2:
         raise RuntimeError("the bench needs two cores: one for the contestant, one for all that is around it")
     return found
+
+
+def leave_the_contestant_alone() -> None:
+    """We ourselves run where all runs that is around a contestant. Raises RuntimeError with fewer than two cores."""
+    os.sched_setaffinity(0, {cores()[OTHERS_CORE]})
 
 
 @contextlib.contextmanager

@@ -168,10 +168,10 @@ headers or audit; every request still is one selection and one settle."""
 _WORKERS_NOTE = """\
 Both workers share one core, so this shows what a second worker adds to a request's CPU, and not how throughput scales:
 for that, two cores are too few."""
-_METHOD = f"""\
+_METHOD = """\
 One contestant at a time runs on core 0; all others are stopped (SIGSTOP). Accounts, Redis and load run on core 1. A
 round measures every contestant, each round begins with another one; the tables show medians over rounds, and ratios
-are taken within a round first. The accounts answer at once with {600} bytes, or stream 51 events 1 ms apart, the last
+are taken within a round first. The accounts answer at once with 750 bytes, or stream 51 events 1 ms apart, the last
 one with the usage; an answer counts if it is whole, has status 200 and reports usage. CPU is that of the contestant
 with all its processes and threads, over all its right answers. Where a contestant is faster than the load (direct,
 nginx), read its CPU and not its requests a second; streams are bound by the accounts' pace to some 620 a second. p99
@@ -197,6 +197,8 @@ def _notes(found: Found) -> list[str]:
             if wrong := part.figures.wrong(name):
                 complaint = part.figures.complaint(name)[:160].replace("|", " ")
                 lines.append(f"- {name}: {wrong} answers were not right, one of them: {complaint or 'it never came'}")
+            if silent := part.figures.silent(name):
+                lines.append(f"- {name}: no right answer in the time there was, in some round of: {', '.join(silent)}")
     return ["\n".join(lines) or "Nothing."]
 
 

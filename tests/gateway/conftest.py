@@ -13,6 +13,7 @@ import aiohttp
 import msgspec
 import pytest
 import redis
+import uvloop
 
 from balancer import config, document
 from balancer.gateway.app import Gateway
@@ -29,6 +30,14 @@ from tests.store.conftest import eventually
 
 SEALING_KEY = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
 KEY = "sk-upstream-0123456789"
+FRONTS = ("lane", "aiohttp")
+"""With the fast lane, which is the default, and without it."""
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The loops that a test runs on: asyncio's, and in a module that is ON_BOTH_LOOPS uvloop's too."""
+    is_on_both = isinstance(item, pytest.Function) and hasattr(item.module, "ON_BOTH_LOOPS")
+    return {"asyncio": asyncio.new_event_loop} | ({"uvloop": uvloop.new_event_loop} if is_on_both else {})
 
 
 @pytest.fixture(scope="session")
@@ -105,24 +114,40 @@ def a_document(url: str, **provider: Any) -> dict[str, Any]:
     }
 
 
+@contextlib.asynccontextmanager
+async def serving(store_url: str, data_dir: Path, raw: dict[str, Any], **flags: Any) -> AsyncIterator[Served]:
+    """A gateway with a configuration document, until the block ends."""
+    sealer = Sealer(SEALING_KEY)
+    client = connection.client(store_url)
+    await publish_file(Registry(client), document.read(raw, door="strict").configuration, sealer)
+    await client.aclose()
+    flags = {"drain_timeout_s": 1.0, "data_dir": str(data_dir)} | flags
+    gateway = Gateway(config.load(flags, {}), store_url, sealer)
+    listener = socket.create_server(("127.0.0.1", 0))
+    scheme = "https" if flags.get("tls_cert_file") else "http"
+    url = f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"
+    await gateway.start([listener])
+    try:
+        async with aiohttp.ClientSession(auto_decompress=False) as session:
+            yield Served(gateway, url, session)
+    finally:
+        await gateway.drain()
+
+
+@pytest.fixture(params=FRONTS)
+def front(request: pytest.FixtureRequest) -> str:
+    """Which front serves: what holds on one of them holds on the other."""
+    return str(request.param)
+
+
 @pytest.fixture
-async def serve(store_url: str, tmp_path: Path) -> AsyncIterator[Serve]:
+async def serve(store_url: str, tmp_path: Path, front: str) -> AsyncIterator[Serve]:
     """Starts a gateway with a configuration document; everything is closed afterwards."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(raw: dict[str, Any], **flags: Any) -> Served:
-            sealer = Sealer(SEALING_KEY)
-            client = connection.client(store_url)
-            await publish_file(Registry(client), document.read(raw, door="strict").configuration, sealer)
-            await client.aclose()
-            flags = {"drain_timeout_s": 1.0, "data_dir": str(tmp_path)} | flags
-            gateway = Gateway(config.load(flags, {}), store_url, sealer)
-            listener = socket.create_server(("127.0.0.1", 0))
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            await gateway.start([listener])
-            stack.push_async_callback(gateway.drain)
-            session = await stack.enter_async_context(aiohttp.ClientSession(auto_decompress=False))
-            return Served(gateway, url, session)
+            flags = {"fast_lane": front == "lane"} | flags
+            return await stack.enter_async_context(serving(store_url, tmp_path, raw, **flags))
 
         yield start
 

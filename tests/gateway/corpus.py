@@ -94,9 +94,11 @@ _SIZE = len(MEANT)
 _GOOD_LENGTHS = (b"%d ", b"  %d", b"%d\t", b"\t%d", b"0%d", b"000000000000000000000000%d")
 _BAD_LENGTHS = (
     b"", b" ", b"+%d", b"-%d", b"-0", b"+0", b"%d,%d", b"%d, %d", b"%d,0", b",%d", b"%d,", b"0x%x", b"0X%x", b"%xh",
-    b"%d.0", b"%d.", b"%de0", b"%d;", b"%d;q=1", b"'%d'", b'"%d"', b"(%d)", b"%d %d", b"3 3", b"3_3", b"3\t3", b"%d\x0b",
-    b"%d\x0c", b"%d\x00", b"\x00%d", b"%d\x7f", b"%d\xa0", b"%d\x85", b"\xef\xbc\x93\xef\xbc\x93", b"\xd9\xa3\xd9\xa3",
-    b"18446744073709551649", b"99999999999999999999999", b"NaN", b"inf", b"null", b"thirty-three", b"%d#", b"%%33", b"~%d",
+    b"%d.0", b"%d.", b"%de0", b"%d;", b"%d;q=1", b"'%d'", b'"%d"', b"(%d)", b"%d %d", b"3 3", b"3_3", b"3\t3",
+    b"%d\x0b", b"%d\x0c", b"%d\x00", b"\x00%d", b"%d\x7f", b"%d\xa0", b"%d\x85",
+    b"\xef\xbc\x93\xef\xbc\x93", b"\xd9\xa3\xd9\xa3",
+    b"18446744073709551649", b"99999999999999999999999", b"NaN", b"inf", b"null", b"thirty-three",
+    b"%d#", b"%%33", b"~%d",
 )  # fmt: skip
 
 
@@ -142,12 +144,12 @@ def _lengths() -> Iterator[tuple[str, Case]]:
 
 _GOOD_CODINGS = (b"chunked", b"Chunked", b"CHUNKED", b"cHuNkEd", b" chunked", b"\tchunked", b"chunked ")
 _BAD_CODINGS = (
-    b"", b"xchunked", b"chunkedx", b"chunked, identity", b"chunked,identity", b"identity", b"identity, chunked", b"gzip",
-    b"gzip, chunked", b"chunked, gzip", b"chunked, chunked", b"chunked;q=1", b"chunked;", b"chunked,", b",chunked",
-    b'"chunked"', b"'chunked'", b"chunk", b"chunke", b"\x0bchunked", b"chunked\x0b", b"chunked\x0c", b"chunked\x00",
-    b"\x00chunked", b"chunked\x7f", b"chunked\xa0", b"chunked\x85", b"\xefchunked", b"chunk ed", b"chunked gzip",
-    b"chunked\rx", b"trailers, chunked", b"deflate,chunked", b"none", b"*", b"chunked chunked", b"\xd1\x81hunked", b"0",
-    b"compress", b"chunked:", b"chunked=1",
+    b"", b"xchunked", b"chunkedx", b"chunked, identity", b"chunked,identity", b"identity", b"identity, chunked",
+    b"gzip", b"gzip, chunked", b"chunked, gzip", b"chunked, chunked", b"chunked;q=1", b"chunked;", b"chunked,",
+    b",chunked", b'"chunked"', b"'chunked'", b"chunk", b"chunke", b"\x0bchunked", b"chunked\x0b", b"chunked\x0c",
+    b"chunked\x00", b"\x00chunked", b"chunked\x7f", b"chunked\xa0", b"chunked\x85", b"\xefchunked", b"chunk ed",
+    b"chunked gzip", b"chunked\rx", b"trailers, chunked", b"deflate,chunked", b"none", b"*", b"chunked chunked",
+    b"\xd1\x81hunked", b"0", b"compress", b"chunked:", b"chunked=1",
 )  # fmt: skip
 _BAD_CODING_LINES = {
     "a blank before the colon": b"Transfer-Encoding : chunked",
@@ -297,7 +299,8 @@ def _chunks() -> Iterator[tuple[str, Case]]:
 def _lines() -> Iterator[tuple[str, Case]]:
     good = sized(b"X-A: b")
     for spelt, end in {
-        "LF": b"\n", "CR": b"\r", "CR CR LF": b"\r\r\n", "LF CR": b"\n\r", "CR NUL LF": b"\r\x00\n", "CR blank LF": b"\r \n",
+        "LF": b"\n", "CR": b"\r", "CR CR LF": b"\r\r\n", "LF CR": b"\n\r", "CR NUL LF": b"\r\x00\n",
+        "CR blank LF": b"\r \n",
         "vertical tab": b"\x0b", "form feed": b"\x0c", "CRLF blank": b"\r\n ", "CRLF tab": b"\r\n\t",
         "NUL CRLF": b"\x00\r\n",
     }.items():  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from balancer.tally import Counts
 from tests.actors import Upstream
 from tests.gateway.conftest import Served
 from tests.store.conftest import eventually
@@ -53,6 +54,16 @@ async def settled(gateway: Served) -> Settled:
     services = (await gateway.view()).services
     assert totals == {name: state.requests for name, state in services.items() if state.requests}
     return counts
+
+
+def counted(counts: Counts) -> dict[tuple[str, ...], int]:
+    """What a counter says, by the values of its labels."""
+    return {
+        tuple(sample.labels.values()): int(sample.value)
+        for family in counts.collect()
+        for sample in family.samples
+        if sample.name.endswith("_total")
+    }
 
 
 def requests_total(gateway: Served) -> dict[tuple[str, str], int]:

@@ -29,7 +29,7 @@ from tests.actors import (
     responses_events,
 )
 from tests.gateway.conftest import KEY, Serve, Served, decoded
-from tests.gateway.pairs import a_pair, requests_total, settled
+from tests.gateway.pairs import a_pair, counted, requests_total, settled
 from tests.store.conftest import eventually
 
 OVERLOADED = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"x"}}\n\n'
@@ -438,12 +438,12 @@ async def test_without_redis_failures_go_on_elsewhere_too_and_answers_say_so(
                 told = response.status, response.headers["x-balancer-attempts"]
                 assert response.headers["x-balancer-degraded"] == "store"
         assert told == (200, "2")
-    counted: float = gateway.gateway.metrics.degraded_picks.labels("default", "gpt")._value.get()
-    assert counted == len(upstream.received) + len(other.received) - 1
+    degraded = counted(gateway.gateway.metrics.degraded_picks)["default", "gpt"]
+    assert degraded == len(upstream.received) + len(other.received) - 1
 
     async def is_settled() -> bool:
         with contextlib.suppress(ValueError, AssertionError):
-            return bool(sum((await settled(gateway)).values()) == counted + 1)
+            return bool(sum((await settled(gateway)).values()) == degraded + 1)
         return False
 
     await eventually(is_settled)

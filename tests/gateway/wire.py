@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import re
 import ssl
 from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import cast
 
 import msgspec
 
@@ -97,8 +99,7 @@ class Line(asyncio.Protocol):
         self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods only.
 
     def data_received(self, data: bytes) -> None:
         self.held += data
@@ -159,7 +160,7 @@ def in_pieces(data: bytes, delivery: str) -> list[bytes]:
         case _:
             rng = random.Random(data)
             places = sorted({0, len(data), *(rng.randrange(len(data)) for _ in range(4))})
-            return [data[start:end] for start, end in zip(places, places[1:], strict=False)]
+            return [data[start:end] for start, end in itertools.pairwise(places)]
 
 
 # -- an upstream -------------------------------------------------------------------------------------------------------
@@ -181,9 +182,11 @@ class Recorder:
 
     def __init__(self) -> None:
         self.sent: list[Sent] = []
+        self.total = 0
+        """How many requests came, whatever became of `sent`."""
         self.faults: list[bytes] = []
-        self.answer = ANSWER + OPENAI_JSON
-        self.closes = False
+        self.scripted: list[bytes] = []
+        """What it sends for the next requests, before it closes; all others get an ordinary answer."""
         self.url = ""
 
     @contextlib.asynccontextmanager
@@ -197,10 +200,13 @@ class Recorder:
         with contextlib.suppress(ConnectionError):
             while sent := await self._request(reader):
                 self.sent.append(sent)
-                writer.write(self.answer)
-                await writer.drain()
-                if self.closes:
+                self.total += 1
+                if self.scripted:
+                    writer.write(self.scripted.pop(0))
+                    await writer.drain()
                     return
+                writer.write(ANSWER + OPENAI_JSON)
+                await writer.drain()
 
     async def _request(self, reader: asyncio.StreamReader) -> Sent | None:
         try:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import prometheus_client.values
 import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
 from balancer import __version__
@@ -17,6 +21,7 @@ from balancer.domain import Configuration, Outcome, Pick, Usage
 from balancer.metrics import Metrics, PoolGauges, ServiceGauges, pool_gauges
 from balancer.store import keys
 from balancer.store.views import PartitionView, PoolView, ServiceView, WindowView
+from balancer.tally import Times
 from tests.builders import a_configuration, a_rule
 
 Sample = tuple[str, tuple[tuple[str, str], ...]]
@@ -118,9 +123,9 @@ def a_pool(pool: str = "default") -> PoolGauges:
 
 def test_every_series_has_the_name_and_labels_of_the_contract() -> None:
     metrics = Metrics()
-    metrics.requests.labels("openai", "chat", "success").inc()
+    metrics.request("openai", "chat", Outcome.SUCCESS, 1)
     metrics.picked(a_pick(is_switch=True, is_saved=True, is_local=True))
-    metrics.settled(a_pick(), Outcome.SUCCESS, Usage(input=1))
+    metrics.settled(a_pick(), Outcome.SUCCESS, Usage(input=1), 1)
     for counter in (
         metrics.stale_picks,
         metrics.leases_expired,
@@ -129,11 +134,9 @@ def test_every_series_has_the_name_and_labels_of_the_contract() -> None:
         metrics.violations,
     ):
         counter.labels("default").inc()
-    metrics.request_duration.labels("openai").observe(1)
-    metrics.upstream_duration.labels("a:m").observe(1)
-    metrics.first_token.labels("a:m").observe(1)
-    metrics.select.labels("default").observe(0.001)
-    metrics.overhead.observe(0.001)
+    metrics.first_token_s("a:m", 1)
+    metrics.select_s("default", 0.001)
+    metrics.overhead_s(0.001)
     metrics.outbox.labels("default").set(1)
 
     found = {}
@@ -265,6 +268,58 @@ def test_what_is_not_configured_in_the_pool_has_no_labels(configuration: Configu
     assert pool_gauges(view, configuration) == PoolGauges(pool="default", services={}, cursors={})
 
 
+# -- tallies -----------------------------------------------------------------------------------------------------------
+
+
+def test_durations_are_counted_as_the_library_would(tmp_path: Path) -> None:
+    bounds, place = (0.1, 0.5, 2.0), ("a:m",)
+    registry = CollectorRegistry()
+    theirs = Histogram("theirs", "One by one.", ["service"], buckets=bounds, registry=registry)
+    tally = Times(Histogram("ours", "All at once.", ["service"], buckets=bounds, registry=registry), bounds)
+    durations = (0, 0.1, 0.10001, 0.3, 0.5, 1, 2.0, 2.1, 600)
+
+    for rounds in range(1, 3):
+        for seconds in durations:
+            theirs.labels(*place).observe(seconds)
+            tally.observe(place, seconds)
+        tally.flush()
+        tally.flush()
+
+        values = samples(generate_latest(registry))
+        assert values[sample("ours_count", service="a:m")] == rounds * len(durations)
+        ours = {(name.removeprefix("ours"), labels): v for (name, labels), v in values.items() if name[:4] == "ours"}
+        assert ours == {
+            (name.removeprefix("theirs"), labels): pytest.approx(value)
+            for (name, labels), value in values.items()
+            if name.startswith("theirs")
+        }
+
+
+async def test_what_a_worker_counts_the_others_know_a_moment_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setattr(prometheus_client.values, "ValueClass", prometheus_client.values.ValueClass)
+    metrics = Metrics(tmp_path, slot=3)
+    total = sample("balancer_attempts_total", pool="default", rule="chat", service="a:m", outcome="success")
+
+    def told() -> float | None:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, str(tmp_path))  # type: ignore[no-untyped-call]
+        return samples(generate_latest(registry)).get(total)
+
+    for count in (2, 4):
+        for _ in range(2):
+            metrics.settled(a_pick(), Outcome.SUCCESS, None)
+        assert told() == (count - 2 or None)
+        async with asyncio.timeout(10):
+            while told() != count:  # noqa: ASYNC110  it is a file that is looked at
+                await asyncio.sleep(0.01)
+    metrics.settled(a_pick(), Outcome.SUCCESS, None)
+    metrics.flush()
+    assert told() == 5
+
+
 # -- several workers ---------------------------------------------------------------------------------------------------
 
 WORKER = """
@@ -276,7 +331,7 @@ folder, slot, stale, observed, outbox, revision = sys.argv[1], *map(int, sys.arg
 metrics = Metrics(Path(folder), slot)
 metrics.stale_picks.labels("default").inc(stale)
 for _ in range(observed):
-    metrics.overhead.observe(0.0002)
+    metrics.overhead_s(0.0002)
 metrics.outbox.labels("default").set(outbox)
 metrics.revision.set(revision)
 sys.stdout.buffer.write(metrics.exposition([], {"default": True}))

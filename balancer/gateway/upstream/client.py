@@ -99,16 +99,9 @@ class UpstreamClient:
 
     async def _dialled(self, pool: Pool, origin: Origin, answer: Answer, request: UpstreamRequest) -> Connection:
         loop = pool.loop
-        is_new = True
 
-        def freed(connection: Connection) -> None:
-            nonlocal is_new
-            if is_new and connection.transport is not None:
-                is_new = False
-                tls = connection.transport.get_extra_info("ssl_object")
-                if tls is not None:
-                    self._tls.remember(tls)
-            pool.free(connection)
+        def new() -> Connection:
+            return Connection(loop, self._buffer, first=self._tls.remember, freed=pool.free, lost=lost)
 
         def lost(connection: Connection) -> None:
             if connection not in self._connections:
@@ -121,7 +114,7 @@ class UpstreamClient:
         left_s, connect_s = answer.left_s, request.timeouts.connect_s
         try:
             async with asyncio.timeout(min(left_s, connect_s)) as limit:
-                connection = await self._dialer.dial(origin, lambda: Connection(loop, self._buffer, freed, lost))
+                connection = await self._dialer.dial(origin, new)
         except (OSError, UnicodeError) as exc:  # The latter for a name that no name service would take.
             if not limit.expired():
                 raise UpstreamError(f"{request.provider} cannot be reached{_why(exc)}") from exc

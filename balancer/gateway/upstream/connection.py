@@ -28,7 +28,7 @@ _LARGE_BYTES = 2**20
 
 
 class Connection(asyncio.BufferedProtocol):
-    """A connection. It tells `freed` when it can carry the next request, `lost` when it is gone.
+    """A connection. It tells `first` when its first answer ends, `freed` when it can be asked, `lost` when it is gone.
 
     `buffer` is what the loop reads into. All connections of a loop may share one: what was read is copied out of it
     before the loop reads again. A new buffer for each read, which is what asyncio.Protocol does, costs as much CPU as
@@ -41,6 +41,7 @@ class Connection(asyncio.BufferedProtocol):
         "_due_at",
         "_fault",
         "_fed",
+        "_first",
         "_freed",
         "_has_head",
         "_head_only",
@@ -68,6 +69,8 @@ class Connection(asyncio.BufferedProtocol):
         self,
         loop: asyncio.AbstractEventLoop,
         buffer: memoryview,
+        *,
+        first: Callable[[Connection], None],
         freed: Callable[[Connection], None],
         lost: Callable[[Connection], None],
     ) -> None:
@@ -75,6 +78,7 @@ class Connection(asyncio.BufferedProtocol):
         self.idle_since = math.inf
         self._loop = loop
         self._buffer = buffer
+        self._first: Callable[[Connection], None] | None = first
         self._freed = freed
         self._lost = lost
         self._answer: Answer | None = None
@@ -274,6 +278,9 @@ class Connection(asyncio.BufferedProtocol):
         self._answer = None
         answer.end()
         self.resume()
+        if self._first is not None:
+            self._first(self)
+            self._first = None
         if self._keeps_alive and self._rest is None and self.is_usable:
             if self._head_only:
                 self._parser = httptools.HttpResponseParser(self)  # The old one waits for a body.

@@ -1,0 +1,1 @@
+"""What HTTP client libraries cost for a request and for a stream, ours among them."""
