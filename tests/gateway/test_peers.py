@@ -498,7 +498,7 @@ async def test_whoever_leaves_in_a_tls_handshake_leaves_nothing(
 
 
 class ConnectProxy:
-    """An HTTP proxy by hand; `heads` has what it was asked. It answers CONNECT with `answer` and then hands on bytes."""
+    """An HTTP proxy by hand; `heads` is what it was asked. CONNECT is told `answer`, then bytes are handed on."""
 
     def __init__(self, listener: Listener) -> None:
         self.heads: list[bytes] = []
