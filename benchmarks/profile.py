@@ -74,7 +74,7 @@ class Samples(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_samples(text: str) -> Samples:
-    """The samples of py-spy's raw format, `outer (file:line);inner (file:line) count` a line; threads asleep left out."""
+    """The samples of py-spy's raw format, `outer (file:line);inner (file:line) count` a line, but threads asleep."""
     stacks: dict[Stack, int] = {}
     for line in text.splitlines():
         frames, _, count = line.rpartition(" ")

@@ -23,6 +23,7 @@ from benchmarks.bench.run import Found, Part
 from benchmarks.bench.targets import Target
 from benchmarks.clients.__main__ import Row as ClientRow
 from benchmarks.clients.__main__ import report as clients_report
+from tests.topologies import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 UPSTREAMS = ["http://127.0.0.1:1", "http://127.0.0.1:2", "http://127.0.0.1:3"]
@@ -248,7 +249,8 @@ def test_a_short_run_measures_ours_with_everything_on_and_leaves_nothing_behind(
     assert own.scripts_per_request > 0
     evidence = {line.partition(":")[0] for line in found.contestants.evidence}
     assert evidence >= {"breaker", "limits of services", "limits of providers", "reservation", "leases", "settlement"}
-    assert not _left_behind()
+    # What was killed may take a moment to be gone.
+    wait_until(lambda: not _left_behind(), "all that was started has ended")
 
 
 @pytest.mark.needs("apt:gcc")
@@ -269,7 +271,8 @@ def test_a_run_that_is_stopped_ends_what_it_has_started() -> None:
         process.kill()
         process.wait()
     assert (process.returncode, said.splitlines()[-1]) == (1, "stopped")
-    assert not _left_behind()
+    # What was killed may take a moment to be gone.
+    wait_until(lambda: not _left_behind(), "all that was started has ended")
 
 
 def _left_behind() -> list[str]:
