@@ -25,6 +25,7 @@ FINDERS: dict[str, Callable[[], str | None]] = {
     "apt:gcc": lambda: shutil.which("gcc"),
     "apt:haproxy": lambda: shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin"),
     "apt:lua-check": lambda: shutil.which("luacheck"),
+    "apt:nginx": lambda: shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin"),
     "apt:redis-server": lambda: shutil.which("redis-server"),
     "npm:@copilotkit/aimock": _aimock,
 }

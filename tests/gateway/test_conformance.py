@@ -10,13 +10,16 @@ import asyncio
 import itertools
 from collections.abc import Iterator
 
+import hypothesis
 import msgspec
 import pytest
+from hypothesis import strategies as st
 
 from balancer.gateway.messages import Upstream
-from tests.gateway.by_hand import READERS, Listener, Outcome, Reader, Wire, a_request, ask, turns
+from tests.gateway.by_hand import READERS, Listener, Outcome, Reader, Wire, a_client, a_request, ask, turns
 
 AGAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nagain"
+AGAIN_READ = Outcome(status=200, headers=(("Content-Length", "5"),), body=b"again")
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 CL5 = ("Content-Length", "5")
@@ -631,7 +634,7 @@ class Fed:
         await self._is_over.wait()
         await turns()
         again = await ask(self._client, a_request(f"{self._listener.url}/again"))
-        assert again == Outcome(status=200, headers=(CL5,), body=b"again")
+        assert again == AGAIN_READ
         (first, one), (second, two) = self._asked
         assert (first, second) == ("/first", "/again")
         return outcome, one == two
@@ -671,3 +674,115 @@ async def test_whoever_pumps_gets_what_whoever_reads_gets(client: Upstream, list
                 assert case.is_met_by(*pumped) == case.is_met_by(*read), f"{name}: {pumped}, not {read}"
             else:
                 assert pumped == read, name
+
+
+# -- answers that nobody thought of ------------------------------------------------------------------------------------
+
+RESERVED = frozenset({"connection", "content-length", "transfer-encoding", "upgrade", "keep-alive"})
+NAMES = st.from_regex(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,12}", fullmatch=True).filter(lambda it: it.lower() not in RESERVED)
+VALUES = st.from_regex(r"([!-~é]([ -~\t]{0,20}[!-~])?)?", fullmatch=True)
+EXTENSIONS = st.sampled_from((b"", b";a", b";a=b", b';a="b;\\"c"', b";a=b;c"))
+MUTATIONS = (b"", b"\r", b"\n", b"\r\n", b"\x00", b" ", b":", b"0", b"9", b"f", b";", b",", b"\xff")
+INTERIMS = st.sampled_from((EARLY, HINTS, b"HTTP/1.1 102 Processing\r\nX-A: b\r\n\r\n"))
+
+
+class Composed(msgspec.Struct, frozen=True, kw_only=True):
+    """A valid answer made of parts, and what comes of it; `closes` where only the connection's end is its end."""
+
+    sent: bytes
+    outcome: Outcome
+    closes: bool
+
+
+@st.composite
+def answers(draw: st.DrawFn) -> Composed:
+    """Any answer that RFC 9112 allows, within reason."""
+    interim = b"".join(draw(st.lists(INTERIMS, max_size=2)))
+    code = draw(st.sampled_from((200, 201, 204, 301, 304, 400, 404, 429, 500, 503, 529)))
+    headers = draw(st.lists(st.tuples(NAMES, VALUES), max_size=4))
+    parts = [] if code in (204, 304) else draw(st.lists(st.binary(min_size=1, max_size=40), max_size=5))
+    body = b"".join(parts)
+    framing = "none" if code in (204, 304) else draw(st.sampled_from(("length", "chunks", "close")))
+    payload = body
+    if framing == "length":
+        headers.insert(draw(st.integers(0, len(headers))), ("Content-Length", str(len(body))))
+    elif framing == "chunks":
+        headers.insert(draw(st.integers(0, len(headers))), ("Transfer-Encoding", "chunked"))
+        sizes = st.sampled_from((b"%x", b"%X", b"0%x", b"000%X"))
+        payload = b"".join(
+            b"%b%b\r\n%b\r\n" % (draw(sizes) % len(part), draw(EXTENSIONS), part) for part in (*parts, b"")
+        )
+        trailers = draw(st.lists(st.tuples(NAMES, VALUES), max_size=2))
+        payload = payload.removesuffix(b"\r\n") + b"".join(f"{n}: {v}\r\n".encode() for n, v in trailers) + b"\r\n"
+    lines = [f"HTTP/1.1 {code} {draw(st.sampled_from(('', 'OK', 'Not so good')))}", *(f"{n}: {v}" for n, v in headers)]
+    head = "\r\n".join(lines).encode() + b"\r\n\r\n"
+    return Composed(
+        sent=interim + head + payload,
+        outcome=Outcome(status=code, headers=tuple(headers), body=body),
+        closes=framing == "close",
+    )
+
+
+@st.composite
+def in_pieces(draw: st.DrawFn, sent: bytes) -> list[bytes]:
+    """The bytes, cut anywhere."""
+    places = sorted({0, len(sent), *draw(st.lists(st.integers(0, len(sent)), max_size=8))})
+    return [sent[one:two] for one, two in itertools.pairwise(places)]
+
+
+async def story(pieces: list[bytes], read: Reader, *, closes: bool) -> Outcome:
+    """What comes of the pieces; the connection ends behind them if told so, or where the client waits for more.
+
+    The request behind must get its own answer.
+    """
+    listener, client = Listener(), a_client()
+    is_over = asyncio.Event()
+
+    async def behave(wire: Wire) -> None:
+        while head := await wire.head():
+            if head.startswith(b"POST /again "):
+                wire.sends(AGAIN)
+                continue
+            await wire.feeds(pieces)
+            await turns(8)
+            if closes or not asked.done():
+                wire.stops_sending()
+            is_over.set()
+
+    listener.serve(behave)
+    try:
+        asked = asyncio.create_task(ask(client, a_request(f"{listener.url}/first"), read))
+        outcome = await asked
+        await is_over.wait()
+        await turns()
+        assert await ask(client, a_request(f"{listener.url}/again")) == AGAIN_READ
+        return outcome
+    finally:
+        await client.close()
+        await listener.close()
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(answer=answers(), data=st.data(), read=st.sampled_from(sorted(READERS)))
+def test_any_valid_answer_is_read_back_exactly(answer: Composed, data: st.DataObject, read: str) -> None:
+    pieces = data.draw(in_pieces(answer.sent))
+    assert asyncio.run(story(pieces, READERS[read], closes=answer.closes)) == answer.outcome
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(answer=answers(), data=st.data(), read=st.sampled_from(sorted(READERS)))
+def test_one_wrong_byte_neither_hangs_nor_answers_the_next_request(
+    answer: Composed, data: st.DataObject, read: str
+) -> None:
+    place = data.draw(st.integers(0, len(answer.sent) - 1))
+    new = data.draw(
+        st.sampled_from((b"", b"\r", b"\n", b"\x00", b" ", b":", b"0", b"9", b"f", b";", b",", b"\xff", b"\r\n"))
+    )
+    gone = data.draw(st.integers(0, 1))
+    sent = answer.sent[:place] + new + answer.sent[place + gone :]
+    pieces = data.draw(in_pieces(sent))
+    outcome = asyncio.run(story(pieces, READERS[read], closes=answer.closes))
+    assert outcome.error == "head" or 200 <= outcome.status <= 999
+    for name, value in outcome.headers:
+        assert not set("\r\n\x00") & set(name + value)
+        assert name.strip() == name

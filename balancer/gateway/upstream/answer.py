@@ -30,7 +30,6 @@ class Answer:
         "_first_at",
         "_has_begun",
         "_held",
-        "_is_held_back",
         "_is_over",
         "_limit",
         "_loop",
@@ -54,7 +53,6 @@ class Answer:
         self._limit = ""
         self._chunks: list[bytes] = []
         self._held = 0
-        self._is_held_back = False
         self._has_begun = False
         self._is_over = False
         self._error: UpstreamError | None = None
@@ -121,11 +119,9 @@ class Answer:
         chunks = self._chunks
         chunk = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         chunks.clear()
+        if self._held > _HELD_BYTES and self._connection is not None:
+            self._connection.resume()
         self._held = 0
-        if self._is_held_back:
-            self._is_held_back = False
-            if self._connection is not None:
-                self._connection.resume()
         return chunk
 
     def _arm(self) -> None:
@@ -169,8 +165,7 @@ class Answer:
         if take is None:
             self._chunks.append(chunk)
             self._held += len(chunk)
-            if self._held > _HELD_BYTES and not self._is_held_back and self._connection is not None:
-                self._is_held_back = True
+            if self._held > _HELD_BYTES and self._connection is not None:
                 self._connection.pause()
             self._wake()
             return

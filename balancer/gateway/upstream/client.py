@@ -11,12 +11,14 @@ from balancer.gateway.upstream.answer import Answer
 from balancer.gateway.upstream.connection import Connection
 from balancer.gateway.upstream.dialing import Dialer
 from balancer.gateway.upstream.pool import Pool
-from balancer.gateway.upstream.request import Origin, Targets, head_of
+from balancer.gateway.upstream.request import Heads, Origin, Targets
 from balancer.gateway.upstream.socks import SocksUpstream
 from balancer.gateway.upstream.tls import client_context
 from balancer.gateway.upstream.tunnel import ProxyRefusedError
 
 _BUFFER_BYTES = 64 * 1024
+_CLOSING = "the gateway is closing its connections to upstreams"
+_CUT_OFF = "was cut off: the gateway is closing its connections"
 
 
 class UpstreamClient:
@@ -27,10 +29,12 @@ class UpstreamClient:
         self._tls = client_context(ca_file)
         self._dialer = Dialer(self._tls)
         self._targets = Targets()
+        self._heads = Heads()
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._pools: dict[Origin, Pool] = {}
         self._connections: set[Connection] = set()
         self._emptied: asyncio.Future[None] | None = None
+        self._is_closed = False
         self._socks = SocksUpstream(connections, self._tls)
 
     async def send(self, request: UpstreamRequest) -> UpstreamResponse:
@@ -38,31 +42,33 @@ class UpstreamClient:
         if request.proxy_url.startswith("socks"):
             return await self._socks.send(request)
         target = self._targets.of(request.url, request.proxy_url)
-        head = head_of(request, target)
+        head = self._heads.of(request, target)
         pool = self._pools.get(target.origin) or self._new_pool(target.origin)
-        now = pool.loop.time()
-        answer = Answer(request, pool.loop, now)
-        while True:
-            connection = pool.take(now)
-            is_new = connection is None
-            if connection is None:
-                connection, is_new = await self._another(pool, target.origin, answer, request)
-            if connection.ask(answer, head, request.body, head_only=request.method == "HEAD"):
-                break
+        answer = Answer(request, pool.loop, pool.loop.time())
+        connection, is_new = pool.take(), False
+        if connection is None:
+            connection, is_new = await self._another(pool, target.origin, answer, request)
+        while not connection.ask(answer, head, request.body, head_only=request.method == "HEAD"):
             # Nothing was sent: an idle connection has ended unseen.
             connection.drop()
             if is_new:
                 raise UpstreamError(f"{request.provider} broke off before it answered")
             pool = self._pools.get(target.origin) or self._new_pool(target.origin)
+            connection = pool.take()
+            if connection is None:
+                connection, is_new = await self._another(pool, target.origin, answer, request, again=True)
         await answer.opened(connection)
         return answer
 
     async def close(self) -> None:
         """Closes all connections."""
+        self._is_closed = True
+        for pool in self._pools.values():
+            pool.close(_CLOSING)
+        for connection in tuple(self._connections):
+            connection.fail(_CUT_OFF)
         if self._connections:
             self._emptied = asyncio.get_running_loop().create_future()
-            for connection in self._connections:
-                connection.drop()
             await self._emptied
         await self._socks.close()
 
@@ -75,13 +81,13 @@ class UpstreamClient:
         return pool
 
     async def _another(
-        self, pool: Pool, origin: Origin, answer: Answer, request: UpstreamRequest
+        self, pool: Pool, origin: Origin, answer: Answer, request: UpstreamRequest, *, again: bool = False
     ) -> tuple[Connection, bool]:
         """A connection, and whether it is new: a place to open one has come free, or one that others had."""
         if not pool.reserve():
             try:
                 async with asyncio.timeout(answer.left_s):
-                    connection = await pool.turn()
+                    connection = await pool.turn(again=again)
             except TimeoutError:
                 raise answer.unanswered() from None
             if connection is not None:
@@ -94,16 +100,9 @@ class UpstreamClient:
 
     async def _dialled(self, pool: Pool, origin: Origin, answer: Answer, request: UpstreamRequest) -> Connection:
         loop = pool.loop
-        is_new = True
 
-        def freed(connection: Connection) -> None:
-            nonlocal is_new
-            if is_new and connection.transport is not None:
-                is_new = False
-                tls = connection.transport.get_extra_info("ssl_object")
-                if tls is not None:
-                    self._tls.remember(tls)
-            pool.free(connection)
+        def new() -> Connection:
+            return Connection(loop, self._buffer, first=self._tls.remember, freed=pool.free, lost=lost)
 
         def lost(connection: Connection) -> None:
             if connection not in self._connections:
@@ -116,20 +115,23 @@ class UpstreamClient:
         left_s, connect_s = answer.left_s, request.timeouts.connect_s
         try:
             async with asyncio.timeout(min(left_s, connect_s)) as limit:
-                connection = await self._dialer.dial(origin, lambda: Connection(loop, self._buffer, freed, lost))
-        except OSError as exc:
+                connection = await self._dialer.dial(origin, new)
+        except (OSError, UnicodeError) as exc:  # The latter for a name that no name service would take.
             if not limit.expired():
                 raise UpstreamError(f"{request.provider} cannot be reached{_why(exc)}") from exc
             if left_s < connect_s:
                 raise answer.unanswered() from None
             raise UpstreamTimeoutError(f"{request.provider} could not be reached in time (connect_s)") from exc
+        if self._is_closed:
+            connection.drop()
+            raise UpstreamError(_CLOSING)
         if not connection.is_usable:
             raise UpstreamError(f"{request.provider} broke off before it answered")
         self._connections.add(connection)
         return connection
 
 
-def _why(error: OSError) -> str:
+def _why(error: Exception) -> str:
     """What an operator can mend; addresses stay here, as the client is told it too."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return ": its certificate is not trusted (BALANCER_UPSTREAM_CA_FILE)"

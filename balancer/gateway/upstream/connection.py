@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import select
+import ssl
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,7 @@ _LARGE_BYTES = 2**20
 
 
 class Connection(asyncio.BufferedProtocol):
-    """A connection. It tells `freed` when it can carry the next request, `lost` when it is gone.
+    """A connection. It tells `first` when its first answer ends, `freed` when it can be asked, `lost` when it is gone.
 
     `buffer` is what the loop reads into. All connections of a loop may share one: what was read is copied out of it
     before the loop reads again. A new buffer for each read, which is what asyncio.Protocol does, costs as much CPU as
@@ -39,12 +41,15 @@ class Connection(asyncio.BufferedProtocol):
         "_due_at",
         "_fault",
         "_fed",
+        "_first",
         "_freed",
         "_has_head",
         "_head_only",
+        "_headers",
         "_is_broken",
         "_is_chunked",
         "_is_complete",
+        "_is_held_back",
         "_is_paused",
         "_keeps_alive",
         "_length",
@@ -52,7 +57,7 @@ class Connection(asyncio.BufferedProtocol):
         "_lost",
         "_parser",
         "_parts",
-        "_raw",
+        "_poll",
         "_rest",
         "_timer",
         "_timer_at",
@@ -64,6 +69,8 @@ class Connection(asyncio.BufferedProtocol):
         self,
         loop: asyncio.AbstractEventLoop,
         buffer: memoryview,
+        *,
+        first: Callable[[Connection], None],
         freed: Callable[[Connection], None],
         lost: Callable[[Connection], None],
     ) -> None:
@@ -71,16 +78,19 @@ class Connection(asyncio.BufferedProtocol):
         self.idle_since = math.inf
         self._loop = loop
         self._buffer = buffer
+        self._first: Callable[[Connection], None] | None = first
         self._freed = freed
         self._lost = lost
         self._answer: Answer | None = None
         self._is_broken = False
         self._rest: memoryview | None = None
         self._is_paused = False
+        self._is_held_back = False
+        self._poll: select.poll | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = self._due_at = math.inf
         self._parser = httptools.HttpResponseParser(self)
-        self._raw: list[tuple[bytes, bytes]] = []
+        self._headers: list[tuple[str, str]] = []
         self._parts: list[bytes] = []
         self._expect(head_only=False)
 
@@ -103,8 +113,15 @@ class Connection(asyncio.BufferedProtocol):
         """True as long as nothing has ended it, as far as the loop has seen."""
         return not self._is_broken and self.transport is not None and not self.transport.is_closing()
 
+    def fail(self, what: str) -> None:
+        """Ends it, and the answer that is under way, with which `what` is wrong."""
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.fail(what)
+        self.drop()
+
     def drop(self) -> None:
-        """Ends it, whatever is on its way."""
+        """Ends it; nobody waits for an answer on it any more."""
         self._is_broken = True
         self._answer = self._rest = None
         if self.transport is not None:
@@ -156,7 +173,7 @@ class Connection(asyncio.BufferedProtocol):
     def ask(self, answer: Answer, head: bytes, body: bytes, *, head_only: bool) -> bool:
         """Sends a request, whose answer is filled; False when nothing of it has been sent, nor can be."""
         transport = self.transport
-        if transport is None or self._is_broken:
+        if transport is None or self._is_broken or (self.idle_since != math.inf and self._has_news(transport)):
             return False
         self.idle_since = math.inf
         self._answer = answer
@@ -175,6 +192,18 @@ class Connection(asyncio.BufferedProtocol):
             self.resume_writing()
         return True
 
+    def _has_news(self, transport: asyncio.Transport) -> bool:
+        """True when something has come that the loop has not seen yet: its end, or a second answer.
+
+        Half a microsecond, for a request less that goes out on a connection that has ended, and no answer less that is
+        given to somebody else.
+        """
+        poll = self._poll
+        if poll is None:
+            poll = self._poll = select.poll()
+            poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
     def pause_writing(self) -> None:
         """The upstream takes no more for now."""
         self._is_paused = True
@@ -191,12 +220,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def pause(self) -> None:
         """Reads no more for now."""
-        if self.transport is not None:
+        if self.transport is not None and not self._is_held_back:
+            self._is_held_back = True
             self.transport.pause_reading()
 
     def resume(self) -> None:
         """Reads on."""
-        if self.transport is not None:
+        if self.transport is not None and self._is_held_back:
+            self._is_held_back = False
             self.transport.resume_reading()
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -228,34 +259,34 @@ class Connection(asyncio.BufferedProtocol):
             if self._answer is not answer:
                 return  # Who took it has ended it.
         if self._fault:
-            self._fail(self._fault)
+            self.fail(self._fault)
         elif self._is_complete:
             self._finish(answer)
         elif self._fed > _HEAD_BYTES:
-            self._fail("sent a head that is too long")
+            self.fail("sent a head that is too long")
 
     def eof_received(self) -> None:
         """The end of an answer that does not say where it ends."""
         answer = self._answer
-        if answer is not None and self._has_head and not self._is_chunked and self._length is None:
-            self._keeps_alive = False
+        if answer is None or not self._has_head or self._is_chunked or self._length is not None:
+            return
+        self._keeps_alive = False
+        if _was_said(self.transport):
             self._finish(answer)
 
     def _finish(self, answer: Answer) -> None:
         self._answer = None
         answer.end()
+        self.resume()
+        if self._first is not None:
+            self._first(self)
+            self._first = None
         if self._keeps_alive and self._rest is None and self.is_usable:
             if self._head_only:
                 self._parser = httptools.HttpResponseParser(self)  # The old one waits for a body.
             self._freed(self)
         else:
             self.drop()
-
-    def _fail(self, what: str) -> None:
-        answer, self._answer = self._answer, None
-        if answer is not None:
-            answer.fail(what)
-        self.drop()
 
     # -- the parser's calls --------------------------------------------------------------------------------------------
 
@@ -266,46 +297,47 @@ class Connection(asyncio.BufferedProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header, or a trailer, which is dropped."""
-        if not self._has_head:
-            self._raw.append((name, value))
-        elif name.lower() in (b"connection", b"proxy-connection"):
-            self._keeps_alive = False  # llhttp obeys it, and would take no other answer.
+        known, kind = _known.get(name) or _learned(name)
+        if self._has_head:
+            if kind == _CONNECTION:
+                self._keeps_alive = False  # llhttp obeys it, and would take no other answer.
+            return
+        if kind == _LENGTH:
+            self._length = int(value)
+        elif kind == _CODING:
+            if self._is_chunked or value.strip(b" \t").lower() != b"chunked":
+                self._fault = "sent a Transfer-Encoding other than chunked"
+            self._is_chunked = True
+        self._headers.append((known, value.rstrip(b" \t").decode("utf-8", "surrogateescape")))
 
     def on_headers_complete(self) -> None:
         """The head is whole."""
         if self._has_head:
             return  # That of a second answer.
-        raw, status = self._raw, self._parser.get_status_code()
+        headers, self._headers = self._headers, []
+        parser = self._parser
+        status = parser.get_status_code()
         if status < 200:
-            raw.clear()
+            self._length, self._is_chunked = None, False
             if status == 101 or status < 100:
                 self._fault = f"answered with status {status}, which is no answer"
             return
         self._has_head = True
-        version = self._parser.get_http_version()
-        self._keeps_alive = self._parser.should_keep_alive()
-        for name, value in raw:
-            size = len(name)
-            if size == 14 and name.lower() == b"content-length":
-                self._length = int(value)
-            elif size == 17 and name.lower() == b"transfer-encoding":
-                if self._is_chunked or value.strip().lower() != b"chunked":
-                    self._fault = "sent a Transfer-Encoding other than chunked"
-                self._is_chunked = True
-                self._keeps_alive = self._keeps_alive and version == "1.1"  # RFC 9112 §6.1.
+        version = parser.get_http_version()
+        # RFC 9112 §6.1: of chunks in HTTP/1.0 nobody knows whether somebody between has understood them.
+        self._keeps_alive = parser.should_keep_alive() and not (self._is_chunked and version == "1.0")
         if version not in ("1.1", "1.0"):
             self._fault = f"answered with HTTP/{version}"
-        elif len(raw) > _HEADERS or (self._fed > _HEAD_BYTES and sum(len(n) + len(v) for n, v in raw) > _HEAD_BYTES):
+        elif len(headers) > _HEADERS or (
+            self._fed > _HEAD_BYTES and sum(len(name) + len(value) + 4 for name, value in headers) > _HEAD_BYTES
+        ):
             self._fault = "sent a head that is too long"
         self._fed = 0
         if self._head_only or status in (204, 304):
             self._length, self._is_chunked, self._is_complete = 0, False, True
-        if not self._fault and self._answer is not None:
-            headers = tuple(
-                [(name.decode("ascii"), value.strip(b" \t").decode("utf-8", "surrogateescape")) for name, value in raw]
-            )
-            self._answer.begin(status, headers, self._length)
-        raw.clear()
+        answer = self._answer
+        if answer is not None and not self._fault:
+            answer.begin(status, tuple(headers), self._length)
 
     def on_body(self, part: bytes) -> None:
         """A part of the body."""
@@ -318,3 +350,35 @@ class Connection(asyncio.BufferedProtocol):
         """The answer is whole; one of 1xx is none yet."""
         if self._has_head:
             self._is_complete = True
+
+
+_LENGTH, _CODING, _CONNECTION = 1, 2, 3
+_KINDS = {
+    "content-length": _LENGTH,
+    "transfer-encoding": _CODING,
+    "connection": _CONNECTION,
+    "proxy-connection": _CONNECTION,
+}
+_KNOWN = 1024
+_known: dict[bytes, tuple[str, int]] = {}
+"""Names of headers as they are spelt, and what they mean to us; they recur."""
+
+
+def _learned(name: bytes) -> tuple[str, int]:
+    text = name.decode("ascii")
+    known = (text, _KINDS.get(text.lower(), 0))
+    if len(_known) < _KNOWN:
+        _known[name] = known
+    return known
+
+
+def _was_said(transport: asyncio.Transport | None) -> bool:
+    """True for an end that the upstream has said, and not somebody between (RFC 9112 §9.8).
+
+    The loops tell of a connection's end alike whether or not TLS was ended before. A read knows the difference.
+    """
+    tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object") if transport is not None else None
+    try:
+        return tls is None or not tls.read(1)
+    except ssl.SSLError:
+        return False

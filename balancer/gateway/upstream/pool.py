@@ -7,16 +7,15 @@ comes then waits, and is served in the order of coming.
 from __future__ import annotations
 
 import asyncio
-import select
+import contextlib
 from collections import deque
 from collections.abc import Callable
 
+from balancer.errors import UpstreamError
 from balancer.gateway.upstream.connection import Connection
 
 _IDLE_S = 15.0
 """Kept for no longer: an upstream that ends an idle connection must not do so just when a request is sent on it."""
-_LOOKS_S = 0.5
-"""Idle for longer, a connection is looked at before it is used: the loop may not have seen its end yet."""
 
 
 class Pool:
@@ -36,14 +35,9 @@ class Pool:
         """True when it holds nothing, and nobody counts on it."""
         return not self._places
 
-    def take(self, now: float) -> Connection | None:
-        """An idle connection that can be used, if there is one."""
-        while self._idle:
-            connection = self._idle.pop()
-            if connection.is_usable and (now - connection.idle_since < _LOOKS_S or not _has_news(connection)):
-                return connection
-            connection.drop()
-        return None
+    def take(self) -> Connection | None:
+        """An idle connection, if there is one."""
+        return self._idle.pop() if self._idle else None
 
     def reserve(self) -> bool:
         """Takes a place for a new connection, if there is one."""
@@ -62,13 +56,19 @@ class Pool:
         try:
             return await waiter
         except asyncio.CancelledError:
-            if not waiter.done() or waiter.cancelled():
-                self._waiters.remove(waiter)
-            elif (connection := waiter.result()) is None:
-                self.leave()
-            elif connection.is_usable:
-                self.free(connection)
+            if waiter.cancelled():
+                with contextlib.suppress(ValueError):  # `_next` may have passed over it already.
+                    self._waiters.remove(waiter)
+            elif waiter.exception() is None:
+                self._give_back(waiter.result())
             raise
+
+    def _give_back(self, turn: Connection | None) -> None:
+        """What somebody was given who has left before knowing of it."""
+        if turn is None:
+            self.leave()
+        elif turn.is_usable:  # Else it has left its place, or is about to.
+            self.free(turn)
 
     def free(self, connection: Connection) -> None:
         """The connection can carry the next request."""
@@ -95,17 +95,14 @@ class Pool:
         if not self._places:
             self._emptied(self)
 
+    def close(self, why: str) -> None:
+        """Whoever waits is told why it is in vain."""
+        while (waiter := self._next()) is not None:
+            waiter.set_exception(UpstreamError(why))
+
     def _next(self) -> asyncio.Future[Connection | None] | None:
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
                 return waiter
         return None
-
-
-def _has_news(connection: Connection) -> bool:
-    """True when something has come on it that nobody has asked for, its end above all."""
-    assert connection.transport is not None, "a connection that is usable has a transport"
-    poll = select.poll()
-    poll.register(connection.transport.get_extra_info("socket").fileno(), select.POLLIN)
-    return bool(poll.poll(0))

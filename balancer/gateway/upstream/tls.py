@@ -6,6 +6,7 @@ import ssl
 from typing import Any
 
 from balancer.errors import ConfigurationError
+from balancer.gateway.upstream.connection import Connection
 
 _SESSIONS = 256
 
@@ -25,8 +26,11 @@ class ClientContext(ssl.SSLContext):
         session = session or self._sessions.get(server_hostname)
         return super().wrap_bio(incoming, outgoing, server_side, server_hostname, session)
 
-    def remember(self, tls: ssl.SSLObject) -> None:
-        """Keeps the session for the host's next connection; with TLS 1.3 there is none before the first answer."""
+    def remember(self, connection: Connection) -> None:
+        """Keeps a TLS session for its host's next connection; in TLS 1.3 there is none before the first answer."""
+        tls = connection.transport.get_extra_info("ssl_object") if connection.transport is not None else None
+        if tls is None:
+            return
         session, host = tls.session, tls.server_hostname
         if session is not None and session.has_ticket and host:
             if len(self._sessions) >= _SESSIONS and host not in self._sessions:
