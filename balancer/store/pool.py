@@ -735,6 +735,9 @@ class PoolClient:
 
 def _decoded(answer: Answer) -> Answer:
     """An answer of select with its words as text."""
+    if answer[0] == b"pick":  # Nearly always; the rest of it is numbers.
+        _, service, reason, *numbers = answer
+        return ["pick", service.decode(), reason.decode(), *numbers]
     return [item.decode() if type(item) is bytes else item for item in answer]
 
 
