@@ -15,7 +15,7 @@ from balancer.gateway.upstream import request as requests
 from balancer.gateway.upstream.answer import Answer
 from balancer.gateway.upstream.connection import Connection
 from balancer.gateway.upstream.pool import Pool
-from balancer.gateway.upstream.request import Origin, Targets, head_of
+from balancer.gateway.upstream.request import Heads, Origin, Targets
 from balancer.gateway.upstream.tls import client_context
 
 ON_BOTH_LOOPS = True
@@ -45,7 +45,7 @@ def a_request(
 
 def head(request: UpstreamRequest) -> bytes:
     """Its first lines."""
-    return head_of(request, Targets().of(request.url, request.proxy_url))
+    return Heads().of(request, Targets().of(request.url, request.proxy_url))
 
 
 # -- the head ----------------------------------------------------------------------------------------------------------

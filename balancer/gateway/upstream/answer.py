@@ -115,6 +115,7 @@ class Answer:
         if connection is not None:
             self._error = UpstreamError(f"the answer of {self._request.provider} {reason}")
             connection.drop()
+            self._wake()
 
     def _taken(self) -> bytes:
         chunks = self._chunks
