@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import hashlib
 import os
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -464,6 +465,66 @@ async def test_a_tls_answer_may_go_on_until_its_end(trusting: Upstream, certific
     assert outcome == Outcome(status=200, body=b"hello")
 
 
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("size", [5, 2**18 + 1, 2**22])
+@pytest.mark.parametrize("how", ["ends", "is cut"])
+async def test_a_tls_answer_without_a_length_is_whole_only_when_tls_ended(
+    trusting: Upstream, certificates: Path, how: str, size: int, read: Reader
+) -> None:
+    """Whoever sits on the line can end TCP, and would thereby shorten the answer (RFC 9112 §9.8)."""
+    sent = LARGE[:size]
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + sent)
+        await writer.drain()
+        if how == "is cut":
+            while writer.transport.get_write_buffer_size():
+                await turns()
+            writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
+            await reader.read()
+        else:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async with tls_server(server_context(certificates), serve) as port:
+        answer = await trusting.send(a_request(f"https://127.0.0.1:{port}/"))
+        await turns(50)
+        body = bytearray()
+        if how == "ends":
+            await read(answer, body)
+            assert body == sent
+        else:
+            with pytest.raises(UpstreamError):
+                await read(answer, body)
+        await answer.close()
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("size", [2**16, 300_000, 2**22])
+async def test_a_tls_answer_waits_for_a_late_reader(
+    trusting: Upstream, certificates: Path, size: int, read: Reader
+) -> None:
+    sent = LARGE[:size]
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + sent)
+                await writer.drain()
+
+    async with tls_server(server_context(certificates), serve) as port:
+        for _ in range(3):
+            answer = await trusting.send(a_request(f"https://127.0.0.1:{port}/"))
+            await turns(50)
+            body = bytearray()
+            await read(answer, body)
+            await answer.close()
+            assert body == sent
+
+
 async def test_an_idle_tls_connection_that_ended_is_not_used(trusting: Upstream, certificates: Path) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -498,7 +559,7 @@ async def test_whoever_leaves_in_a_tls_handshake_leaves_nothing(
 
 
 class ConnectProxy:
-    """An HTTP proxy by hand; `heads` is what it was asked. CONNECT is told `answer`, then bytes are handed on."""
+    """An HTTP proxy by hand: `heads` has what it was asked, `answer` is what it says to CONNECT before it hands on."""
 
     def __init__(self, listener: Listener) -> None:
         self.heads: list[bytes] = []
@@ -586,6 +647,9 @@ async def test_http_goes_through_a_proxy_in_absolute_form(client: Upstream, prox
         b"POST http://up.invalid:8000/ HTTP/1.1",
         b"POST http://up.invalid:8000/?a=b HTTP/1.1",
     ]
+    request = a_request("http://up.invalid:80/x", proxy_url=proxy_url)
+    assert (await ask(client, request)).body == b"hello"
+    assert proxy.heads.pop().lower().startswith(b"post http://up.invalid/x http/1.1\r\nhost: up.invalid\r\n")
     for head in proxy.heads:
         lines = [line.lower() for line in head.split(b"\r\n")]
         assert b"host: up.invalid:8000" in lines
