@@ -55,8 +55,7 @@ class Acceptor:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as exc:
-                # Most often no file descriptor is left. The connection stays in the queue, and the loop would call again
-                # at once.
+                # Most often no file descriptor is left. The connection stays in the queue: we would be called at once.
                 log.error("no connection can be accepted", reason=exc.strerror, retry_s=_RETRY_S)
                 self._loop.remove_reader(self._listener)
                 self._retry = self._loop.call_later(_RETRY_S, self._go_on)
