@@ -215,6 +215,8 @@ class _Stream:
     is_started = False
     sent = 0
 
+    def give_until(self, time: float) -> None: ...
+
     async def start(self, status: int, headers: Headers, length: int | None) -> None:
         assert status == 200
         self.is_started = True

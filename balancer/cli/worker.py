@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -47,6 +48,17 @@ def _loop_factory(settings: Settings) -> Callable[[], asyncio.AbstractEventLoop]
     return uvloop.new_event_loop
 
 
+def _relax_collector() -> None:
+    """Makes the garbage collector look at what was made since the start only, and less often.
+
+    Requests leave no cycles behind them, so that looking every 700 objects, as by default, finds nothing; it took one
+    twentieth of a busy worker's time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 async def _serve(settings: Settings, store: Store, options: argparse.Namespace) -> None:
     from balancer.admin.app import create_app
     from balancer.gateway.app import Gateway
@@ -63,6 +75,7 @@ async def _serve(settings: Settings, store: Store, options: argparse.Namespace) 
             admin = create_app(settings, gateway.balance, gateway.metrics)
             planes.append((admin, socket.socket(fileno=options.admin_fd)))
         await gateway.start([socket.socket(fileno=fd) for fd in options.listen_fd], planes)
+        _relax_collector()
         os.write(options.ready_fd, b"1")
         os.close(options.ready_fd)
         await draining.wait()

@@ -68,9 +68,7 @@ _LIST_NOTHING = ("keep-alive", "close")
 _SECONDS = re.compile(r"[0-9]+(?:\.[0-9]*)?")
 
 
-def request_headers(
-    client: Headers, ours: Mapping[str, str], *, identity_only: bool = False, request_id: str = ""
-) -> Headers:
+def request_headers(client: Headers, ours: Mapping[str, str], *, identity_only: bool = False) -> Headers:
     """What goes upstream: the client's headers that may pass, then ours, which win; of equal names the last.
 
     Content-Length is left to whoever frames the body. Of Accept-Encoding only codings that we can decode pass.
@@ -91,8 +89,6 @@ def request_headers(
         kept = _unlisted(kept, listed)
     coding = "identity" if identity_only else restrict_accept_encoding(",".join(asked))
     first = {"accept-encoding": ("Accept-Encoding", coding)}
-    if request_id:
-        first["x-request-id"] = ("x-request-id", request_id)
     return (*kept, *(first | added).values())
 
 

@@ -29,7 +29,7 @@ from balancer.errors import (
 from balancer.failures import Verdict
 from balancer.gateway.attempts import Attempt, Balance, Providers
 from balancer.gateway.course import Course
-from balancer.gateway.deadlines import Deadline, Deadlines
+from balancer.gateway.deadlines import Deadlines
 from balancer.gateway.events import Remember
 from balancer.gateway.matching import Plan, Plans
 from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream, Upstream, UpstreamRequest
@@ -83,18 +83,13 @@ class Clock:
             return _UNLIMITED
         return self._deadlines.at(ends_at, _too_late)
 
-    def no_longer_than(self, timeout_s: float, stream: ClientStream) -> Deadline:
-        """Breaks the client's connection, and raises ClientGoneError, when a request outlives its provider's timeout.
+    def limit(self, stream: ClientStream, timeout_s: float) -> None:
+        """Lets nothing that is written to the client wait for longer than the provider's timeout.
 
-        The upstream's part has limits of its own, which end it first: what is late here is a client that does not
-        read. Its attempt would be taken for lost, and what it holds given away, while it still lives.
+        The upstream's part has limits of its own: only a client that does not read makes an attempt outlive it. It
+        would be taken for lost, and what it holds given away, while it still lives.
         """
-
-        def gone() -> ClientGoneError:
-            stream.abort()
-            return ClientGoneError()
-
-        return self._deadlines.at(self._deadlines.now() + timeout_s + _CLIENT_MARGIN_S, gone)
+        stream.give_until(self._deadlines.now() + timeout_s + _CLIENT_MARGIN_S)
 
     def _ends_at(self, timeout_s: float) -> float:
         ends_at = self._began + timeout_s
@@ -208,11 +203,11 @@ class Forwarder:
         answer: Opening | None = None
         clock = self._clock(request)
         try:
-            with clock.no_longer_than(outgoing.request.timeout_s, stream):
-                with clock.until_first_byte(most_s=_opening_s(outgoing.request.timeouts)):
-                    answer = await self._open(outgoing.request)
-                    await answer.look(route.dialect.name, _now_ms())
-                await relay.run(answer)
+            clock.limit(stream, outgoing.request.timeout_s)
+            with clock.until_first_byte(most_s=_opening_s(outgoing.request.timeouts)):
+                answer = await self._open(outgoing.request)
+                await answer.look(route.dialect.name, _now_ms())
+            await relay.run(answer)
         finally:
             if answer is not None:
                 await answer.close()
@@ -257,16 +252,16 @@ class Forwarder:
             outgoing, relay = self._prepare(errand, attempt)
             if errand.course.attempts == 1:
                 self._metrics.overhead_s(errand.clock.elapsed_s)
-            with errand.clock.no_longer_than(outgoing.timeout_s, stream):
-                with errand.clock.until_first_byte(most_s=_opening_s(outgoing.timeouts)):
-                    answer = await self._open(outgoing)
-                    await answer.look(errand.route.dialect.name, _now_ms())
-                if answer.is_empty:
-                    raise UpstreamAnswerError("the upstream answered with nothing")
-                if answer.verdict is not None and errand.course.goes_on(answer.verdict):
-                    attempt.settle(answer.verdict.outcome, answer.verdict.cooldown_ms)
-                    return _held(answer, answer.verdict, relay, outgoing, errand)
-                await relay.run(answer)
+            errand.clock.limit(stream, outgoing.timeout_s)
+            with errand.clock.until_first_byte(most_s=_opening_s(outgoing.timeouts)):
+                answer = await self._open(outgoing)
+                await answer.look(errand.route.dialect.name, _now_ms())
+            if answer.is_empty:
+                raise UpstreamAnswerError("the upstream answered with nothing")
+            if answer.verdict is not None and errand.course.goes_on(answer.verdict):
+                attempt.settle(answer.verdict.outcome, answer.verdict.cooldown_ms)
+                return _held(answer, answer.verdict, relay, outgoing, errand)
+            await relay.run(answer)
         except BalancerError as exc:
             if stream.is_started:
                 raise
@@ -358,8 +353,8 @@ def _held(answer: Opening, verdict: Verdict, relay: Relay, outgoing: UpstreamReq
     """An error that was answered, kept until it is known whether the client gets it."""
 
     async def tell() -> None:
-        with errand.clock.no_longer_than(outgoing.timeout_s, errand.stream):
-            await relay.run(answer)
+        errand.clock.limit(errand.stream, outgoing.timeout_s)
+        await relay.run(answer)
 
     return _Failure(verdict=verdict, outcome=verdict.outcome, tell=tell)
 

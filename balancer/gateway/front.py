@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
@@ -14,6 +13,7 @@ from balancer.errors import BalancerError, BodyTooLargeError, ExpectationError, 
 from balancer.gateway.front_server import Answer, is_spoken
 from balancer.gateway.lane import SLOW_S, Handle
 from balancer.gateway.messages import ClientGoneError, ClientRequest
+from balancer.gateway.request_ids import new_request_id
 from balancer.gateway.telling import send_error
 
 _AUTHORITY = re.compile(r"^https?://[^/]*", re.IGNORECASE)
@@ -29,12 +29,17 @@ class AiohttpStream:
     def __init__(self, request: web.BaseRequest, extra: Headers) -> None:
         self._request = request
         self._extra = extra
+        self._ends_at: float | None = None
         self.response: web.StreamResponse | None = None
 
     @property
     def is_started(self) -> bool:
         """True once the answer's headers are on their way."""
         return self.response is not None
+
+    def give_until(self, time: float) -> None:
+        """Breaks the connection where something written waits beyond a time of the loop's."""
+        self._ends_at = time
 
     async def start(self, status: int, headers: Headers, length: int | None) -> None:
         """Sends status and headers, framed by length or in chunks."""
@@ -63,10 +68,7 @@ class AiohttpStream:
         assert self.response is not None, "started first"
         if self._request.method == "HEAD":
             return
-        try:
-            await self.response.write(chunk)
-        except ConnectionError as exc:
-            raise ClientGoneError from exc
+        await self._within_time(self.response.write(chunk))
 
     def write_now(self, chunk: bytes) -> bool:
         """False: aiohttp writes in coroutines only."""
@@ -75,8 +77,15 @@ class AiohttpStream:
     async def end(self) -> None:
         """Ends the body properly."""
         assert self.response is not None, "started first"
+        await self._within_time(self.response.write_eof())
+
+    async def _within_time(self, written: Awaitable[None]) -> None:
         try:
-            await self.response.write_eof()
+            async with asyncio.timeout_at(self._ends_at):
+                await written
+        except TimeoutError:
+            self.abort()
+            raise ClientGoneError from None
         except ConnectionError as exc:
             raise ClientGoneError from exc
 
@@ -118,7 +127,7 @@ class Front:
             (name.decode("latin-1"), value.decode("utf-8", "surrogateescape")) for name, value in request.raw_headers
         )
         given = request.headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        request_id = given if _REQUEST_ID.fullmatch(given) else new_request_id()
         extra: Headers = (("x-request-id", request_id),)
         if self._is_draining():
             extra = (*extra, _CLOSE)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
@@ -23,6 +22,7 @@ from balancer.dialects.openai import OPENAI
 from balancer.errors import BalancerError, RequestError
 from balancer.gateway.accepting import Acceptor
 from balancer.gateway.lane import SLOW_S, Lanes
+from balancer.gateway.request_ids import new_request_id
 
 BACKLOG = 1024
 """Connections that may wait to be accepted."""
@@ -126,7 +126,7 @@ class _Protocol(web.RequestHandler):
         error = BalancerError("internal error")
         if status < 500:
             error = RequestError("this is no valid HTTP/1.1 request, or its head is too long")
-        request_id = secrets.token_hex(16)
+        request_id = new_request_id()
         # There may be no path to tell the dialect by.
         response = web.Response(
             status=status,

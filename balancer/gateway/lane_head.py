@@ -49,7 +49,7 @@ _LENGTH = re.compile(rb"\r\n[Cc][Oo][Nn][Tt][Ee][Nn][Tt]-[Ll][Ee][Nn][Gg][Tt][Hh
 
 
 class Head(msgspec.Struct, frozen=True, gc=False):
-    """A head that was read: the target in parts, headers in order, the body's length."""
+    """A head that was read: the target in parts, headers in order without Content-Length, the body's length."""
 
     path: str
     query: str
@@ -97,10 +97,12 @@ def read_head(data: bytes) -> Head | None:
     length = first.get("content-length", "")
     if not length.isdecimal() or len(length) > _LONGEST_LENGTH:
         return None
+    del first["content-length"]
+    kept = tuple([pair for pair in headers if pair[0].lower() != "content-length"])
     option = first.get("connection", "keep-alive").lower()
     if option not in ("keep-alive", "close"):
         return None
-    return Head(line[1], line[2] or "", tuple(headers), first, int(length), option == "close")
+    return Head(line[1], line[2] or "", kept, first, int(length), option == "close")
 
 
 class Repeat(msgspec.Struct, frozen=True, gc=False):
@@ -121,13 +123,9 @@ class Repeat(msgspec.Struct, frozen=True, gc=False):
         if end < 0 or not digits.isdigit() or not data.startswith(self.behind, end):
             return None
         head = self.head
-        length = digits.decode()
-        if length != head.first["content-length"]:
-            headers = tuple(
-                (name, length if name.lower() == "content-length" else value) for name, value in head.headers
-            )
-            first = head.first | {"content-length": length}
-            head = Head(head.path, head.query, headers, first, int(length), head.is_last)
+        length = int(digits)
+        if length != head.length:
+            head = Head(head.path, head.query, head.headers, head.first, length, head.is_last)
         return head, end + len(self.behind)
 
 

@@ -38,7 +38,19 @@ class Line(Protocol):
 class LaneStream:
     """One answer on a connection that stays usable if the answer was whole."""
 
-    __slots__ = ("_head", "_is_chunked", "_is_last", "_left", "_line", "_loop", "_request_id", "is_ended", "is_started")
+    __slots__ = (
+        "_ends_at",
+        "_head",
+        "_is_chunked",
+        "_is_last",
+        "_is_open",
+        "_left",
+        "_line",
+        "_loop",
+        "_request_id",
+        "is_ended",
+        "is_started",
+    )
 
     def __init__(self, line: Line, loop: asyncio.AbstractEventLoop, request_id: str, *, is_last: bool) -> None:
         """`is_last`: the connection is to be closed behind this answer, and the client told so."""
@@ -46,9 +58,11 @@ class LaneStream:
         self._loop = loop
         self._request_id = request_id
         self._is_last = is_last
+        self._ends_at: float | None = None
         self._head = b""
         self._is_chunked = False
         self._left = 0
+        self._is_open = False  # Started, and not ended: what is written then is this answer's.
         self.is_started = False
         self.is_ended = False
 
@@ -57,14 +71,20 @@ class LaneStream:
         """True if no other answer may follow on the connection."""
         return self._is_last or not self.is_ended
 
+    def give_until(self, time: float) -> None:
+        """Breaks the connection where something written waits beyond a time of the loop's."""
+        self._ends_at = time
+
     async def start(self, status: int, headers: Headers, length: int | None) -> None:
         """Keeps status and headers for the first part of the body; the loop's next turn sends them without one."""
+        if self.is_started:
+            raise RuntimeError("an answer starts once")
         self._transport()
         has_body = status not in _BODILESS
         self._is_chunked = has_body and length is None
         self._left = length or 0 if has_body else 0
         self._head = answer_head(status, headers, length, self._request_id, is_last=self._is_last)
-        self.is_started = True
+        self.is_started = self._is_open = True
         if self._is_chunked:
             self._loop.call_soon(self._flush)
 
@@ -72,10 +92,12 @@ class LaneStream:
         """Sends a part of the body; waits while the client's buffer is full."""
         while not self.write_now(chunk):
             self._transport()
-            await self._line.drained()
+            await self._drained()
 
     def write_now(self, chunk: bytes) -> bool:
         """Sends a part of the body at once; False where the client's buffer is full, or the client gone."""
+        if not self._is_open:
+            raise RuntimeError("a part of a body is written between the answer's start and its end")
         line = self._line
         transport = line.transport
         if line.is_held_up or transport is None or transport.is_closing():
@@ -97,6 +119,9 @@ class LaneStream:
     async def end(self) -> None:
         """Ends the body; one that is shorter than announced ends the connection with it."""
         transport = self._transport()
+        if not self._is_open:
+            raise RuntimeError("an answer ends once, after its start")
+        self._is_open = False
         if self._left:
             self.abort()
             return
@@ -106,12 +131,21 @@ class LaneStream:
             transport.write(last)
         self.is_ended = True
         if self._line.is_held_up:
-            await self._line.drained()
+            await self._drained()
 
     def abort(self) -> None:
-        """Breaks the connection."""
-        if self._line.transport is not None:
+        """Breaks the connection; behind the answer's end it is another answer's."""
+        if not self.is_ended and self._line.transport is not None:
             self._line.transport.abort()
+
+    async def _drained(self) -> None:
+        try:
+            async with asyncio.timeout_at(self._ends_at):
+                await self._line.drained()
+        except TimeoutError:
+            if self._line.transport is not None:
+                self._line.transport.abort()
+            raise ClientGoneError from None
 
     def _flush(self) -> None:
         transport = self._line.transport

@@ -61,6 +61,9 @@ class ClientStream(Protocol):
     def is_started(self) -> bool:
         """True once the answer's headers are on their way."""
 
+    def give_until(self, time: float) -> None:
+        """Breaks the connection, with ClientGoneError, where something written waits beyond a time of the loop's."""
+
     async def start(self, status: int, headers: Headers, length: int | None) -> None:
         """Sends status and headers; `length` is the body's, None when it is not known yet."""
 
@@ -78,12 +81,16 @@ class ClientStream(Protocol):
 
 
 class UpstreamRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What is sent upstream, and how long its parts may take. `proxy_url` is empty for a direct connection."""
+    """What is sent upstream, and how long its parts may take. `proxy_url` is empty for a direct connection.
+
+    `headers` may be the same object for many requests; those of this one alone are `more`.
+    """
 
     provider: str
     method: str
     url: str
     headers: Headers
+    more: Headers = ()
     body: bytes
     proxy_url: str
     timeouts: Timeouts

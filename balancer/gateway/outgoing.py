@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from balancer import bodies
+from balancer.dialects import Dialect, Headers
 from balancer.dialects.headers import request_headers
 from balancer.dialects.paths import Route, upstream_url
 from balancer.domain import Provider, is_secret_name
@@ -16,6 +17,7 @@ from balancer.gateway.masking import Mask
 from balancer.gateway.messages import ClientRequest, UpstreamRequest
 
 _URLS_KEPT = 64
+_HEADERS_KEPT = 64
 
 
 class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +38,8 @@ class _Account:
         self._resolved = (token, own, query)
         self._provider = provider
         self._urls: dict[tuple[str, str, str], str] = {}
+        self._headers: dict[tuple[Headers, str, bool], Headers] = {}
+        self._has_request_id = any(name.lower() == "x-request-id" for name in own)
         self.mask = Mask((token, *_secrets(own, provider.headers), *_secrets(query, provider.query)))
 
     def is_of(self, provider: Provider, token: str, own: dict[str, str], query: dict[str, str]) -> bool:
@@ -51,6 +55,18 @@ class _Account:
                 self._urls.clear()
             url = self._urls[key] = upstream_url(self._provider, path, model, query, self._resolved[2])
         return url
+
+    def headers(self, client: ClientRequest, dialect: Dialect, *, is_plain: bool) -> tuple[Headers, Headers]:
+        """What goes upstream, and of it what is this request's alone: most clients send the same again and again."""
+        key = (client.headers, dialect.name, is_plain)
+        kept = self._headers.get(key)
+        if kept is None:
+            if len(self._headers) >= _HEADERS_KEPT:
+                self._headers.clear()
+            token, own, _ = self._resolved
+            ours = dialect.credential_headers(self._provider, token, client.joined) | own
+            kept = self._headers[key] = request_headers(client.headers, ours, identity_only=is_plain)
+        return kept, () if self._has_request_id else (("x-request-id", client.request_id),)
 
 
 class Preparer:
@@ -120,12 +136,13 @@ class Preparer:
         account = self._accounts.get(provider.uuid)
         if account is None or not account.is_of(provider, token, own, query):
             account = self._accounts[provider.uuid] = _Account(provider, token, own, query)
-        ours = route.dialect.credential_headers(provider, token, request.joined) | own
+        headers, more = account.headers(request, route.dialect, is_plain=is_plain)
         outgoing = UpstreamRequest(
             provider=provider.name,
             method=request.method,
             url=account.url(route.path, service_id.partition(":")[2], request.query),
-            headers=request_headers(request.headers, ours, identity_only=is_plain, request_id=request.request_id),
+            headers=headers,
+            more=more,
             body=body,
             proxy_url=self._providers.proxy_url(provider),
             timeouts=provider.timeouts,

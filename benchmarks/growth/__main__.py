@@ -1,7 +1,7 @@
 """Measures how costs grow: `python -m benchmarks.growth [--quick] [--only NAME …] [--into FOLDER]`.
 
 Writes `growth.md` and its plots into the folder, and prints every bound; 0 only if all of them hold. GROWTH_QUICK=1 in
-the environment is `--quick`: two minutes instead of twenty, and smaller numbers.
+the environment is `--quick`: three minutes instead of a quarter of an hour, and smaller numbers.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -163,7 +164,7 @@ async def by_streams(url: str, sizes: Sizes) -> Part:
     found = (counted.requests, counted.input, counted.output, counted.in_flight, counted.reserved, counted.lost)
     wrong = sum(one != other for one, other in zip(found, right, strict=True))
     each = slope(points) / _KIB
-    types, lines, traced_bytes = await _composition(url)
+    types, files, lines, traced_bytes = await _composition(url)
     return Part(
         title="Streams that stay open",
         text=f"Each gets an event every {DRIP_S:g} s. RSS is that of one worker, {each:.1f} KiB a stream; of that "
@@ -180,6 +181,7 @@ async def by_streams(url: str, sizes: Sizes) -> Part:
                     for name, values in (("alone", alone), (f"beside {most} streams", crowded))
                 ),
             ),
+            Table(columns=("of one stream, by file", "bytes", "blocks"), rows=files),
             Table(columns=("of one stream, by line", "bytes", "blocks"), rows=lines),
             Table(columns=("of one stream, by type", "objects"), rows=types),
         ),
@@ -195,6 +197,11 @@ async def by_streams(url: str, sizes: Sizes) -> Part:
         verdicts=(
             Verdict(claim="a worker's memory for an open stream", figure=each, bound=64, unit="KiB"),
             Verdict(claim=f"of {len(answers)} streams, not ended properly", figure=len(answers) - proper, bound=0),
+            Verdict(
+                claim=f"of {len(answers)} open streams, not in flight by Redis",
+                figure=len(answers) - open_now.in_flight,
+                bound=0,
+            ),
             Verdict(claim="totals in Redis that differ from the upstream's books", figure=wrong, bound=0),
             Verdict(
                 claim=f"p99 of small requests beside {most} streams, less that without",
@@ -212,8 +219,8 @@ async def by_streams(url: str, sizes: Sizes) -> Part:
     )
 
 
-async def _composition(url: str) -> tuple[_Rows, _Rows, float]:
-    """What lies in an open stream: objects by type, memory by the line that asked for it, and that of all lines."""
+async def _composition(url: str) -> tuple[_Rows, _Rows, _Rows, float]:
+    """What lies in an open stream: objects by type, memory by the file and the line that asked for it, and the sum."""
     flush(url)
     async with Upstream.running() as upstream:
         await publish(url, a_document(upstream.url))
@@ -234,18 +241,28 @@ async def _composition(url: str) -> tuple[_Rows, _Rows, float]:
             for client in clients:
                 client.leave()
     types = tuple((name, f"{count / _TRACED_STREAMS:.1f}") for name, count in list(since.types.items())[:_SHOWN])
-    lines = tuple(
+    by_file: dict[str, tuple[int, int]] = {}
+    for place, (size, count) in since.lines.items():
+        file = place.partition(":")[0]
+        known = by_file.get(file, (0, 0))
+        by_file[file] = known[0] + size, known[1] + count
+    return types, _dearest(by_file), _dearest(since.lines), since.traced_bytes / _TRACED_STREAMS
+
+
+def _dearest(places: Mapping[str, tuple[int, int]]) -> _Rows:
+    """What a stream has of the most memory, with bytes and blocks."""
+    ordered = sorted(places.items(), key=lambda each: -each[1][0])
+    return tuple(
         (place, f"{size / _TRACED_STREAMS:.0f}", f"{count / _TRACED_STREAMS:.1f}")
-        for place, (size, count) in list(since.lines.items())[:_SHOWN]
+        for place, (size, count) in ordered[:_SHOWN]
         if size / _TRACED_STREAMS >= _LEAST_BYTES
     )
-    return types, lines, since.traced_bytes / _TRACED_STREAMS
 
 
 async def _at_rest(worker: Worker, files: int) -> None:
     """Returns once the connections that the worker keeps are closed, or after the time that it keeps them."""
     until = time.monotonic() + _KEPT_S
-    while (await worker.size()).fds > files and time.monotonic() < until:  # noqa: ASYNC110 - another process is waited for
+    while (await worker.size()).fds > files and time.monotonic() < until:  # noqa: ASYNC110 - another process
         await asyncio.sleep(1)
 
 

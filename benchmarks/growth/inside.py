@@ -55,7 +55,7 @@ class Since(msgspec.Struct, frozen=True, kw_only=True):
     types: dict[str, int]
     """How many objects more."""
     lines: dict[str, tuple[int, int]]
-    """Bytes and blocks more, by the line that asked for them, the most; empty unless memory is traced."""
+    """Bytes and blocks more, by the line that asked for them, the most first; empty unless memory is traced."""
     traced_bytes: int
     """The same of all lines."""
 
@@ -91,15 +91,16 @@ class Marks:
     def since(self) -> Since:
         """What has come."""
         gc.collect()
+        more = _types() - self._types
         lines: dict[str, tuple[int, int]] = {}
         traced_bytes = 0
         if self._lines:
-            differences = tracemalloc.take_snapshot().compare_to(self._lines, "lineno")
+            snapshot = tracemalloc.take_snapshot().filter_traces((tracemalloc.Filter(False, tracemalloc.__file__),))
+            differences = snapshot.compare_to(self._lines, "lineno")
             traced_bytes = sum(difference.size_diff for difference in differences)
-            for difference in differences[:_SHOWN]:
+            for difference in differences:
                 frame = difference.traceback[0]
                 lines[f"{_short(frame.filename)}:{frame.lineno}"] = (difference.size_diff, difference.count_diff)
-        more = _types() - self._types
         return Since(types=dict(more.most_common(_SHOWN)), lines=lines, traced_bytes=traced_bytes)
 
 
@@ -116,19 +117,31 @@ def _short(path: str) -> str:
 
 
 class Lines:
-    """Counts how often lines of the product run for requests."""
+    """Counts how often lines of the product run for requests, which it tells from what runs in the background."""
 
     def __init__(self) -> None:
+        self._handle = Handlers.handle
         self._counts: Counter[tuple[str, str, int]] = Counter()
 
     def begin(self) -> None:
         """Counts from zero on."""
         self._counts.clear()
+        handle = self._handle
+
+        async def marked(handlers: Handlers, request: ClientRequest, stream: ClientStream) -> None:
+            _is_request.set(True)
+            try:
+                await handle(handlers, request, stream)
+            finally:
+                _is_request.set(False)
+
+        Handlers.handle = marked  # type: ignore[assignment, method-assign]
         sys.settrace(self._trace)
 
     def end(self) -> dict[str, int]:
         """The counts by `file:function:line`; counts no more."""
         sys.settrace(None)
+        Handlers.handle = self._handle  # type: ignore[method-assign]
         return {f"{_short(name)}:{inner}:{line}": count for (name, inner, line), count in self._counts.items()}
 
     def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
@@ -144,26 +157,11 @@ class Lines:
         return self._of_frame
 
 
-def _mark_requests() -> None:
-    """Whatever runs for a request is told from what runs in the background."""
-    handle = Handlers.handle
-
-    async def marked(self: Handlers, request: ClientRequest, stream: ClientStream) -> None:
-        _is_request.set(True)
-        try:
-            await handle(self, request, stream)
-        finally:
-            _is_request.set(False)
-
-    Handlers.handle = marked  # type: ignore[method-assign]
-
-
 async def main(url: str, kept_s: float) -> None:
     """Serves until stdin ends."""
     settlement.KEPT_S = kept_s
     raise_open_files()
     log.configure("error")
-    _mark_requests()
     marks, lines = Marks(), Lines()
     with tempfile.TemporaryDirectory(prefix="growth-") as folder:
         # As the workers of `serve` have it: metrics in files that they share.

@@ -101,6 +101,7 @@ async def look(url: str, upstream: str, worker: Worker, case: Case, timed: int) 
         for i in range(_COUNTED):
             await client.ask(make(i))
         lines[kind] = {line: count / _COUNTED for line, count in (await worker.counted()).items()}
+        assert lines[kind], "no line was counted: requests are no longer handled by Handlers.handle"
     client.leave()
     return Seen(cpu_us=cpu_us, lines=lines)
 

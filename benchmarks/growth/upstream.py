@@ -17,8 +17,8 @@ from tests.actors import chunk
 HOLD = b"hold this stream"
 INPUT, OUTPUT = 11, 7
 DRIP_S = 3.0
-_TICK_S = 0.1
-_AT_ONCE = 200
+_TICK_S = 0.02
+_AT_ONCE = 40
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 _WORD = chunk(

@@ -16,7 +16,7 @@ from benchmarks.growth.path import Case, Seen, compared, linear
 from benchmarks.growth.processes import Worker, a_document, publish
 from tests import servers
 
-SIZES = scripts.Sizes(services=(2, 4), rules=(2, 4), pins=(10, 20), pools=(1, 2), holdings=(5, 700), calls=4, rounds=2)
+SIZES = scripts.Sizes(services=(2, 4), rules=(2, 4), pins=(10, 20), pools=(1, 2), holdings=(5, 700), calls=4)
 
 # -- figures -----------------------------------------------------------------------------------------------------------
 

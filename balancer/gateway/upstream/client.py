@@ -11,7 +11,7 @@ from balancer.gateway.upstream.answer import Answer
 from balancer.gateway.upstream.connection import Connection
 from balancer.gateway.upstream.dialing import Dialer
 from balancer.gateway.upstream.pool import Pool
-from balancer.gateway.upstream.request import Origin, Targets, head_of
+from balancer.gateway.upstream.request import Heads, Origin, Targets
 from balancer.gateway.upstream.socks import SocksUpstream
 from balancer.gateway.upstream.tls import client_context
 from balancer.gateway.upstream.tunnel import ProxyRefusedError
@@ -29,6 +29,7 @@ class UpstreamClient:
         self._tls = client_context(ca_file)
         self._dialer = Dialer(self._tls)
         self._targets = Targets()
+        self._heads = Heads()
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._pools: dict[Origin, Pool] = {}
         self._connections: set[Connection] = set()
@@ -41,7 +42,7 @@ class UpstreamClient:
         if request.proxy_url.startswith("socks"):
             return await self._socks.send(request)
         target = self._targets.of(request.url, request.proxy_url)
-        head = head_of(request, target)
+        head = self._heads.of(request, target)
         pool = self._pools.get(target.origin) or self._new_pool(target.origin)
         answer = Answer(request, pool.loop, pool.loop.time())
         connection, is_new = pool.take(), False
@@ -62,6 +63,7 @@ class UpstreamClient:
     async def close(self) -> None:
         """Closes all connections."""
         self._is_closed = True
+        self._dialer.close()
         for pool in self._pools.values():
             pool.close(_CLOSING)
         for connection in tuple(self._connections):

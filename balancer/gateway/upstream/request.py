@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import base64
 import re
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+import yarl
+
+from balancer.dialects import Headers
 from balancer.errors import UpstreamError
 from balancer.gateway.messages import UpstreamRequest
 
 _KEPT = 1024
+_HEADS_KEPT = 256
 _PORTS = {"http": 80, "https": 443}
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _WITH_LENGTH = frozenset({"POST", "PUT", "PATCH"})
@@ -75,7 +79,9 @@ def _parsed(url: str, proxy_url: str) -> Target:
         raise UpstreamError("the upstream's URL holds white space or control characters: it cannot be requested")
     try:
         parts = urlsplit(url)
-        host = (parts.hostname or "").encode("ascii" if url.isascii() else "idna").decode("ascii")
+        host = parts.hostname or ""
+        if not host.isascii():
+            host = yarl.URL(url).raw_host or ""  # IDNA 2008; Python's own codec makes another host of some.
         port = parts.port
     except ValueError as exc:  # Among them UnicodeError.
         raise UpstreamError("the upstream's URL has no valid host and port") from exc
@@ -108,15 +114,48 @@ _starts: dict[str, str] = {}
 """How a header's line begins, by its name as it was given; empty for those that are not passed on."""
 
 
-def head_of(request: UpstreamRequest, target: Target) -> bytes:
-    """The request's first line and its headers. Raises UpstreamError that names the header which cannot be sent."""
+class Heads:
+    """Heads of requests; the part that many have in common is kept."""
+
+    def __init__(self) -> None:
+        # By the headers' identity, which is theirs as long as they are held here.
+        self._kept: dict[int, tuple[Headers, Target, str, bytes]] = {}
+
+    def of(self, request: UpstreamRequest, target: Target) -> bytes:
+        """The request's head. Raises UpstreamError that names the header which cannot be sent."""
+        if not request.more:
+            return _head_of(request, target, request.headers) + _end_of(request, ())
+        headers, method = request.headers, request.method
+        kept = self._kept.get(id(headers))
+        if kept is not None and kept[0] is headers and kept[1] is target and kept[2] == method:
+            return kept[3] + _end_of(request, request.more)
+        head = _head_of(request, target, headers)
+        if len(self._kept) >= _HEADS_KEPT:
+            self._kept.clear()
+        self._kept[id(headers)] = headers, target, method, head
+        return head + _end_of(request, request.more)
+
+
+def _end_of(request: UpstreamRequest, headers: Headers) -> bytes:
+    """The lines that stand in no other request's head, and the empty one."""
+    text = "".join([f"{name}: {value}\r\n" for name, value in headers])
+    _check(request, headers, text, len(headers))
+    if request.body or request.method in _WITH_LENGTH:
+        text = f"{text}Content-Length: {len(request.body)}\r\n\r\n"
+    else:
+        text = f"{text}\r\n"
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _head_of(request: UpstreamRequest, target: Target, headers: Headers) -> bytes:
+    """The first line, and those of these headers."""
     method = request.method
     if method not in _METHODS and not _TOKEN.fullmatch(method):
         raise UpstreamError("the request's method is none")
     parts = [method, target.line, target.host, target.proxy_lines]
     lines = 3 if target.proxy_lines else 2
     starts = _starts
-    for name, value in request.headers:
+    for name, value in headers:
         start = starts.get(name)
         if start is None:
             start = _start_of(name)
@@ -126,13 +165,8 @@ def head_of(request: UpstreamRequest, target: Target) -> bytes:
             if start == "Host: ":
                 lines -= bool(parts[2])
                 parts[2] = ""
-    if request.body or method in _WITH_LENGTH:
-        parts.append(f"Content-Length: {len(request.body)}\r\n")
-        lines += 1
-    parts.append("\r\n")
     text = "".join(parts)
-    if text.count("\n") != lines + 1 or text.count("\r") != lines + 1 or "\0" in text:
-        _refuse(request)
+    _check(request, headers, text, lines)
     return text.encode("utf-8", "surrogateescape")
 
 
@@ -146,8 +180,11 @@ def _start_of(name: str) -> str:
     return start
 
 
-def _refuse(request: UpstreamRequest) -> NoReturn:
-    for name, value in request.headers:
+def _check(request: UpstreamRequest, headers: Headers, text: str, lines: int) -> None:
+    """Raises UpstreamError for text that has other lines than those that were meant."""
+    if text.count("\n") == lines and text.count("\r") == lines and "\0" not in text:
+        return
+    for name, value in headers:
         if any(sign in value for sign in "\r\n\0"):
             raise UpstreamError(
                 f"the header {name!r} for {request.provider} holds a line break or NUL and is not sent; "

@@ -145,7 +145,7 @@ class SocksUpstream:
                 response = await self._session(request.proxy_url).request(
                     request.method,
                     yarl.URL(request.url, encoded=True),
-                    headers=request.headers,
+                    headers=(*request.headers, *request.more),
                     data=io.BytesIO(request.body) if len(request.body) > _LARGE_BYTES else request.body or None,
                     allow_redirects=False,
                     timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s),
