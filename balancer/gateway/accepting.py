@@ -36,6 +36,8 @@ class Acceptor:
         self._connecting: set[asyncio.Task[None]] = set()
         self._retry: asyncio.TimerHandle | None = None
         listener.setblocking(False)
+        # Connections inherit it.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         listener.listen(backlog)
         self._loop.add_reader(listener, self._accept)
 

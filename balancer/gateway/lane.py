@@ -285,16 +285,22 @@ class Lane(asyncio.BufferedProtocol):
             transport.close()
         else:
             self.since = self._lanes.now
-            if self._is_reading_paused:
-                self._is_reading_paused = False
-                transport.resume_reading()
             if self._waiting:
                 self._take_head(self._waiting)
+            # Not as long as enough is there for the next ones: what is let in with every answer would add up.
+            if len(self._waiting) <= _WAITING_BYTES:
+                self._resume_reading()
+
+    def _resume_reading(self) -> None:
+        if self._is_reading_paused and self.transport is not None:
+            self._is_reading_paused = False
+            self.transport.resume_reading()
 
     def _hand_over(self, data: bytes) -> None:
         """Gives the connection, and what came of the request, to the other front."""
         transport = self.transport
         assert transport is not None, "open"
+        self._resume_reading()
         self.transport = None
         self._waiting = b""
         self._lanes.open.discard(self)
@@ -310,7 +316,8 @@ class Lane(asyncio.BufferedProtocol):
     async def drained(self) -> None:
         """Returns when the client's buffer has room, or the connection is lost."""
         if self.is_held_up and self.transport is not None:
-            self._drained = self._lanes.loop.create_future()
+            if self._drained is None or self._drained.done():
+                self._drained = self._lanes.loop.create_future()
             await self._drained
 
     def forget(self) -> None:

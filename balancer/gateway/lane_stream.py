@@ -43,6 +43,7 @@ class LaneStream:
         "_head",
         "_is_chunked",
         "_is_last",
+        "_is_open",
         "_left",
         "_line",
         "_loop",
@@ -61,6 +62,7 @@ class LaneStream:
         self._head = b""
         self._is_chunked = False
         self._left = 0
+        self._is_open = False  # Started, and not ended: what is written then is this answer's.
         self.is_started = False
         self.is_ended = False
 
@@ -75,12 +77,14 @@ class LaneStream:
 
     async def start(self, status: int, headers: Headers, length: int | None) -> None:
         """Keeps status and headers for the first part of the body; the loop's next turn sends them without one."""
+        if self.is_started:
+            raise RuntimeError("an answer starts once")
         self._transport()
         has_body = status not in _BODILESS
         self._is_chunked = has_body and length is None
         self._left = length or 0 if has_body else 0
         self._head = answer_head(status, headers, length, self._request_id, is_last=self._is_last)
-        self.is_started = True
+        self.is_started = self._is_open = True
         if self._is_chunked:
             self._loop.call_soon(self._flush)
 
@@ -92,6 +96,8 @@ class LaneStream:
 
     def write_now(self, chunk: bytes) -> bool:
         """Sends a part of the body at once; False where the client's buffer is full, or the client gone."""
+        if not self._is_open:
+            raise RuntimeError("a part of a body is written between the answer's start and its end")
         line = self._line
         transport = line.transport
         if line.is_held_up or transport is None or transport.is_closing():
@@ -113,6 +119,9 @@ class LaneStream:
     async def end(self) -> None:
         """Ends the body; one that is shorter than announced ends the connection with it."""
         transport = self._transport()
+        if not self._is_open:
+            raise RuntimeError("an answer ends once, after its start")
+        self._is_open = False
         if self._left:
             self.abort()
             return
@@ -125,8 +134,8 @@ class LaneStream:
             await self._drained()
 
     def abort(self) -> None:
-        """Breaks the connection."""
-        if self._line.transport is not None:
+        """Breaks the connection; behind the answer's end it is another answer's."""
+        if not self.is_ended and self._line.transport is not None:
             self._line.transport.abort()
 
     async def _drained(self) -> None:
@@ -134,7 +143,8 @@ class LaneStream:
             async with asyncio.timeout_at(self._ends_at):
                 await self._line.drained()
         except TimeoutError:
-            self.abort()
+            if self._line.transport is not None:
+                self._line.transport.abort()
             raise ClientGoneError from None
 
     def _flush(self) -> None:

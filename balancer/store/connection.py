@@ -264,9 +264,10 @@ class Link:
         Once somebody has waited in vain, it is not before a command is answered in time: of a server that is merely
         slow every request would wait in vain.
         """
-        if not self.is_connected or self._is_late:
+        if self._wire is None or self._leaving is not None or self._is_late:
             return False
-        return not self._waiting or time.monotonic() - self._waiting[0][1] < self._deadline_s
+        waiting = self._waiting
+        return not waiting or time.monotonic() - waiting[0][1] < self._deadline_s
 
     @property
     def is_idle(self) -> bool:

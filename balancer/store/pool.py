@@ -112,6 +112,7 @@ class PoolClient:
         """All that were asked, in that order, until they are answered and the next look at the deadlines."""
         self._deadline: asyncio.TimerHandle | None = None
         self._flush_scheduled = False
+        self._then: list[Callable[[], None]] = []
         self._retry: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._given_up: set[asyncio.Task[None]] = set()
@@ -208,7 +209,8 @@ class PoolClient:
         self._waiting.append(asked)
         if self._deadline is None:
             self._deadline = loop.call_at(asked.until, self._end_waiting)
-        self._flush_soon()
+        if not self._flush_scheduled:
+            self._flush_soon(is_alone=not self.local.in_flight)
         try:
             answer = await asked.future
         except asyncio.CancelledError:
@@ -242,10 +244,11 @@ class PoolClient:
         if waiting:
             self._deadline = loop.call_at(waiting[0].until, self._end_waiting)
 
-    def settle(self, entry: Entry) -> None:
-        """Queues an entry; it is written with the other commands of this tick."""
+    def settle(self, entry: Entry, *, is_alone: bool = False) -> None:
+        """Queues an entry; it is written with the other commands of this tick, at once where there will be none."""
         self.outbox.add(entry)
-        self._flush_soon()
+        if not self._flush_scheduled:
+            self._flush_soon(is_alone=is_alone)
         if self._spiller is None and self.outbox.is_full and time.monotonic() - self._full_warned_at > _WARN_S:
             self._full_warned_at = time.monotonic()
             log.warning(
@@ -264,10 +267,15 @@ class PoolClient:
         if self._flush_scheduled:
             await asyncio.sleep(0)
 
-    def flush_now(self) -> None:
-        """Writes what is queued to the socket, for whoever cannot wait for the end of this turn of the loop."""
+    def when_flushed(self, then: Callable[[], None]) -> None:
+        """Calls `then` once all that was queued before is written to the socket: at once, or with this tick's write.
+
+        As `flushed`, for a callback, without a task's turn.
+        """
         if self._flush_scheduled:
-            self._flush()
+            self._then.append(then)
+        else:
+            then()
 
     async def acknowledged(self, timeout_s: float) -> bool:
         """Waits until everything settled so far is applied, at most that long; True if it is."""
@@ -281,20 +289,17 @@ class PoolClient:
         return True
 
     def _abandon(self, selection: Selection) -> None:
-        self._schedule_flush()  # Who is given up is rarely the only one.
         self.settle(Entry(number=selection.number, service="", outcome=Outcome.ABANDONED))
 
-    def _flush_soon(self) -> None:
-        """Writes with the other commands of this tick; at once where none is to be expected.
+    def _flush_soon(self, *, is_alone: bool) -> None:
+        """Writes with the other commands of this tick; at once for a worker that has nothing else under way.
 
-        A worker that has nothing else under way would only pay for a turn of its loop.
+        That would only pay for another turn of its loop.
         """
-        if self._flush_scheduled:
-            return
-        if self.local.in_flight or not self._link.is_idle:
-            self._schedule_flush()
-        else:
+        if is_alone and self._link.is_idle:
             self._flush()
+        else:
+            self._schedule_flush()
 
     def _schedule_flush(self) -> None:
         if not self._flush_scheduled:
@@ -303,6 +308,16 @@ class PoolClient:
 
     def _flush(self) -> None:
         self._flush_scheduled = False
+        self._write()
+        if self._then:
+            waiting, self._then = self._then, []
+            for then in waiting:
+                try:
+                    then()
+                except Exception as exc:  # noqa: BLE001  whose it is, the others are no part of it
+                    log.error("what waited for a settle to be written has failed", exc=exc, pool=self.pool)
+
+    def _write(self) -> None:
         if self._link.is_connected and self._retry is None:
             for batch in self.outbox.take():
                 self._send_batch(batch)

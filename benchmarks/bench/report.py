@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.bench import features, figures, ours, plots
-from benchmarks.bench.about import About
+from benchmarks.bench.about import header
 from benchmarks.bench.contestants import Missing
 from benchmarks.bench.figures import Figures
 from benchmarks.bench.measuring import AGENT, SMALL, SMALL_1, SMALL_256, STREAM, Phase
@@ -80,6 +80,7 @@ def contestants_table(found: Figures, missing: Sequence[Missing]) -> str:
         ("44 KB: req/s", value(AGENT, figures.per_s)),
         ("44 KB: CPU µs", value(AGENT, figures.cpu_us)),
         ("RSS MiB", value(SMALL_256, figures.memory_mib)),
+        ("core busy", value(SMALL, lambda row: row.cores, 2)),
         ("wrong", lambda name: str(found.wrong(name))),
     ]
     return _table_of(found, columns, missing)
@@ -117,20 +118,6 @@ def _table_of(found: Figures, columns: Sequence[Column], missing: Sequence[Missi
     rows = [[name, *(cell(name) for _, cell in columns)] for name in found.contestants]
     rows += [[each.name, "not measured", *[NOTHING] * (len(columns) - 1)] for each in missing]
     return table(["contestant", *(head for head, _ in columns)], rows)
-
-
-def header(info: About) -> str:
-    """What stands above the tables."""
-    versions = ", ".join(f"{name} {version}" for name, version in info.versions.items())
-    return "\n".join(
-        [
-            f"Measured {info.date}, commit {info.commit}, with `{info.command}`.",
-            "",
-            f"Machine: {info.machine}. The contestant has core 0; accounts, Redis and load share core 1.",
-            "",
-            f"Versions: {versions}.",
-        ]
-    )
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------------

@@ -29,6 +29,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     phases: tuple[Phase, ...]
 
+    @property
+    def told(self) -> str:
+        """It in words."""
+        return f"{self.rounds} rounds, {self.seconds:g} s a phase after its warm-up"
+
 
 class Field:
     """The contestants that are ready, each with its process."""

@@ -1,4 +1,6 @@
-"""Measures client libraries: `python -m benchmarks.clients [--only NAME,…] [--rounds N] [--seconds S] [--json FILE]`.
+"""Measures client libraries: `python -m benchmarks.clients`, or `make bench-clients`.
+
+`[--only NAME,…] [--loop LOOP] [--rounds N] [--seconds S] [--results FOLDER]`
 
 Each sends requests, 32 at a time, from a process of its own on the contestants' core to the bench's accounts on the
 other; CPU is that process's, threads of a Rust runtime included. The libraries are taken from the peers' folder
@@ -16,12 +18,16 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.bench import site
+from benchmarks.bench import about, peers, site
 from benchmarks.bench.processes import CONTESTANT_CORE, on_core
 from benchmarks.bench.site import ROOT, Site, peers_folder
 from benchmarks.bench.tables import number, table
 from benchmarks.clients.adapters import ADAPTERS
 
+_METHOD = """\
+Each library sends from a process of its own, 32 requests at a time, to an account that answers at once or streams 51
+events 1 ms apart. CPU is that of the process with all its threads. `in parts`: in how many pieces a stream is handed
+over; some give each chunk of the transfer coding, others what a read has brought."""
 _OWN = ("ours", "aiohttp")
 _PATIENCE_S = 60.0
 
@@ -42,14 +48,14 @@ def python_of(name: str) -> Path:
     return Path(sys.executable) if name in _OWN else peers_folder() / "venv-clients" / "bin" / "python"
 
 
-def measure(place: Site, name: str, seconds: float) -> Row | str:
+def measure(place: Site, name: str, loop: str, seconds: float) -> Row | str:
     """A row, or why there is none."""
     python = python_of(name)
     if not python.exists():
         return "not installed: make bench-peers"
     url = f"{place.upstreams[0]}/v1/chat/completions"
     files = [str(place.bodies["small"]), str(place.bodies["small_stream"])]
-    command = [str(python), "-m", "benchmarks.clients.worker", name, url, *files, str(seconds)]
+    command = [str(python), "-m", "benchmarks.clients.worker", loop, name, url, *files, str(seconds)]
     with on_core(CONTESTANT_CORE):
         process = subprocess.Popen(
             command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -106,15 +112,22 @@ def main(options: argparse.Namespace) -> int:
             for name in names[first:] + names[:first]:
                 if name in faults:
                     continue
-                found = measure(place, name, options.seconds)
+                found = measure(place, name, options.loop, options.seconds)
                 if isinstance(found, Row):
                     rows.setdefault(name, []).append(found)
                 else:
                     faults[name] = found
             print(f"round {round_ + 1} of {options.rounds} is done", file=sys.stderr, flush=True)
-    print(report(rows, faults))
-    if options.json:
-        Path(options.json).write_bytes(msgspec.json.format(msgspec.json.encode(rows)) + b"\n")
+    plan = f"{options.rounds} rounds, {options.seconds:g} s for requests and as long for streams, on {options.loop}"
+    versions = about.installed("venv-clients", (each.partition("==")[0] for each in peers.CLIENTS))
+    info = about.of_this_run("benchmarks.clients", sys.argv[1:], plan, versions)
+    text = "\n\n".join(["# HTTP client libraries", about.header(info), report(rows, faults), _METHOD])
+    print(text)
+    folder = Path(options.results) if options.results else None if options.only else site.RESULTS
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "clients.md").write_text(text + "\n", encoding="utf-8")
+        (folder / "clients.json").write_bytes(msgspec.json.format(msgspec.json.encode(rows)) + b"\n")
     return 0
 
 
@@ -127,7 +140,8 @@ if __name__ == "__main__":
     parser.add_argument("--only", default="", help=", ".join(ADAPTERS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.5)
-    parser.add_argument("--json", default="", help="file for the rows")
+    parser.add_argument("--loop", choices=("asyncio", "uvloop"), default="asyncio", help="that the clients run on")
+    parser.add_argument("--results", default="", help="folder for the table and the rows")
     signal.signal(signal.SIGTERM, _end)
     try:
         sys.exit(main(parser.parse_args()))

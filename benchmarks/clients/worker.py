@@ -1,4 +1,4 @@
-"""One client library at work: `python -m benchmarks.clients.worker NAME URL SMALL_BODY STREAM_BODY SECONDS`.
+"""One client library at work: `python -m benchmarks.clients.worker LOOP NAME URL SMALL_BODY STREAM_BODY SECONDS`.
 
 Prints one line of JSON. Imports nothing but the library: it may run where nothing else of ours is installed.
 """
@@ -6,6 +6,7 @@ Prints one line of JSON. Imports nothing but the library: it may run where nothi
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import re
@@ -83,8 +84,10 @@ def _memory_mib() -> float:
 
 
 if __name__ == "__main__":
-    name, url, *files, seconds = sys.argv[1:]
-    bodies = [Path(file).read_bytes() for file in files]
-    print(json.dumps(asyncio.run(main(name, url, bodies[0], bodies[1], float(seconds)))), flush=True)
-    # Some libraries keep threads that would hold up the end.
-    os._exit(0)
+    loop, name, url, *files, seconds = sys.argv[1:]
+    small, stream = (Path(file).read_bytes() for file in files)
+    factory = importlib.import_module("uvloop").new_event_loop if loop == "uvloop" else asyncio.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        print(json.dumps(runner.run(main(name, url, small, stream, float(seconds)))), flush=True)
+        # Some libraries keep threads that would hold up the end.
+        os._exit(0)

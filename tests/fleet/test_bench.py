@@ -26,7 +26,15 @@ from benchmarks.clients.__main__ import report as clients_report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 UPSTREAMS = ["http://127.0.0.1:1", "http://127.0.0.1:2", "http://127.0.0.1:3"]
-ABOUT = About(plan="2 rounds", date="now", commit="c0ffee", command="bench", machine="a machine", versions={"x": "1"})
+ABOUT = About(
+    plan="2 rounds",
+    date="now",
+    commit="c0ffee",
+    command="bench",
+    machine="a machine",
+    load_average=0.1,
+    versions={"x": "1"},
+)
 
 
 def a_row(contestant: str, cpu_us: float, round_: int = 0, phase: Phase = SMALL, **load: float | str) -> Row:

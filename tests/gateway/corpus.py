@@ -495,6 +495,16 @@ def _headers() -> Iterator[tuple[str, Case]]:
     yield "120 headers", served(sized(*(b"X-%d: y" % i for i in range(120))))
     yield "200 headers", refused(sized(*(b"X-%d: y" % i for i in range(200))))
     yield "a value of 8 kB", served(sized(b"X-A: " + b"y" * 8000))
+    # The lane reads heads of 8192 bytes and 64 headers; aiohttp lines of 8190 bytes and 128 headers.
+    for size in (8190, 8191):
+        fate = served if size == 8190 else refused
+        yield f"a value of {size} bytes", fate(sized(b"X-A: " + b"y" * size))
+    for size in range(8189, 8195):
+        rest = size - len(sized(b"X-A: ", b"X-B: ", body=b""))
+        yield f"a head of about {size} bytes", served(sized(b"X-A: " + b"y" * 4000, b"X-B: " + b"y" * (rest - 4000)))
+    for count in (63, 64, 65, 128, 129):
+        fate = served if count <= 128 else refused
+        yield f"{count} headers", fate(sized(*(b"X-%d: y" % number for number in range(count - 3))))
     yield "a value of 9 kB", refused(sized(b"X-A: " + b"y" * 9000))
     yield "a name of 9 kB", refused(sized(b"X" * 9000 + b": y"))
     yield "a head that never ends", refused(b"POST " + CHAT + b" HTTP/1.1\r\nX-A: " + b"y" * 300_000)

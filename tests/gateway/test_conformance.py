@@ -682,6 +682,7 @@ RESERVED = frozenset({"connection", "content-length", "transfer-encoding", "upgr
 NAMES = st.from_regex(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,12}", fullmatch=True).filter(lambda it: it.lower() not in RESERVED)
 VALUES = st.from_regex(r"([!-~é]([ -~\t]{0,20}[!-~])?)?", fullmatch=True)
 EXTENSIONS = st.sampled_from((b"", b";a", b";a=b", b';a="b;\\"c"', b";a=b;c"))
+MUTATIONS = (b"", b"\r", b"\n", b"\r\n", b"\x00", b" ", b":", b"0", b"9", b"f", b";", b",", b"\xff")
 INTERIMS = st.sampled_from((EARLY, HINTS, b"HTTP/1.1 102 Processing\r\nX-A: b\r\n\r\n"))
 
 

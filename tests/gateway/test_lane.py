@@ -133,8 +133,10 @@ async def test_usual_requests_are_served_in_the_lane(case: str) -> None:
         for count in (1, 2):
             line.transport.write(OURS[case])
             await eventually_answered(line, count)
-            assert len(door.lanes.open) == 1
+            (lane,) = door.lanes.open
             assert door.server.connections == []
+            assert lane.transport is not None
+            assert lane.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
 async def test_requests_of_one_client_differ_in_their_bodies_and_sometimes_in_their_heads() -> None:
@@ -344,6 +346,30 @@ async def test_the_head_waits_for_the_first_part_of_a_body_but_not_for_long() ->
         await line.until(b"1\r\na\r\n0\r\n\r\n")
 
 
+async def test_nothing_is_written_before_an_answer_s_start_or_behind_its_end() -> None:
+    faults = []
+
+    async def handle(_: ClientRequest, stream: ClientStream) -> None:
+        for step in ("before", "in it", "behind"):
+            if step == "in it":
+                await stream.start(200, (), None)
+                await stream.write(b"a")
+                with pytest.raises(RuntimeError):
+                    await stream.start(200, (), None)
+                await stream.end()
+                continue
+            for way in (stream.write(b"x"), stream.end()):
+                with pytest.raises(RuntimeError):
+                    await way
+                faults.append(step)
+        stream.abort()
+
+    async with opened(handle) as door:
+        answers = await door.ask(a_post() + a_post(b"last", b"Connection: close"))
+    assert [answer.body for answer in answers] == [b"a", b"a"]
+    assert faults == ["before", "before", "behind", "behind"] * 2
+
+
 async def test_an_answer_that_is_shorter_than_announced_ends_its_connection() -> None:
     async def handle(_: ClientRequest, stream: ClientStream) -> None:
         await stream.start(200, (), 5)
@@ -352,6 +378,21 @@ async def test_an_answer_that_is_shorter_than_announced_ends_its_connection() ->
 
     async with opened(handle) as door:
         assert len(await door.ask(a_post() + a_post())) <= 1
+
+
+@pytest.mark.parametrize("has_lane", [True, False])
+async def test_what_is_more_than_announced_is_not_sent(has_lane: bool) -> None:
+    """It would be read as the next answer."""
+
+    async def handle(_: ClientRequest, stream: ClientStream) -> None:
+        await stream.start(200, (), 2)
+        await stream.write(b"{}HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        await stream.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        await stream.end()
+
+    async with opened(handle, has_lane=has_lane) as door:
+        answers = await door.ask(a_post() + a_post(b"{}", b"Connection: close"))
+        assert [answer.body for answer in answers] == [b"{}", b"{}"]
 
 
 @pytest.mark.parametrize("has_lane", [True, False])
@@ -422,7 +463,7 @@ async def test_a_client_that_leaves_cancels_its_request_at_once(way: str, is_sta
         async with asyncio.timeout(5):
             await cancelled.wait()
         (stream,) = streams
-        assert not stream.write_now(b"b")
+        assert not (is_started and stream.write_now(b"b"))
         with pytest.raises(ClientGoneError):
             await (stream.write(b"b") if is_started else stream.start(200, (), None))
 

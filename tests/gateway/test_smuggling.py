@@ -25,12 +25,16 @@ from tests.store.conftest import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-DELIVERIES = ("whole", "bytes", "cuts")
+DELIVERIES = ("whole", "bytes", "cuts", "again")
+"""At last behind two usual requests with much the same head, which a front may then know by its bytes."""
 _BYTES_WHOLE = 3000
 """A request beyond it comes in pieces of a prime number of bytes instead of single ones."""
 _PIECE_BYTES = 997
 _SOON_S = 0.02
 """Most connections are closed by then, and others need not be served to see it."""
+
+
+_USUAL = corpus.a_request(corpus.LENGTH, body=corpus.body_of("usual"))
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -50,15 +54,21 @@ class Fronts:
         self.gateways = gateways
         self.answers: list[wire.Answer] = []
 
-    async def ask(self, front: str, *pieces: bytes, closes: bool = False, patience_s: float = wire.PATIENCE_S) -> Seen:
+    async def ask(self, front: str, *pieces: bytes, closes: bool = False, again: bool = False) -> Seen:
         """Sends the pieces one by one; with `closes` the client closes its side once nothing more comes.
 
-        That is: while two other clients were served one after the other.
+        That is: while two other clients were served one after the other. With `again` two requests were answered on
+        the connection before.
         """
         upstream, url = self.upstream, self.gateways[front].url
         upstream.sent.clear()
         upstream.faults.clear()
         async with wire.a_line(url) as line:
+            if again:
+                for _ in range(2):
+                    await line.send(_USUAL)
+                    await line.until(OPENAI_JSON)
+                    line.held.clear()
             await line.send(*pieces)
             if closes:
                 held = -1
@@ -68,9 +78,9 @@ class Fronts:
                     await self._witness(url)
                 if not line.closed.done():
                     line.transport.write_eof()
-            is_closed = await line.until_closed(patience_s)
+            is_closed = await line.until_closed()
             self.answers = wire.answers_in(bytes(line.held))
-        sent = tuple(name for name in map(_name, upstream.sent) if name != "witness")
+        sent = tuple(name for name in map(_name, upstream.sent) if name not in ("usual", "witness"))
         return Seen(tuple(answer.status for answer in self.answers), sent, is_closed, tuple(upstream.faults))
 
     async def _witness(self, url: str) -> None:
@@ -186,13 +196,15 @@ async def test_a_request_has_one_reading_and_both_fronts_have_it(
     for delivery in DELIVERIES:
         shapes = {}
         for front in FRONTS:
-            seen = await fronts.ask(front, *_pieces(case, delivery), closes=case.is_unfinished)
+            pieces = _pieces(case, delivery)
+            seen = await fronts.ask(front, *pieces, closes=case.is_unfinished, again=delivery == "again")
             assert seen in _allowed(case, delivery), (front, delivery)
             for answer in fronts.answers:
                 assert answer.is_whole
                 if answer.status >= 400:
                     _assert_error(answer)
-            shapes[front] = seen, list(map(_shape, fronts.answers)), list(map(_sent_shape, fronts.upstream.sent))
+            sent = [_sent_shape(sent) for sent in fronts.upstream.sent if b"usual" not in sent.body]
+            shapes[front] = seen, list(map(_shape, fronts.answers)), sent
         # The same answers, and the same requests, have the same headers, whoever gives them.
         assert shapes["lane"][0] != shapes["aiohttp"][0] or shapes["lane"] == shapes["aiohttp"]
     assert troubles(log) == []

@@ -151,16 +151,16 @@ async def a_line(url: str, tls: ssl.SSLContext | None = None) -> AsyncIterator[L
 
 
 def in_pieces(data: bytes, delivery: str) -> list[bytes]:
-    """The same bytes as `whole`, as single `bytes`, or in `cuts` at random places, always the same ones."""
+    """The same bytes whole, as single `bytes`, or in `cuts` at random places, always the same ones."""
     match delivery:
-        case "whole":
-            return [data]
         case "bytes":
             return [data[at : at + 1] for at in range(len(data))]
-        case _:
+        case "cuts":
             rng = random.Random(data)
             places = sorted({0, len(data), *(rng.randrange(len(data)) for _ in range(4))})
             return [data[start:end] for start, end in itertools.pairwise(places)]
+        case _:
+            return [data]
 
 
 # -- an upstream -------------------------------------------------------------------------------------------------------

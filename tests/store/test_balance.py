@@ -114,6 +114,33 @@ async def test_three_workers_at_once_pick_as_one_process_would(start: Start, con
     assert (verdict.violations, verdict.picks) == ([], 120)
 
 
+async def test_a_settle_is_written_at_once_where_nothing_else_is_under_way(start: Start) -> None:
+    (balance,) = await started(start, a_configuration(a_rule(lb_tactic=RoundRobin())))
+    first, second, third = await asyncio.gather(*(pick(balance) for _ in range(3)))
+    balance.settle(first, Outcome.SUCCESS, None)
+    assert not balance.is_flushed("default")  # Others may end in this turn of the loop, too.
+    await balance.flushed("default")
+    assert balance.is_flushed("default")
+    balance.settle(second, Outcome.SUCCESS, None)
+    told: list[str] = []
+
+    def stumble() -> None:
+        raise ZeroDivisionError
+
+    balance.when_flushed("default", stumble)
+    balance.when_flushed("default", lambda: told.append("written" if balance.is_flushed("default") else "too early"))
+    assert told == []
+    await balance.flushed("default")
+    assert told == ["written"]
+    balance.when_flushed("default", lambda: told.append("at once"))
+    assert told == ["written", "at once"]
+    await balance.settled(second)
+    balance.settle(third, Outcome.SUCCESS, None)
+    assert balance.is_flushed("default")
+    await balance.settled(third)
+    assert balance.outbox_entries() == {"default": 0}
+
+
 async def test_while_rules_are_edited_no_worker_picks_what_the_revision_at_that_position_does_not_offer(
     start: Start, control: Any
 ) -> None:
