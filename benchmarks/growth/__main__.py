@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +33,8 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 def main(options: argparse.Namespace) -> int:
     """Asks every question; 0 if all bounds hold."""
     log.configure("error")
+    # Raised wherever we are, so that every process that we have started is ended first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
     parts: list[Part] = []
     for name in options.only:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +67,19 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     rss_bytes: int
 
 
-async def _start(url: str, folder: Path, idle_s: float) -> tuple[Serve, Start]:
+@contextlib.asynccontextmanager
+async def _serving(url: str, folder: Path) -> AsyncIterator[tuple[Serve, float]]:
+    """A `serve` of one worker until the block ends, and after how many seconds it served."""
     began = time.perf_counter()
     variables = {"BALANCER_ADMIN_PORT": "0", "BALANCER_DATA_DIR": str(folder)}
     serve = await Serve.start(folder / "serve.log", ["--redis", url, "--port", "0", "--workers", "1"], variables)
-    serves_s = time.perf_counter() - began
+    try:
+        yield serve, time.perf_counter() - began
+    finally:
+        await serve.stop()
+
+
+async def _at_rest(serve: Serve, serves_s: float, idle_s: float) -> Start:
     (pid,) = serve.workers()
     if hasattr(os, "sched_setaffinity"):  # Others may have the core on which it was started.
         os.sched_setaffinity(pid, os.sched_getaffinity(0))
@@ -77,7 +87,7 @@ async def _start(url: str, folder: Path, idle_s: float) -> tuple[Serve, Start]:
     await asyncio.sleep(2)
     before, since = cpu_s(pid), time.perf_counter()
     await asyncio.sleep(idle_s)
-    return serve, Start(
+    return Start(
         serves_s=serves_s,
         cpu_s=started_cpu_s,
         rss_bytes=rss_bytes(pid),
@@ -153,14 +163,12 @@ async def by_rules(url: str, sizes: Sizes) -> Part:
             snapshots[rules] = client.strlen(keys.snapshot(revision))
         with tempfile.TemporaryDirectory(prefix="growth-") as name:
             folder = Path(name)
-            serve, starts[rules] = await _start(url, folder, sizes.idle_s)
-            try:
+            async with _serving(url, folder) as (serve, serves_s):
+                starts[rules] = await _at_rest(serve, serves_s, sizes.idle_s)
                 changes[rules] = [
                     await _change(serve, url, folder, a_document(_NOWHERE, rules=rules, threshold=11 + i))
                     for i in range(sizes.applies)
                 ]
-            finally:
-                await serve.stop()
     of_rss = [(float(rules), start.rss_bytes) for rules, start in starts.items()]
     most = max(starts)
     few = max(rules for rules in starts if rules < most)
@@ -266,8 +274,8 @@ async def by_pools(url: str, sizes: Sizes) -> Part:
         flush(url)
         await publish(url, a_document(_NOWHERE, rules=pools, pools=pools))
         with tempfile.TemporaryDirectory(prefix="growth-") as name:
-            serve, starts[pools] = await _start(url, Path(name), sizes.idle_s)
-            await serve.stop()
+            async with _serving(url, Path(name)) as (serve, serves_s):
+                starts[pools] = await _at_rest(serve, serves_s, sizes.idle_s)
     of_rss = [(float(pools), starts[pools].rss_bytes) for pools in sizes.pools]
     of_idle = [(float(pools), starts[pools].idle_permille) for pools in sizes.pools]
     of_fds = [(float(pools), starts[pools].fds) for pools in sizes.pools]

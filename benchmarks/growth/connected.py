@@ -15,6 +15,7 @@ from balancer.store.views import read_pool
 from benchmarks.growth import crowd
 from benchmarks.growth.figures import Part, Plot, Point, Table, Verdict, quantile, slope
 from benchmarks.growth.files import raise_open_files
+from benchmarks.growth.inside import Size
 from benchmarks.growth.processes import Upstream, Worker, a_document, flush, publish
 from benchmarks.growth.upstream import DRIP_S, INPUT, OUTPUT
 from tests import servers
@@ -23,6 +24,8 @@ _Rows = tuple[tuple[str, ...], ...]
 _KIB, _MIB = 1024, 2**20
 _SPARE_FILES = 500
 _WIDTH = 50
+_PAUSE_S = 0.005
+"""Between small requests."""
 _TRACED_STREAMS = 300
 _SHOWN = 15
 _KEPT_S = 25.0
@@ -50,12 +53,12 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True):
     """What the services of some pools have counted, all together."""
 
     requests: int
-    in_flight: int
-    reserved: int
     input: int
     output: int
-    lost: int
-    abandoned: int
+    in_flight: int = 0
+    reserved: int = 0
+    lost: int = 0
+    abandoned: int = 0
 
 
 def totals(url: str, pools: int = 1) -> Totals:
@@ -76,7 +79,7 @@ def totals(url: str, pools: int = 1) -> Totals:
 async def settled(url: str, pools: int = 1) -> Totals:
     """The totals once nothing is in flight any more, or after some seconds."""
     until = time.monotonic() + 20
-    while (found := totals(url, pools)).in_flight and time.monotonic() < until:  # noqa: ASYNC110 - another process is waited for
+    while (found := totals(url, pools)).in_flight and time.monotonic() < until:  # noqa: ASYNC110 - another process
         await asyncio.sleep(0.2)
     return found
 
@@ -116,69 +119,101 @@ async def by_connections(url: str, sizes: Sizes) -> Part:
     )
 
 
-async def by_streams(url: str, sizes: Sizes) -> Part:
-    """A worker with few and many streams that stay open."""
-    flush(url)
+class _Streams(msgspec.Struct, frozen=True, kw_only=True):
+    """What was measured of streams that stay open."""
+
+    opened: int
+    points: list[Point]
+    """Streams, and bytes of RSS."""
+    alone_ms: list[float]
+    crowded_ms: list[float]
+    """Small requests, without the streams and beside all of them."""
+    busy_share: float
+    open_in_redis: int
+    proper: int
+    seen: int
+    """By the upstream, small requests and streams."""
+    counted: Totals
+    before: Size
+    after: Size
+    """The worker at rest."""
+
+
+async def _stream(url: str, sizes: Sizes) -> _Streams:
     most = min(sizes.streams[-1], (raise_open_files() - _SPARE_FILES) // 2)
     steps = [step for step in sizes.streams if step < most] + [most]
     small = crowd.request("/v1/chat/completions", crowd.chat("m0"))
     points: list[Point] = []
+    clients: list[crowd.Client] = []
+    answers: list[crowd.Answer] = []
     async with Upstream.running() as upstream:
         await publish(url, a_document(upstream.url))
         async with Worker.running(url, kept_s=_SETTLED_KEPT_S) as worker:
+
+            async def open_one(_: int) -> None:
+                client = await crowd.connected(worker.port)
+                answer = client.send(crowd.request("/v1/chat/completions", crowd.chat("m0", holds=True)))
+                assert await answer.begun == 200
+                clients.append(client)
+                answers.append(answer)
+
             await _warm_up(worker.port)
-            asked, _ = await upstream.books()
-            alone = await crowd.latencies_ms(worker.port, small, sizes.small, 0.005)
-            first = await worker.size()
-            clients: list[crowd.Client] = []
-            answers: list[crowd.Answer] = []
+            alone_ms = await crowd.latencies_ms(worker.port, small, sizes.small, _PAUSE_S)
+            before = await worker.size()
             for wanted in steps:
-
-                async def open_one(_: int) -> None:
-                    client = await crowd.connected(worker.port)
-                    answer = client.send(crowd.request("/v1/chat/completions", crowd.chat("m0", holds=True)))
-                    assert await answer.begun == 200
-                    clients.append(client)
-                    answers.append(answer)
-
                 await crowd.in_turns(wanted - len(answers), _WIDTH, open_one)
                 await asyncio.sleep(1)
                 points.append((float(wanted), (await worker.size()).rss_bytes))
-            before = await worker.size()
-            since = time.perf_counter()
-            crowded = await crowd.latencies_ms(worker.port, small, sizes.small, 0.005)
-            after = await worker.size()
-            busy_share = (after.cpu_s - before.cpu_s) / (time.perf_counter() - since)
-            open_now = totals(url)
-            finished, streams = await upstream.finish()
+            used_s, since = (await worker.size()).cpu_s, time.perf_counter()
+            crowded_ms = await crowd.latencies_ms(worker.port, small, sizes.small, _PAUSE_S)
+            busy_share = ((await worker.size()).cpu_s - used_s) / (time.perf_counter() - since)
+            open_in_redis = totals(url).in_flight
+            seen = sum(await upstream.finish())
             ends = await asyncio.gather(*(answer.ended for answer in answers), return_exceptions=True)
-            proper = sum(isinstance(end, bytes) and b"[DONE]" in end for end in ends)
             for client in clients:
                 client.leave()
             counted = await settled(url)
-            await _at_rest(worker, first.fds)
+            await _at_rest(worker, before.fds)
             await _ask_once(worker.port)  # Whatever was settled before is forgotten with this.
-            ended = await worker.size()
-    expected = finished + streams
-    right = (expected, expected * INPUT, expected * OUTPUT, 0, 0, 0)
-    found = (counted.requests, counted.input, counted.output, counted.in_flight, counted.reserved, counted.lost)
-    wrong = sum(one != other for one, other in zip(found, right, strict=True))
-    each = slope(points) / _KIB
+            after = await worker.size()
+    return _Streams(
+        opened=len(answers),
+        points=points,
+        alone_ms=alone_ms,
+        crowded_ms=crowded_ms,
+        busy_share=busy_share,
+        open_in_redis=open_in_redis,
+        proper=sum(isinstance(end, bytes) and b"[DONE]" in end for end in ends),
+        seen=seen,
+        counted=counted,
+        before=before,
+        after=after,
+    )
+
+
+async def by_streams(url: str, sizes: Sizes) -> Part:
+    """A worker with few and many streams that stay open."""
+    flush(url)
+    found = await _stream(url, sizes)
     types, files, lines, traced_bytes = await _composition(url)
+    most, points, counted = found.opened, found.points, found.counted
+    right = Totals(requests=found.seen, input=found.seen * INPUT, output=found.seen * OUTPUT)
+    wrong = sum(getattr(counted, name) != getattr(right, name) for name in Totals.__struct_fields__)
+    each = slope(points) / _KIB
+    more_bytes, more_blocks = found.after.rss_bytes - found.before.rss_bytes, found.after.blocks - found.before.blocks
     return Part(
         title="Streams that stay open",
         text=f"Each gets an event every {DRIP_S:g} s. RSS is that of one worker, {each:.1f} KiB a stream; of that "
-        f"Python itself gave out {traced_bytes / _KIB:.1f} KiB. At {most} streams it uses {busy_share:.0%} of a core, "
-        f"the small requests beside them included. Redis saw {open_now.in_flight} in flight. Ended, the streams leave "
-        f"{(ended.rss_bytes - first.rss_bytes) / _MIB:.1f} MiB of RSS, and {ended.blocks - first.blocks} blocks of "
-        "memory in use.",
+        f"Python itself gave out {traced_bytes / _KIB:.1f} KiB. At {most} streams it uses {found.busy_share:.0%} of a "
+        f"core, the small requests beside them included. Ended, the streams leave {more_bytes / _MIB:.1f} MiB of RSS, "
+        f"and {more_blocks} blocks of memory in use.",
         tables=(
             Table(columns=("streams", "RSS, MiB"), rows=tuple((f"{x:.0f}", f"{y / _MIB:.1f}") for x, y in points)),
             Table(
                 columns=("small requests", "p50, ms", "p99, ms"),
                 rows=tuple(
                     (name, f"{quantile(values, 0.5):.1f}", f"{quantile(values, 0.99):.1f}")
-                    for name, values in (("alone", alone), (f"beside {most} streams", crowded))
+                    for name, values in (("alone", found.alone_ms), (f"beside {most} streams", found.crowded_ms))
                 ),
             ),
             Table(columns=("of one stream, by file", "bytes", "blocks"), rows=files),
@@ -196,26 +231,25 @@ async def by_streams(url: str, sizes: Sizes) -> Part:
         ),
         verdicts=(
             Verdict(claim="a worker's memory for an open stream", figure=each, bound=64, unit="KiB"),
-            Verdict(claim=f"of {len(answers)} streams, not ended properly", figure=len(answers) - proper, bound=0),
+            Verdict(claim=f"of {most} streams, not ended properly", figure=most - found.proper, bound=0),
             Verdict(
-                claim=f"of {len(answers)} open streams, not in flight by Redis",
-                figure=len(answers) - open_now.in_flight,
+                claim=f"of {most} open streams, not in flight by Redis",
+                figure=most - found.open_in_redis,
                 bound=0,
             ),
             Verdict(claim="totals in Redis that differ from the upstream's books", figure=wrong, bound=0),
             Verdict(
                 claim=f"p99 of small requests beside {most} streams, less that without",
-                figure=quantile(crowded, 0.99) - quantile(alone, 0.99),
+                figure=quantile(found.crowded_ms, 0.99) - quantile(found.alone_ms, 0.99),
                 bound=50,
                 unit="ms",
             ),
             Verdict(
                 claim="blocks of memory that an ended stream leaves behind, beyond what varies at rest",
-                figure=max(0, ended.blocks - first.blocks - BLOCKS_AT_REST) / len(answers),
+                figure=max(0, more_blocks - BLOCKS_AT_REST) / most,
                 bound=1.0,
             ),
         ),
-        notes=(f"{asked} requests were asked before as a warm-up; each counts.",),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def draw(plots: Sequence[Plot], folder: Path) -> list[str]:
 
     for plot in plots:
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        axes.set_prop_cycle(color=mpl.colormaps["tab20" if len(plot.curves) > 10 else "tab10"].colors)
         for name, points in plot.curves.items():
             ordered = sorted(points)
             mark = "o" if len(ordered) < 20 else ""
@@ -29,6 +31,9 @@ def draw(plots: Sequence[Plot], folder: Path) -> list[str]:
         if plot.is_log:
             axes.set_xscale("log")
             axes.set_yscale("log")
+            values = [y for points in plot.curves.values() for _, y in points if y > 0] or [1.0]
+            # Whole decades: what is flat looks flat.
+            axes.set_ylim(10 ** math.floor(math.log10(min(values))), 10 ** math.ceil(math.log10(max(values)) + 0.01))
         else:
             axes.set_ylim(bottom=0)
         axes.set_xlabel(plot.x)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from pathlib import Path
 
 import pytest
 import redis
 
 from balancer.bodies import estimate_tokens
+from benchmarks.chaos.processes import size_of
 from benchmarks.growth import crowd, leaks, scripts, upstream
 from benchmarks.growth.figures import Part, Plot, Table, Verdict, growth, quantile, report, slope
 from benchmarks.growth.inside import Lines, Marks, _is_request
@@ -16,6 +18,7 @@ from benchmarks.growth.path import Case, Seen, compared, linear
 from benchmarks.growth.processes import Worker, a_document, publish
 from tests import servers
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 SIZES = scripts.Sizes(services=(2, 4), rules=(2, 4), pins=(10, 20), pools=(1, 2), holdings=(5, 700), calls=4)
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -236,3 +239,22 @@ def test_a_key_that_never_expires_is_found() -> None:
         client.set("balancer:{p}:stray", "x")
         client.hset("balancer:{registry}:head", "revision", 1)
         assert leaks._keys(url) == leaks.Keys(kinds={"pin": 1, "registry": 1, "stray": 1}, lasting=1)
+
+
+async def test_a_run_that_is_told_to_end_ends_all_that_it_has_started(tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "benchmarks.growth", "--quick", "--only", "connected", "--into", str(tmp_path)),
+        cwd=ROOT,
+        stdin=asyncio.subprocess.DEVNULL,
+    )
+    pid = process.pid
+
+    def children() -> list[int]:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()]
+
+    async with asyncio.timeout(60):
+        while len(started := children()) < 3:  # noqa: ASYNC110 - a server, an upstream and a worker of that process
+            await asyncio.sleep(0.02)
+        process.terminate()
+        assert await process.wait() == 143
+    assert [child for child in started if size_of(child)] == []
