@@ -71,9 +71,7 @@ _FEATURES: dict[str, Case] = {
     "cursor stays, 2 services": Case(tactics=(RoundRobin(request_threshold=_NEVER),), services=2),
     "cursor stays, 200 services": Case(tactics=(RoundRobin(request_threshold=_NEVER),), services=200),
     "round robin, 200 services": Case(services=200),
-    "all on": Case(
-        limits=_ALL_LIMITS, has_provider_limits=True, has_breaker=True, has_rates=True, reserved=100
-    ),
+    "all on": Case(limits=_ALL_LIMITS, has_provider_limits=True, has_breaker=True, has_rates=True, reserved=100),
     "all on, hybrid": Case(
         tactics=(Hybrid(),),
         limits=_ALL_LIMITS,

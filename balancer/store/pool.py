@@ -344,7 +344,7 @@ class PoolClient:
         generation = batch.generation
         reply.add_done_callback(lambda done: self._on_settled(generation, done))
 
-    def _entries(self, batch: Batch) -> list[str | int]:
+    def _entries(self, batch: Batch) -> list[str]:
         return [
             argument
             for entry, made_at in batch.entries or ()
