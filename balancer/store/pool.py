@@ -421,8 +421,8 @@ class PoolClient:
         command = self._settle.command(changing, self._entries(batch))
         self._link.post_call(self._settle.script, command, functools.partial(self._on_settled, batch.generation))
 
-    def _entries(self, batch: Batch) -> list[str | int]:
-        arguments: list[str | int] = []
+    def _entries(self, batch: Batch) -> list[str]:
+        arguments: list[str] = []
         entries, age_ms = batch.entries or (), self.outbox.age_ms
         # The first is the oldest: where that is fresh, all are.
         is_fresh = bool(entries) and not age_ms(entries[0][1])
