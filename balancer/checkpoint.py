@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
 
+from balancer import stored
 from balancer.breaker import Breaker
 from balancer.domain import PartitionDefinition, ProviderDefinition, ServiceDefinition
 from balancer.ledger import ServiceState, Window
@@ -25,11 +26,10 @@ from balancer.reference import (
     provider_of,
 )
 
-_SERVICE_LINE = re.compile(r"(\d) (\d+) (-?\d+) (-?\d+) (-?\d+) (-?\d+) (-?\d+) (\d+) ([^\n]+)\n")
+_SERVICE_LINE = re.compile(r"([^\n]+)\t(\d) (\d+) (-?\d+) (-?\d+) (-?\d+) (-?\d+) (-?\d+) (\d+)\n")
 _HELD = re.compile(r"h (\d+) (\d+) (\d+) (\d+) (.+)", re.DOTALL)
 _LOST = re.compile(r"l (\d+) (\d+) (\d+) (.+)", re.DOTALL)
 _ABANDONED = re.compile(r"x (\d+)")
-_COUNTERS = frozenset(ServiceState.__struct_fields__)
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,39 +53,48 @@ def read(text: str | bytes) -> State:
     """The state in a checkpoint's JSON. Raises msgspec.DecodeError or ValueError for what is none."""
     raw = msgspec.json.decode(text, type=_Raw)
     pool = Pool()
-    partitions = dict(_pairs(raw.partitions))
-    pool.epoch = int(partitions.get("epoch", "1"))
-    pool.position = int(partitions.get("position", "0"))
-    fields = dict(_pairs(raw.services))
-    for field, value in fields.items():
+    partitions, services = dict(_pairs(raw.partitions)), dict(_pairs(raw.services))
+    pool.epoch, pool.position = stored.place(services)
+    for field, value in services.items():
         name, _, key = field.partition(":")
-        if name == "provider":
-            revision = int(fields[f"provider_revision:{key}"])
-            pool.providers[key] = ProviderState(read_provider(key, value), revision)
-        elif name in _COUNTERS:
-            measured = pool.service(key) if ":" in key else pool.meters.setdefault(key, Meter())
-            setattr(measured, name, _READERS.get(name, int)(value))
-    for field in partitions:
+        match name:
+            case "provider":
+                revision = int(services[f"provider_revision:{key}"])
+                pool.providers[key] = ProviderState(read_provider(key, value), revision)
+            case "service":
+                _read_service(pool.service(key), stored.service(value))
+            case "totals":
+                _set(pool.service(key), stored.totals(value))
+            case "windows_revision":
+                pool.service(key).windows_revision = int(value)
+            case "meter":
+                measured = stored.meter(value)
+                meter = pool.meters.setdefault(key, Meter())
+                meter.minute = _minute(measured.minute)
+                _set(meter, measured.counters)
+            case _:
+                pass
+    for field, value in partitions.items():
         name, _, key = field.partition(":")
-        if name == "revision":
-            pool.rules[key] = _rule(key, partitions)
+        if name == "rule":
+            pool.rules[key] = _rule(stored.rule(value), partitions.get(f"partitions:{key}", ""))
         elif name == "tactic":
             pool.partitions[key] = _partition(key, partitions)
     for worker, flat in raw.holdings or ():
         pool.workers[worker] = _worker(_pairs(flat))
     for worker, end_ms in _pairs(raw.leases):
         pool.workers.setdefault(worker, WorkerState()).lease_end_ms = int(float(end_ms))
-    return State(pool=pool, record=partitions.get("record", "off"), broken=partitions.get("broken", ""))
+    return State(pool=pool, record=stored.record(services), broken=services.get("broken", ""))
 
 
 def read_windows(text: str) -> list[Window]:
     """Windows from `length start requests tokens output` joined by `;`."""
-    return [Window(*map(int, part.split(" "))) for part in text.split(";") if part]
+    return [Window(*row) for row in stored.rows(text)]
 
 
 def read_minute(text: str) -> Minute:
     """A minute from `bucket requests tokens` joined by `;`."""
-    return Minute([Bucket(*map(int, part.split(" "))) for part in text.split(";") if part])
+    return _minute(stored.rows(text))
 
 
 def read_breaker(text: str) -> Breaker:
@@ -106,29 +115,37 @@ def read_provider(id_: str, text: str) -> ProviderDefinition:
 
 
 def read_services(text: str) -> tuple[ServiceDefinition, ...]:
-    """A partition's services from its lines `active window weight tier rpm tpm in_flight cost id`."""
+    """A partition's services from its lines: id, a tab, `active window weight tier rpm tpm in_flight cost`."""
     names = ServiceDefinition.__struct_fields__[1:]
     return tuple(
         ServiceDefinition(id=id_, **dict(zip(names, map(int, numbers), strict=True)))
-        for *numbers, id_ in _SERVICE_LINE.findall(text)
+        for id_, *numbers in _SERVICE_LINE.findall(text)
     )
 
 
-_READERS: dict[str, Callable[[str], Any]] = {
-    "windows": read_windows,
-    "minute": read_minute,
-    "breaker": read_breaker,
-}
+def _read_service(state: ServiceState, read: stored.Measured) -> None:
+    state.windows = [Window(*row) for row in read.windows]
+    state.minute = _minute(read.minute)
+    state.breaker = Breaker(*read.breaker)
+    _set(state, read.counters)
 
 
-def _rule(key: str, fields: dict[str, str]) -> RuleState:
-    budget = fields.get(f"budget:{key}")
+def _minute(steps: Iterable[stored.Row]) -> Minute:
+    return Minute([Bucket(*step) for step in steps])
+
+
+def _set(state: ServiceState | Meter, counters: Mapping[str, int]) -> None:
+    for name, value in counters.items():
+        setattr(state, name, value)
+
+
+def _rule(numbers: Mapping[str, int], partitions: str) -> RuleState:
     return RuleState(
-        revision=int(fields[f"revision:{key}"]),
-        seq=int(fields.get(f"seq:{key}", "0")),
-        partitions=tuple(filter(None, fields.get(f"partitions:{key}", "").split("\n"))),
-        retry_permille=int(fields.get(f"retry_permille:{key}", "0")),
-        budget=None if budget is None else int(budget),
+        revision=numbers["revision"],
+        seq=numbers["seq"],
+        partitions=tuple(filter(None, partitions.split("\n"))),
+        retry_permille=numbers["retry_permille"],
+        budget=None if numbers["budget"] < 0 else numbers["budget"],
     )
 
 
@@ -136,21 +153,23 @@ def _pairs(flat: Any) -> Iterable[tuple[str, str]]:
     return zip(flat[::2], flat[1::2], strict=True) if flat else ()
 
 
-def _partition(key: str, fields: dict[str, str]) -> PartitionState:
+def _partition(key: str, fields: Mapping[str, str]) -> PartitionState:
+    tactic, refuses, params = stored.tactic(fields[f"tactic:{key}"])
     definition = PartitionDefinition(
         id=key,
-        tactic=fields[f"tactic:{key}"],
-        params=read_params(fields[f"params:{key}"]),
-        refuses=int(fields[f"refuses:{key}"]),
+        tactic=tactic,
+        params=read_params(params),
+        refuses=refuses,
         services=read_services(fields[f"services:{key}"]),
     )
+    state = stored.partition(fields[f"partition:{key}"])
     return PartitionState(
         definition=definition,
-        cursor=fields[f"cursor:{key}"],
-        streak=int(fields[f"streak:{key}"]),
-        tier=int(fields[f"tier:{key}"]),
-        hold=int(fields[f"hold:{key}"]),
-        memory=fields[f"memory:{key}"],
+        cursor=state.cursor,
+        streak=state.streak,
+        tier=state.tier,
+        hold=state.hold,
+        memory=state.memory,
     )
 
 
@@ -158,7 +177,7 @@ def _worker(fields: Iterable[tuple[str, str]]) -> WorkerState:
     worker = WorkerState()
     for name, value in fields:
         if name == "last":
-            worker.last = int(value)
+            worker.last = int(value.partition(" ")[0])
         elif match := _HELD.fullmatch(value):
             reserved, deadline_ms, meters, probe = map(int, match.groups()[:4])
             worker.names[int(name)] = Held(match[5], reserved, deadline_ms, meters, probe)

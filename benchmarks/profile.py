@@ -33,6 +33,8 @@ _RATE = 400
 _START_S = 30.0
 _SETTLE_S = 0.5
 _SHOWN = 15
+_ASLEEP = "PyThread_acquire_lock_timed"
+"""A thread that waits for a lock, as those of a pool do for work: native sampling takes it for busy."""
 _FRAME = re.compile(r"(.*) \(([^()]*?)(?::(\d+))?\)")
 
 Stack = tuple[str, ...]
@@ -72,10 +74,12 @@ class Samples(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_samples(text: str) -> Samples:
-    """The samples of py-spy's raw format: `outer (file:line);inner (file:line) count` a line."""
+    """The samples of py-spy's raw format, `outer (file:line);inner (file:line) count` a line, but threads asleep."""
     stacks: dict[Stack, int] = {}
     for line in text.splitlines():
         frames, _, count = line.rpartition(" ")
+        if _ASLEEP in frames:
+            continue
         stack = tuple(frames.split(";"))
         stacks[stack] = stacks.get(stack, 0) + int(count)
     return Samples(stacks=stacks)

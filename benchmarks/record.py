@@ -1,12 +1,16 @@
-"""What recording costs: microseconds of Redis' CPU for a selection and for a settle, by how the pool records.
+"""What one request costs Redis: microseconds of its CPU for a selection and for a settled entry.
 
-`python -m benchmarks.record` prints the table. The figures are the server's own (`INFO commandstats`), for calls of 16
-selections and of 16 entries over rules of four tactics and three services each; modes are interleaved.
+`python -m benchmarks.record` prints two tables: by what is switched on and how many requests share a call, nothing
+being recorded; then by how the pool records. The figures are the server's own medians (`INFO latencystats`), which
+do not mind what else the machine does; calls are pipelined as on a busy server, cases are interleaved, and each figure
+is the median of its rounds. Names of cases after the command print no others.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, get_args
 
 import msgspec
@@ -17,6 +21,7 @@ from balancer.domain import (
     Outcome,
     PartitionDefinition,
     PoolSettings,
+    ProviderDefinition,
     Record,
     RuleDefinition,
     Selection,
@@ -26,96 +31,163 @@ from balancer.domain import (
     WindowsDefinition,
 )
 from balancer.store import keys
-from balancer.store.calls import entry_arguments, fence_arguments, selection_arguments
+from balancer.store.calls import entry_arguments, fence_arguments, pin_keys, selection_arguments
 from balancer.store.scripts import load
 from balancer.tactics import Hybrid, Random, RoundRobin, TokenBased, tactic_name, tactic_params
 from tests import servers
 
-_TACTICS: dict[str, Tactic] = {tactic_name(t): t for t in (RoundRobin(), TokenBased(), Hybrid(), Random())}
-_BATCH = 16
+_SIZES = (1, 4, 16)
 _ROUNDS = 5
-_CALLS = 1000
+_CALLS = 400
+_AT_ONCE = 20
+_NEVER = 2**40
+_ALL_TACTICS: tuple[Tactic, ...] = (RoundRobin(), TokenBased(), Hybrid(), Random())
+
+
+class Case(msgspec.Struct, frozen=True, kw_only=True):
+    """A pool with a rule for each tactic, and what is switched on in it."""
+
+    tactics: tuple[Tactic, ...] = (RoundRobin(),)
+    services: int = 3
+    limits: dict[str, int] = {}
+    has_provider_limits: bool = False
+    has_breaker: bool = False
+    has_rates: bool = False
+    """Whether settles tell how fast the service was."""
+    reserved: int = 0
+    affinity_ms: int = 0
+    record: Record = "off"
+
+
+_LIMITS = {"rpm": _NEVER, "in_flight": _NEVER}
+_ALL_LIMITS = _LIMITS | {"tpm": _NEVER}
+_FEATURES: dict[str, Case] = {
+    "round robin": Case(),
+    "+ limits": Case(limits=_LIMITS),
+    "+ breaker": Case(has_breaker=True),
+    "+ reservation, tpm": Case(limits=_ALL_LIMITS, reserved=100),
+    "+ session pin": Case(affinity_ms=600_000),
+    "hybrid, reservation": Case(tactics=(Hybrid(),), reserved=100),
+    "cursor stays, 2 services": Case(tactics=(RoundRobin(request_threshold=_NEVER),), services=2),
+    "cursor stays, 200 services": Case(tactics=(RoundRobin(request_threshold=_NEVER),), services=200),
+    "round robin, 200 services": Case(services=200),
+    "all on": Case(limits=_ALL_LIMITS, has_provider_limits=True, has_breaker=True, has_rates=True, reserved=100),
+    "all on, hybrid": Case(
+        tactics=(Hybrid(),),
+        limits=_ALL_LIMITS,
+        has_provider_limits=True,
+        has_breaker=True,
+        has_rates=True,
+        reserved=100,
+    ),
+    "four rules": Case(tactics=_ALL_TACTICS, reserved=100),
+}
+_RECORDS: dict[str, Case] = {
+    record: Case(tactics=_ALL_TACTICS, reserved=100, record=record) for record in get_args(Record)
+}
 
 
 class Pool:
     """A pool on a server, called as a worker calls it."""
 
-    def __init__(self, client: Any, record: Record) -> None:
+    def __init__(self, client: Any, name: str, case: Case) -> None:
         self._client = client
+        self._name = name
+        self._case = case
+        self._rules = tuple(tactic_name(tactic) for tactic in case.tactics)
         self._names = {
-            "services": keys.services(record),
-            "partitions": keys.partitions(record),
-            "holdings": keys.holdings(record, "w"),
-            "leases": keys.leases(record),
-            "decisions": keys.decisions(record),
+            "services": keys.services(name),
+            "partitions": keys.partitions(name),
+            "holdings": keys.holdings(name, "w"),
+            "leases": keys.leases(name),
+            "decisions": keys.decisions(name),
         }
         self._common: dict[str, str | int] = {"now_ms": 0, "worker": "w", "epoch": 0, "position": 0, "lease_ms": 30_000}
         self._batch = 0
         self._number = 0
-        settings = PoolSettings(name=record, record=record, record_events=100_000)
+        settings = PoolSettings(name=name, record=case.record, record_events=100_000)
         script = load("fence")
-        names = {name: self._names[name] for name in script.keys}
+        names = {key: self._names[key] for key in script.keys}
         arguments: dict[str, str | int] = {"now_ms": 0, "epoch": 0, "position": 0, **fence_arguments(settings, 1)}
-        rules = [_encoded(rule, tactic) for rule, tactic in _TACTICS.items()]
+        rules = [_encoded(rule, tactic, case) for rule, tactic in zip(self._rules, case.tactics, strict=True)]
         client.execute_command("EVAL", script.source, *script.command(names, arguments, rules))
-        for name in ("select", "settle"):
-            client.script_load(load(name).source)
+        for script_name in ("select", "settle"):
+            client.script_load(load(script_name).source)
 
-    def run(self, calls: int) -> tuple[float, float]:
-        """Microseconds for one selection and for one settled entry, over so many calls of each."""
+    def run(self, size: int) -> tuple[float, float]:
+        """Microseconds for one selection and for one settled entry, in calls of `size` of them."""
         picked: list[list[tuple[int, str]]] = []
-        select_us = self._timed(lambda: picked.append(self._select()), calls)
-        settle_us = self._timed(lambda: self._settle(picked.pop()), calls)
+        select_us = self._timed(lambda: picked.extend(self._select(size))) / size
+        settle_us = self._timed(lambda: self._settle([picked.pop() for _ in range(_AT_ONCE)])) / size
         return select_us, settle_us
 
-    def _timed(self, call: Any, calls: int) -> float:
+    def _timed(self, calls: Callable[[], None]) -> float:
         self._client.config_resetstat()
-        for _ in range(calls):
-            call()
-        return float(self._client.info("commandstats")["cmdstat_evalsha"]["usec"]) / calls / _BATCH
+        for _ in range(0, _CALLS, _AT_ONCE):
+            calls()
+        return float(self._client.info("latencystats")["latency_percentiles_usec_evalsha"]["p50"])
 
-    def _select(self) -> list[tuple[int, str]]:
-        arguments: list[str | int] = []
-        numbers = []
-        for i in range(_BATCH):
-            self._number += 1
-            numbers.append(self._number)
-            rule = tuple(_TACTICS)[i % len(_TACTICS)]
-            selection = Selection(
-                number=self._number,
-                rule=rule,
-                partition=keys.partition(rule),
-                revision=1,
-                draw=self._number * 2_654_435_761 % 2**32,
-                reserved=100,
-                deadline_ms=60_000,
-            )
-            arguments += selection_arguments(selection)
+    def _select(self, size: int) -> list[list[tuple[int, str]]]:
         script = load("select")
-        reply = self._client.execute_command(
-            "EVALSHA", script.sha, *script.command(self._names, self._common, arguments)
-        )
-        return [(number, answer[1].decode()) for number, answer in zip(numbers, reply, strict=False)]
-
-    def _settle(self, picked: list[tuple[int, str]]) -> None:
-        self._batch += 1
-        arguments = [
-            argument
-            for number, service in picked
-            for argument in entry_arguments(
-                Entry(number=number, service=service, outcome=Outcome.SUCCESS, usage=Usage(input=120, output=40))
-            )
+        pipeline = self._client.pipeline(transaction=False)
+        asked = [[self._selection() for _ in range(size)] for _ in range(_AT_ONCE)]
+        for selections in asked:
+            arguments = [argument for selection in selections for argument in selection_arguments(selection)]
+            command = script.command(self._names, self._common, arguments, pin_keys(self._name, selections))
+            pipeline.execute_command("EVALSHA", script.sha, *command)
+        return [
+            [(one.number, answer[1].decode()) for one, answer in zip(selections, reply, strict=False)]
+            for selections, reply in zip(asked, pipeline.execute(), strict=True)
         ]
+
+    def _selection(self) -> Selection:
+        self._number += 1
+        rule = self._rules[self._number % len(self._rules)]
+        return Selection(
+            number=self._number,
+            rule=rule,
+            partition=keys.partition(rule),
+            revision=1,
+            draw=self._number * 2_654_435_761 % 2**32,
+            reserved=self._case.reserved,
+            deadline_ms=60_000,
+            session=keys.session(rule, str(self._number % 100)),
+            affinity_ms=self._case.affinity_ms,
+        )
+
+    def _settle(self, batches: Sequence[Sequence[tuple[int, str]]]) -> None:
         script = load("settle")
-        names = self._common | {"batch": self._batch, "skip": 0}
-        self._client.execute_command("EVALSHA", script.sha, *script.command(self._names, names, arguments))
+        pipeline = self._client.pipeline(transaction=False)
+        for picked in batches:
+            self._batch += 1
+            arguments = [argument for number, service in picked for argument in self._entry(number, service)]
+            command = script.command(self._names, self._common | {"batch": self._batch, "skip": 0}, arguments)
+            pipeline.execute_command("EVALSHA", script.sha, *command)
+        assert {reply[0] for reply in pipeline.execute()} == {b"applied"}
+
+    def _entry(self, number: int, service: str) -> tuple[str | int, ...]:
+        first_token_us, stream_us = (300_000, 2_000_000) if self._case.has_rates else (0, 0)
+        return entry_arguments(
+            Entry(
+                number=number,
+                service=service,
+                outcome=Outcome.SUCCESS,
+                usage=Usage(input=120, output=40),
+                first_token_us=first_token_us,
+                stream_us=stream_us,
+            )
+        )
 
 
-def _encoded(rule: str, tactic: Tactic) -> str:
-    services = tuple(ServiceDefinition(id=f"{p}:{rule}", active=1, window=300, weight=1) for p in "abc")
+def _encoded(rule: str, tactic: Tactic, case: Case) -> str:
+    services = tuple(
+        ServiceDefinition(id=f"provider-{i}:{rule}-model", active=1, window=300, weight=1, **case.limits)
+        for i in range(case.services)
+    )
     definition = RuleDefinition(
         rule=rule,
         revision=1,
+        retry_permille=200,
         partitions=(
             PartitionDefinition(
                 id=keys.partition(rule),
@@ -126,25 +198,53 @@ def _encoded(rule: str, tactic: Tactic) -> str:
             ),
         ),
         windows=tuple(WindowsDefinition(id=service.id, lengths=(300,)) for service in services),
+        providers=tuple(_provider(i, case) for i in range(case.services)),
     )
     return msgspec.json.encode(definition).decode()
 
 
+def _provider(place: int, case: Case) -> ProviderDefinition:
+    limits = _ALL_LIMITS if case.has_provider_limits else {}
+    breaker = {"failures": 3, "ratio_permille": 500} if case.has_breaker else {"failures": 0, "ratio_permille": 0}
+    return ProviderDefinition(id=f"provider-{place}", **limits, **breaker)
+
+
+def _measured(client: Any, cases: dict[str, Case], sizes: Sequence[int]) -> dict[str, dict[int, tuple[float, float]]]:
+    """The figures by case and size."""
+    pools = {name: Pool(client, f"pool-{name}".replace(" ", "-"), case) for name, case in cases.items()}
+    found: dict[str, dict[int, list[tuple[float, float]]]] = {name: {size: [] for size in sizes} for name in cases}
+    for _ in range(_ROUNDS):
+        for name, pool in pools.items():
+            for size in sizes:
+                found[name][size].append(pool.run(size))
+    return {
+        name: {size: (_median(a for a, _ in pairs), _median(b for _, b in pairs)) for size, pairs in by_size.items()}
+        for name, by_size in found.items()
+    }
+
+
+def _median(figures: Iterable[float]) -> float:
+    return statistics.median(figures)
+
+
 def main() -> None:
-    """Prints the table."""
-    modes: tuple[Record, ...] = get_args(Record)
+    """Prints the tables."""
+    wanted = set(sys.argv[1:])
     with servers.running("valkey-9") as url, redis.Redis.from_url(url) as client:
-        pools = {mode: Pool(client, mode) for mode in modes}
-        rows: dict[str, list[tuple[float, float]]] = {mode: [] for mode in modes}
-        for _ in range(_ROUNDS):
-            for mode, pool in pools.items():
-                rows[mode].append(pool.run(_CALLS))
-    base = [statistics.median(column) for column in zip(*rows["off"], strict=True)]
-    print("| record | selection µs | settle µs | × off |")
-    print("|---|--:|--:|--:|")
-    for name, figures in rows.items():
-        select_us, settle_us = (statistics.median(column) for column in zip(*figures, strict=True))
-        print(f"| {name} | {select_us:.1f} | {settle_us:.1f} | {(select_us + settle_us) / sum(base):.2f} |")
+        features = _measured(client, {n: c for n, c in _FEATURES.items() if not wanted or n in wanted}, _SIZES)
+        records = _measured(client, {n: c for n, c in _RECORDS.items() if not wanted or n in wanted}, (16,))
+    print("µs of Redis for one selection + one settle, by requests in a call")
+    print("| switched on |", " | ".join(f"{size}" for size in _SIZES), "|")
+    print("|---|" + "--:|" * len(_SIZES))
+    for name, figures in features.items():
+        cells = (f"{a:.1f} + {b:.1f} = {a + b:.1f}" for a, b in figures.values())
+        print(f"| {name} |", " | ".join(cells), "|")
+    print()
+    print("| record | selection µs | settle µs |")
+    print("|---|--:|--:|")
+    for name, figures in records.items():
+        select_us, settle_us = figures[16]
+        print(f"| {name} | {select_us:.1f} | {settle_us:.1f} |")
 
 
 if __name__ == "__main__":

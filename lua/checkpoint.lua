@@ -1,6 +1,6 @@
 -- A picture of a pool's whole state at one moment, which it also writes to the decision stream, if events are recorded.
--- KEYS[1] services      the pool's services
--- KEYS[2] partitions    the pool's place in its history, rules and partitions
+-- KEYS[1] services      the pool's services, and its place in its history
+-- KEYS[2] partitions    the pool's rules and partitions
 -- KEYS[3] leases        of all workers
 -- KEYS[4] decisions     the stream of events
 -- KEYS[5…] holdings     of the workers, in the order of ARGV
@@ -26,7 +26,7 @@ for i = 1, #leases, 2 do
 end
 
 local now = clock(now_arg)
-local pool = open_pool(partitions_key, decisions_key, 0, 0, now)
+local pool = open_pool(redis.call('HMGET', services_key, unpack(place_fields())), decisions_key, 0, 0, now)
 local state = cjson.encode({
   services = redis.call('HGETALL', services_key), partitions = redis.call('HGETALL', partitions_key), leases = leases,
   holdings = holdings,

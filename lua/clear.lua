@@ -1,6 +1,6 @@
 -- Sets the counters of services back to zero: totals and windows, not what is in flight or reserved.
--- KEYS[1] services      the pool's services
--- KEYS[2] partitions    the pool's place in its history
+-- KEYS[1] services      the pool's services, and its place in its history
+-- KEYS[2] partitions    the pool's rules and partitions
 -- KEYS[3] decisions     the stream of events
 -- ARGV[1] now_ms        0 for the server's clock
 -- ARGV[2] epoch         the highest epoch and
@@ -13,7 +13,6 @@
 
 local services_key, partitions_key, decisions_key = KEYS[1], KEYS[2], KEYS[3]
 local counters = {'in_flight', 'reserved', 'picks', unpack(ledger_counters, 3)}
-local fields = {'windows', 'minute', 'breaker', unpack(counters)}
 local kept = {
   in_flight = true, reserved = true, cleared = true, cooldown = true, first_token = true, per_token = true,
   measured = true,
@@ -25,11 +24,11 @@ if not (now_arg and seen_epoch and seen_position) then
 end
 
 local now = clock(now_arg)
-local pool = open_pool(partitions_key, decisions_key, seen_epoch, seen_position, now)
-local services = {}
+local state = open_services(services_key, true)
+local pool = open_pool(load_services(state, {}, place_fields()), decisions_key, seen_epoch, seen_position, now)
 for at = 4, #ARGV do
   local id = ARGV[at]
-  local service = load_service(services, services_key, id, fields)
+  local service = load_service(state, id)
   advance(pool)
   local before = counters_text(service, counters)
   for _, name in ipairs(counters) do
@@ -40,6 +39,5 @@ for at = 4, #ARGV do
   service.is_changed = true
   record_event(pool, 'clear', {'service', id, 'before', before, 'after', counters_text(service, counters)})
 end
-save_services(services, services_key, fields)
-close_pool(pool, partitions_key, {services_key, decisions_key}, nil)
+close_pool(pool, services_key, changed_fields(state), {partitions_key}, true)
 return {'cleared', #ARGV - 3, pool.epoch, pool.position, pool.lost}

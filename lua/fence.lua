@@ -1,7 +1,7 @@
 -- Raises the fence of rules in one pool to a revision, with what select needs to know of them; a lower or equal one is
 -- passed over.
--- KEYS[1] services      the pool's services
--- KEYS[2] partitions    the pool's place in its history, rules and partitions
+-- KEYS[1] services      the pool's services, and its place in its history
+-- KEYS[2] partitions    the pool's rules and partitions
 -- KEYS[3] decisions     the stream of events
 -- ARGV[1] now_ms        0 for the server's clock
 -- ARGV[2] epoch         the highest epoch and
@@ -18,12 +18,10 @@
 -- Returns {'raised', how many, epoch, position, lost}.
 -- include: clock
 -- include: pool
--- include: window
+-- include: service
+-- include: partition
 
 local services_key, partitions_key, decisions_key = KEYS[1], KEYS[2], KEYS[3]
-local part_fields = {
-  'tactic', 'params', 'cursor', 'line', 'streak', 'services', 'top', 'refuses', 'tier', 'hold', 'memory',
-}
 local line_fields = {'window', 'weight', 'tier', 'rpm', 'tpm', 'in_flight', 'cost'}
 local is_limit = {rpm = true, tpm = true, in_flight = true}
 local provider_fields = {
@@ -101,17 +99,17 @@ for at = 7, #ARGV do
 end
 
 local now = clock(now_arg)
-local pool = open_pool(partitions_key, decisions_key, seen_epoch, seen_position, now)
+local state = open_services(services_key)
+local pool = open_pool(load_services(state, {}, place_fields()), decisions_key, seen_epoch, seen_position, now)
 local raised = 0
 
 -- Whether nothing at all is known of the pool but its place: its history begins here.
 local function is_blank()
-  return redis.call('EXISTS', services_key) == 0 and #redis.call('HKEYS', partitions_key) <= 2
+  return redis.call('EXISTS', partitions_key) == 0 and #redis.call('HKEYS', services_key) <= 1
 end
 
 local function set_record()
-  local stored = tonumber(redis.call('HGET', partitions_key, 'record_revision') or -1)
-  if record == '' or revision < stored then return end
+  if record == '' or revision < pool.record_revision then return end
   local is_changed = record ~= pool.record or keep ~= pool.keep
   if is_changed then
     local origin = is_blank() and 1 or 0
@@ -120,13 +118,13 @@ local function set_record()
     pool.record, pool.keep = record, keep
     record_event(pool, 'record', {'record', record, 'keep', keep, 'origin', origin})
   end
-  redis.call('HSET', partitions_key, 'record', record, 'keep', keep, 'record_revision', revision)
+  redis.call('HSET', services_key, 'record', string.format('%s %d %d', record, keep, revision))
 end
 
 set_record()
 
 local function forget_partition(id)
-  for _, name in ipairs(part_fields) do redis.call('HDEL', partitions_key, name .. ':' .. id) end
+  redis.call('HDEL', partitions_key, 'tactic:' .. id, 'partition:' .. id, 'services:' .. id)
 end
 
 -- The numbers of a table under these names, joined by blanks.
@@ -143,14 +141,14 @@ local function params_text(params)
   return table.concat(parts, ';')
 end
 
--- The services as lines; the line of `cursor` ('' if it is not active, nil if it is none of them); the least tier, -1
+-- The services' lines; the numbers of `cursor` ('' if it is not active, nil if it is none of them); the least tier, -1
 -- when all are of one.
-local function lines_of(services, cursor)
-  local lines, current, least, most = {}, nil, math.huge, -1
+local function text_of(services, cursor)
+  local lines, current, least, most = {'\n'}, nil, math.huge, -1
   for i, service in ipairs(services) do
-    local line = numbers_text(service, line_fields)
-    lines[i] = service.active .. ' ' .. line .. ' ' .. service.id .. '\n'
-    if service.id == cursor then current = service.active == 1 and line or '' end
+    local numbers = numbers_text(service, line_fields)
+    lines[i + 1] = service.id .. '\t' .. service.active .. ' ' .. numbers .. '\n'
+    if service.id == cursor then current = service.active == 1 and numbers or '' end
     least, most = math.min(least, service.tier), math.max(most, service.tier)
   end
   return table.concat(lines), current, least < most and least or -1
@@ -158,33 +156,25 @@ end
 
 -- What the tactic remembers is of services in their order: ids, weights and tiers.
 local function shape_of(text)
-  local parts = {}
-  for weight, tier, id in string.gmatch(text, '%d %d+ (%d+) (%d+) %S+ %S+ %S+ %d+ ([^\n]+)\n') do
-    parts[#parts + 1] = weight .. ' ' .. tier .. ' ' .. id
-  end
-  return table.concat(parts, '\n')
+  local shape = {}
+  for i, line in ipairs(parse_services(text)) do shape[i] = line.weight .. ' ' .. line.tier .. ' ' .. line.id end
+  return table.concat(shape, '\n')
 end
 
-local function define_partition(part)
-  local stored = redis.call('HMGET', partitions_key, 'tactic:' .. part.id, 'params:' .. part.id, 'cursor:' .. part.id,
-    'streak:' .. part.id, 'services:' .. part.id, 'tier:' .. part.id, 'hold:' .. part.id, 'memory:' .. part.id)
-  local params = params_text(part.params)
-  local cursor, streak = stored[3] or '', tonumber(stored[4] or 0)
-  if stored[1] ~= part.tactic or stored[2] ~= params then streak = 0 end
-  if part.cursor ~= '' and (part.is_edit == 1 or not stored[1]) then cursor, streak = part.cursor, 0 end
-  local services, current, top = lines_of(part.services, cursor)
-  if not current then cursor, streak = '', 0 end
-  local tier, hold, memory = stored[6] or -1, stored[7] or 0, stored[8] or ''
-  if stored[1] ~= part.tactic or shape_of(stored[5] or '') ~= shape_of(services) then tier, hold, memory = -1, 0, '' end
-  local values = {
-    part.tactic, params, cursor, current or '', streak, services, top, part.refuses, tier, hold, memory,
-  }
-  local set = {}
-  for i, name in ipairs(part_fields) do
-    set[#set + 1] = name .. ':' .. part.id
-    set[#set + 1] = values[i]
+local function define_partition(new)
+  local id = new.id
+  local stored = redis.call('HMGET', partitions_key, 'tactic:' .. id, 'partition:' .. id, 'services:' .. id)
+  local part, params = parse_partition(partitions_key, id, stored[1], stored[2]), params_text(new.params)
+  if part.tactic ~= new.tactic or part.params_text ~= params then part.streak = 0 end
+  if new.cursor ~= '' and (new.is_edit == 1 or not stored[1]) then part.cursor, part.streak = new.cursor, 0 end
+  local services, current, top = text_of(new.services, part.cursor)
+  if not current then part.cursor, part.streak = '', 0 end
+  part.line_text = current or ''
+  if part.tactic ~= new.tactic or shape_of(stored[3] or '') ~= shape_of(services) then
+    part.tier, part.hold, part.memory = -1, 0, ''
   end
-  redis.call('HSET', partitions_key, unpack(set))
+  redis.call('HSET', partitions_key, 'tactic:' .. id, new.tactic .. ' ' .. top .. ' ' .. new.refuses .. ' ' .. params,
+    'partition:' .. id, partition_text(part), 'services:' .. id, services)
 end
 
 -- A provider's numbers, unless a later definition stands.
@@ -195,17 +185,11 @@ local function set_provider(provider, as_of)
     numbers_text(provider, provider_fields))
 end
 
--- How much of its requests the rule may try again, and what is left of that.
-local function set_budget(rule)
-  redis.call('HSET', partitions_key, 'retry_permille:' .. rule.rule, whole(rule.retry_permille))
-  if rule.retry_permille == 0 then redis.call('HSET', partitions_key, 'budget:' .. rule.rule, 0) end
-end
-
 -- Gives a service exactly these windows; those that it has already keep what they count. A definition that is older
 -- than the last (a worker brings back what the pool has lost) does not know of all: it takes none away.
 local function set_windows(id, lengths, as_of)
-  local field = 'windows:' .. id
-  local old, windows = parse_windows(redis.call('HGET', services_key, field)), {}
+  local service, windows = load_service(state, id), {}
+  local old = service.windows
   local latest = tonumber(redis.call('HGET', services_key, 'windows_revision:' .. id) or 0)
   if as_of < latest then
     local is_wanted = {}
@@ -222,12 +206,13 @@ local function set_windows(id, lengths, as_of)
     end
     windows[#windows + 1] = kept
   end
-  redis.call('HSET', services_key, field, windows_text(windows), 'windows_revision:' .. id, math.max(latest, as_of))
+  service.windows, service.is_changed = windows, true
+  redis.call('HSET', services_key, 'windows_revision:' .. id, math.max(latest, as_of))
 end
 
 for at, rule in ipairs(rules) do
-  local stored = tonumber(redis.call('HGET', partitions_key, 'revision:' .. rule.rule) or 0)
-  if rule.revision > stored then
+  local stored = parse_rule(redis.call('HGET', partitions_key, 'rule:' .. rule.rule))
+  if rule.revision > stored.revision then
     local kept, ids = {}, {}
     for i, part in ipairs(rule.partitions) do
       kept[part.id] = true
@@ -239,8 +224,9 @@ for at, rule in ipairs(rules) do
     for _, part in ipairs(rule.partitions) do define_partition(part) end
     for _, windows in ipairs(rule.windows) do set_windows(windows.id, windows.lengths, rule.revision) end
     for _, provider in ipairs(rule.providers) do set_provider(provider, rule.revision) end
-    set_budget(rule)
-    redis.call('HSET', partitions_key, 'revision:' .. rule.rule, rule.revision, 'partitions:' .. rule.rule,
+    stored.revision, stored.retry_permille = rule.revision, rule.retry_permille
+    if rule.retry_permille == 0 then stored.budget, stored.is_unused = 0, false end
+    redis.call('HSET', partitions_key, 'rule:' .. rule.rule, rule_text(stored), 'partitions:' .. rule.rule,
       table.concat(ids, '\n'))
     raised = raised + 1
     advance(pool)
@@ -248,5 +234,5 @@ for at, rule in ipairs(rules) do
   end
 end
 
-close_pool(pool, partitions_key, {services_key, decisions_key}, nil)
+close_pool(pool, services_key, changed_fields(state), {partitions_key}, true)
 return {'raised', raised, pool.epoch, pool.position, pool.lost}

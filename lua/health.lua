@@ -1,6 +1,6 @@
 -- Notes whether a provider has answered when it was asked for its health, on the breakers of its services.
--- KEYS[1] services      the pool's services
--- KEYS[2] partitions    the pool's place in its history
+-- KEYS[1] services      the pool's services, and its place in its history
+-- KEYS[2] partitions    the pool's rules and partitions
 -- KEYS[3] decisions     the stream of events
 -- ARGV[1] now_ms        0 for the server's clock
 -- ARGV[2] epoch         the highest epoch and
@@ -23,14 +23,14 @@ for at = 5, #ARGV do
 end
 
 local now = clock(now_arg)
-local pool = open_pool(partitions_key, decisions_key, seen_epoch, seen_position, now)
-local services, providers = {}, {}
+local state = open_services(services_key, true)
+local pool = open_pool(load_services(state, {}, place_fields()), decisions_key, seen_epoch, seen_position, now)
 
-local function breaker_noted(text, provider)
-  local breaker = read_breaker(text)
-  if not has_breaker(provider) or (breaker.state == 1 and not is_due(breaker, now)) then return text end
-  if is_alive then return breaker.state == 1 and count_success(breaker, provider) or text end
-  if breaker.state == 1 then
+local function note(breaker, provider)
+  if not has_breaker(provider) or (breaker.state == 1 and not is_due(breaker, now)) then return end
+  if is_alive then
+    if breaker.state == 1 then count_success(breaker, provider) end
+  elseif breaker.state == 1 then
     open_breaker(breaker, provider, now, pool.position)
   else
     breaker.consecutive = breaker.consecutive + 1
@@ -38,20 +38,20 @@ local function breaker_noted(text, provider)
       open_breaker(breaker, provider, now, pool.position)
     end
   end
-  return breaker_text(breaker)
 end
 
 for at = 5, #ARGV do
   local id = ARGV[at]
-  local service = load_service(services, services_key, id, ledger_fields)
-  local provider = provider_numbers(providers, service)
+  local service = load_service(state, id)
+  local was_open = is_open(service)
   advance(pool)
   local before = event_text(service)
-  set_breaker(pool, service, id, breaker_noted(service.breaker, provider))
+  note(breaker_of(service), provider_numbers(service))
+  service.is_changed = true
+  list_breaker(pool, service, id, was_open)
   record_event(pool, 'health', {
     'service', id, 'is_alive', ARGV[4], 'before', before, 'after', event_text(service),
   })
 end
-save_services(services, services_key, ledger_fields)
-close_pool(pool, partitions_key, {services_key, decisions_key}, nil)
+close_pool(pool, services_key, changed_fields(state), {partitions_key}, true)
 return {'noted', #ARGV - 4, pool.epoch, pool.position, pool.lost}

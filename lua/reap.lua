@@ -1,7 +1,7 @@
 -- Renews the asking worker's lease and counts as lost what one worker (itself or another) can no longer settle in time:
 -- everything if its lease has ended, else the holdings past their own deadline.
--- KEYS[1] services      the pool's services
--- KEYS[2] partitions    the pool's place in its history
+-- KEYS[1] services      the pool's services, and its place in its history
+-- KEYS[2] partitions    the pool's rules and partitions
 -- KEYS[3] holdings      of the worker that is looked at
 -- KEYS[4] leases        of all workers
 -- KEYS[5] decisions     the stream of events
@@ -29,20 +29,20 @@ end
 local worker, target = ARGV[2], ARGV[6]
 
 local now = clock(now_arg)
-local pool = open_pool(partitions_key, decisions_key, seen_epoch, seen_position, now)
+local state = open_services(services_key, true)
+local pool = open_pool(load_services(state, {}, place_fields()), decisions_key, seen_epoch, seen_position, now)
 redis.call('ZADD', leases_key, whole(now + lease_ms), worker)
 local lease_end = tonumber(redis.call('ZSCORE', leases_key, target) or 0)
 local is_ended = lease_end <= now
-local services, meters, lost = {}, {}, 0
+local lost = 0
 
 local function reap(number, holding)
   local id = holding.id
-  local service = load_service(services, services_key, id, ledger_fields)
-  local meter = holding.meters_provider and load_service(meters, services_key, provider_of(id), meter_fields) or nil
+  local service = load_service(state, id)
   advance(pool)
   local before = event_text(service)
-  count_lost(service, meter, holding, now)
-  set_breaker(pool, service, id, breaker_after(service.breaker, false, '', now, pool.position, holding.probe))
+  count_lost(service, holding, now)
+  settle_breaker(pool, service, id, false, '', holding.probe)
   redis.call('HSET', holdings_key, number,
     'l ' .. whole(holding.reserved) .. ' ' .. whole(now) .. ' ' .. whole(pool.position) .. ' ' .. id)
   lost = lost + 1
@@ -74,7 +74,6 @@ end
 -- A worker that is reaped stays listed for as long as its holdings are kept, with the time of that below zero.
 if is_ended and lost < limit and lease_end >= 0 then redis.call('ZADD', leases_key, '-' .. whole(now), target) end
 redis.call('ZREMRANGEBYSCORE', leases_key, '-' .. whole(math.max(0, now - 604800000)), 0)
-save_services(services, services_key, ledger_fields)
-save_services(meters, services_key, meter_fields)
-close_pool(pool, partitions_key, {services_key, leases_key, decisions_key}, worker == target and holdings_key or nil)
+close_pool(pool, services_key, changed_fields(state), {partitions_key, leases_key}, true)
+if worker == target then redis.call('PEXPIRE', holdings_key, HOLDINGS_LIVE_MS) end
 return {'reaped', is_ended and 1 or 0, lost, pool.epoch, pool.position, pool.lost}

@@ -7,7 +7,6 @@ connections would wait for hundreds of turns.
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 import ssl
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from balancer import log
 
 _A_TURN = 64
 _RETRY_S = 1.0
-_EXHAUSTED = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
 
 
 class Acceptor:
@@ -57,9 +55,7 @@ class Acceptor:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as exc:
-                if exc.errno not in _EXHAUSTED:
-                    raise
-                # The connection stays in the queue, and the loop would call at once again.
+                # Most often no file descriptor is left. The connection stays in the queue: we would be called at once.
                 log.error("no connection can be accepted", reason=exc.strerror, retry_s=_RETRY_S)
                 self._loop.remove_reader(self._listener)
                 self._retry = self._loop.call_later(_RETRY_S, self._go_on)

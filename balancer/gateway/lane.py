@@ -300,6 +300,7 @@ class Lane(asyncio.BufferedProtocol):
         """Gives the connection, and what came of the request, to the other front."""
         transport = self.transport
         assert transport is not None, "open"
+        assert not self.is_held_up, "an answer ends when the client's buffer has room"
         self._resume_reading()
         self.transport = None
         self._waiting = b""
@@ -307,8 +308,6 @@ class Lane(asyncio.BufferedProtocol):
         protocol = self._lanes.hand_over()
         transport.set_protocol(protocol)
         protocol.connection_made(transport)
-        if self.is_held_up:
-            protocol.pause_writing()
         protocol.data_received(data)
 
     # -- the answer's and the owner's side -----------------------------------------------------------------------------

@@ -25,21 +25,13 @@ from balancer.store import keys
 from balancer.tactics import tactic_name, tactic_params
 
 
-def selection_arguments(selection: Selection) -> tuple[str | int, ...]:
-    """The group of arguments that select takes for one selection."""
-    return (
-        selection.number,
-        selection.rule,
-        selection.partition,
-        selection.revision,
-        selection.draw,
-        selection.reserved,
-        selection.deadline_ms,
-        selection.affinity_ms,
-        selection.only,
-        len(selection.excluded),
-        *selection.excluded,
+def selection_arguments(selection: Selection) -> tuple[str, ...]:
+    """The group of arguments that select takes for one selection: its numbers in one, and the names."""
+    numbers = (
+        f"{selection.number} {selection.revision} {selection.draw} {selection.reserved} {selection.deadline_ms} "
+        f"{selection.affinity_ms} {len(selection.excluded)}"
     )
+    return (numbers, selection.rule, selection.partition, selection.only, *selection.excluded)
 
 
 def pin_keys(pool: str, selections: Iterable[Selection]) -> list[str]:
@@ -47,23 +39,15 @@ def pin_keys(pool: str, selections: Iterable[Selection]) -> list[str]:
     return [keys.pin(pool, selection.session) for selection in selections if selection.affinity_ms]
 
 
-def entry_arguments(entry: Entry, extra_age_ms: int = 0) -> tuple[str | int, ...]:
-    """The group of arguments that settle takes for one entry, which has waited `extra_age_ms` since it was made."""
+def entry_arguments(entry: Entry, extra_age_ms: int = 0) -> tuple[str, str]:
+    """The two arguments that settle takes for one entry, which has waited `extra_age_ms` since it was made."""
     usage = entry.usage
-    return (
-        entry.number,
-        entry.service,
-        entry.outcome.value,
-        entry.age_ms + extra_age_ms,
-        usage.input,
-        usage.output,
-        usage.cached,
-        usage.cache_creation,
-        usage.reasoning,
-        entry.cooldown_ms,
-        entry.first_token_us,
-        entry.stream_us,
+    numbers = (
+        f"{entry.number} {entry.outcome.value} {entry.age_ms + extra_age_ms} {usage.input} {usage.output} "
+        f"{usage.cached} {usage.cache_creation} {usage.reasoning} {entry.cooldown_ms} {entry.first_token_us} "
+        f"{entry.stream_us}"
     )
+    return numbers, entry.service
 
 
 def fence_arguments(settings: PoolSettings, revision: int) -> dict[str, str | int]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from balancer import stored
 from balancer.errors import StoreUnavailableError
 from balancer.store import keys
 from balancer.store.scripts import load
@@ -58,7 +59,8 @@ async def newest(send: Send, pool: str, size: int, most: int) -> AsyncIterator[l
 
 async def recording(send: Send, pool: str) -> str:
     """How the pool's events are recorded: off, sampled or full."""
-    return _text(await send("HGET", keys.partitions(pool), "record") or "off")
+    text = _text(await send("HGET", keys.services(pool), "record") or stored.NEW_RECORD)
+    return stored.record({"record": text})
 
 
 async def last_id(send: Send, pool: str) -> str:

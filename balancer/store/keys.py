@@ -2,8 +2,8 @@
 
 | key | type | lifetime |
 |---|---|---|
-| `balancer:{<pool>}:services` | hash: windows and totals of the pool's services | 30 days after the last use |
-| `balancer:{<pool>}:partitions` | hash: epoch, position, rules, cursors | 30 days after the last use |
+| `balancer:{<pool>}:services` | hash: epoch and position, windows and totals of the services | 30 days after the last use |
+| `balancer:{<pool>}:partitions` | hash: rules, cursors | 30 days after the last use |
 | `balancer:{<pool>}:holdings:<worker>` | hash: what its attempts hold, its last batch | 7 days after the last use |
 | `balancer:{<pool>}:holdings:api-<random>` | hash: the same for one pick over the API | as long as it may be settled |
 | `balancer:{<pool>}:leases` | sorted set: worker by the end of its lease in ms | 30 days after the last use |
@@ -29,12 +29,12 @@ _PREFIX = "balancer:"
 
 
 def services(pool: str) -> str:
-    """The hash of the pool's services."""
+    """The hash of the pool's place in its history and of its services."""
     return f"{_PREFIX}{{{pool}}}:services"
 
 
 def partitions(pool: str) -> str:
-    """The hash of the pool's epoch, position, rules and partitions."""
+    """The hash of the pool's rules and partitions."""
     return f"{_PREFIX}{{{pool}}}:partitions"
 
 

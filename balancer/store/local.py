@@ -21,9 +21,8 @@ from typing import TypeVar
 
 import msgspec
 
-from balancer import log
+from balancer import log, stored
 from balancer.breaker import Breaker
-from balancer.checkpoint import read_breaker, read_minute, read_windows
 from balancer.domain import Entry, Pick, ProviderDefinition, Rule, RuleDefinition, Selection, ServiceDefinition
 from balancer.errors import StoreUnavailableError
 from balancer.ledger import Window
@@ -55,23 +54,24 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def place(self) -> tuple[int, int]:
         """Epoch and position."""
-        return self.number("epoch"), self.number("position")
+        return stored.place({"place": self.services.get(b"place", stored.NEW_PLACE.encode()).decode()})
 
-    def text(self, name: str) -> str:
-        """A field of partitions, empty when it is not there."""
-        return self.partitions.get(name.encode(), b"").decode()
+    def budget(self, rule: str) -> int:
+        """What the rule has left to try again with, below zero for all of it."""
+        return stored.rule(self.partitions.get(f"rule:{rule}".encode(), stored.NEW_RULE.encode()).decode())["budget"]
 
-    def number(self, name: str, default: int = 0) -> int:
-        """A numeric field of partitions."""
-        return int(self.partitions.get(name.encode(), default))
+    def partition(self, id_: str) -> stored.Partition:
+        """The partition's state, a new one when it is not there."""
+        text = self.partitions.get(f"partition:{id_}".encode(), stored.NEW_PARTITION.encode())
+        return stored.partition(text.decode())
 
-    def service_text(self, name: str) -> str:
-        """A field of services, empty when it is not there."""
-        return self.services.get(name.encode(), b"").decode()
+    def service(self, id_: str) -> stored.Measured:
+        """The service's state, a new one when it is not there."""
+        return stored.service(self.services.get(f"service:{id_}".encode(), stored.NEW_SERVICE.encode()).decode())
 
-    def service_number(self, name: str) -> int:
-        """A numeric field of services."""
-        return int(self.services.get(name.encode(), 0))
+    def meter(self, provider: str) -> stored.Measured:
+        """The provider's meter, a new one when it is not there."""
+        return stored.meter(self.services.get(f"meter:{provider}".encode(), stored.NEW_METER.encode()).decode())
 
 
 class _Seen(msgspec.Struct, frozen=True, gc=False):
@@ -286,50 +286,49 @@ class LocalPool:
         twin.fence(now_ms, [definition])
         if known:
             return
-        budget = self._picture.number(f"budget:{rule.uuid}", MOST_BUDGET)
+        budget = self._picture.budget(rule.uuid)
         if definition.retry_permille:
-            twin.rules[rule.uuid].budget = budget // self._share
+            twin.rules[rule.uuid].budget = (MOST_BUDGET if budget < 0 else budget) // self._share
         for partition in definition.partitions:
             self._resume(twin, partition.id)
 
     def _resume(self, twin: Pool, id_: str) -> None:
         """Sets a partition's cursor, streak, tier and memory to what was seen last."""
-        part, picture = twin.partitions[id_], self._picture
-        seen = self._seen.get(id_) or _Seen((0, 0), picture.text(f"cursor:{id_}"), picture.number(f"streak:{id_}"))
+        part, known = twin.partitions[id_], self._picture.partition(id_)
+        seen = self._seen.get(id_) or _Seen((0, 0), known.cursor, known.streak)
         if seen.cursor in (service.id for service in part.definition.services):
             part.cursor, part.streak = seen.cursor, seen.streak
-        part.tier, part.hold = picture.number(f"tier:{id_}", -1), picture.number(f"hold:{id_}")
-        part.memory = picture.text(f"memory:{id_}")
+        part.tier, part.hold, part.memory = known.tier, known.hold, known.memory
 
     def _load_service(self, twin: Pool, id_: str, now_ms: int) -> None:
         """Takes a service's windows, breaker, cooldown and latencies from the picture, and adds our own use since."""
         if id_ in self._loaded:
             return
         self._loaded.add(id_)
-        state, picture = twin.service(id_), self._picture
+        state, known = twin.service(id_), self._picture.service(id_)
         recent = self._recent.get(id_, _Recent())
-        state.windows = read_windows(picture.service_text(f"windows:{id_}"))
+        state.windows = [Window(*row) for row in known.windows]
         for window in state.windows:
             _add(window, recent, now_ms)
-        state.breaker = _known(read_breaker(picture.service_text(f"breaker:{id_}")))
-        state.cooldown = max(picture.service_number(f"cooldown:{id_}"), recent.cooldown)
-        state.first_token = picture.service_number(f"first_token:{id_}")
-        state.per_token = picture.service_number(f"per_token:{id_}")
-        state.measured = picture.service_number(f"measured:{id_}")
-        state.minute = self._own_minute(id_, [recent], now_ms)
+        state.breaker = _without_probe(Breaker(*known.breaker))
+        state.cooldown = max(known.counters["cooldown"], recent.cooldown)
+        for name in ("first_token", "per_token", "measured"):
+            setattr(state, name, known.counters[name])
+        state.minute = self._own_minute(known, [recent], now_ms)
 
     def _load_meter(self, twin: Pool, provider: str, now_ms: int) -> None:
         """Takes a provider's minute from the picture, and adds our own use since."""
         if provider not in self._loaded:
             self._loaded.add(provider)
             own = [recent for id_, recent in self._recent.items() if provider_of(id_) == provider]
-            twin.meter(f"{provider}:").minute = self._own_minute(provider, own, now_ms)
+            twin.meter(f"{provider}:").minute = self._own_minute(self._picture.meter(provider), own, now_ms)
 
-    def _own_minute(self, id_: str, own: list[_Recent], now_ms: int) -> Minute:
+    def _own_minute(self, known: stored.Measured, own: list[_Recent], now_ms: int) -> Minute:
         """This worker's part of what the fleet had used in the last minute, and all that it has used itself since."""
-        minute = read_minute(self._picture.service_text(f"minute:{id_}"))
         share = self._share
-        minute = Minute([Bucket(b.number, -(-b.requests // share), -(-b.tokens // share)) for b in minute.buckets])
+        minute = Minute(
+            [Bucket(step, -(-requests // share), -(-tokens // share)) for step, requests, tokens in known.minute]
+        )
         minute.count(now_ms, sum(recent.picks for recent in own), sum(recent.tokens for recent in own))
         return minute
 
@@ -354,7 +353,7 @@ def _divided(limited: _Limited, share: int) -> _Limited:
     return msgspec.structs.replace(limited, **parts)
 
 
-def _known(breaker: Breaker) -> Breaker:
+def _without_probe(breaker: Breaker) -> Breaker:
     """The breaker without a probe: how that of another worker ends, is never told here."""
     breaker.probe = 0
     return breaker

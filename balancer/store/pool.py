@@ -421,8 +421,8 @@ class PoolClient:
         command = self._settle.command(changing, self._entries(batch))
         self._link.post_call(self._settle.script, command, functools.partial(self._on_settled, batch.generation))
 
-    def _entries(self, batch: Batch) -> list[str | int]:
-        arguments: list[str | int] = []
+    def _entries(self, batch: Batch) -> list[str]:
+        arguments: list[str] = []
         entries, age_ms = batch.entries or (), self.outbox.age_ms
         # The first is the oldest: where that is fresh, all are.
         is_fresh = bool(entries) and not age_ms(entries[0][1])
@@ -735,6 +735,9 @@ class PoolClient:
 
 def _decoded(answer: Answer) -> Answer:
     """An answer of select with its words as text."""
+    if answer[0] == b"pick":  # Nearly always; the rest of it is numbers.
+        _, service, reason, *numbers = answer
+        return ["pick", service.decode(), reason.decode(), *numbers]
     return [item.decode() if type(item) is bytes else item for item in answer]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import redis.asyncio
 
-from balancer import document, log
+from balancer import document, log, stored
 from balancer.domain import Configuration, PoolSettings, Provider, Rule, RuleDefinition
 from balancer.errors import BalancerError, ConfigurationError, ConflictError, StoreUnavailableError
 from balancer.store import keys
@@ -265,8 +265,8 @@ class Registry:
         with translated("reading the fences"):
             for rule in configuration.rules:
                 key = keys.partitions(rule.pool)
-                fence: Any = await self._commands.run(key, "HGET", key, f"revision:{rule.uuid}")
-                highest = max(highest, int(fence or 0))
+                fence: Any = await self._commands.run(key, "HGET", key, f"rule:{rule.uuid}")
+                highest = max(highest, stored.rule(fence.decode())["revision"] if fence else 0)
         return highest + 1
 
     async def _run(

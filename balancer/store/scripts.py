@@ -98,7 +98,7 @@ def load(name: str, override: str = "") -> Script:
     """The script of that name. Raises ConfigurationError when its header or an include is wrong."""
     root = folder(override)
     text = (root / f"{name}.lua").read_text(encoding="utf-8")
-    source = _expand(root, text, set())
+    source = _without_unused(_expand(root, text, set()))
     return Script(
         name=name,
         source=source,
@@ -159,10 +159,31 @@ def _expand(root: Path, text: str, done: set[str]) -> str:
 
 
 def _expand_folder(root: Path, name: str, done: set[str]) -> str:
-    """Every include of a folder, each a function of its file's name, and a table of them: `<folder>_table`."""
+    """A function that gives that of an include of the folder by its name, nil without one: `<folder>_named`.
+
+    A script makes its functions anew in each call, so no more of them are made than are asked for.
+    """
     found = sorted(path.stem for path in (root / "include" / name).glob("*.lua"))
-    text = _expand(root, "".join(f"-- include: {name}/{one}\n" for one in found), done)
-    return text + "\n".join((f"local {name}_table = {{", *(f"  {one} = {one}," for one in found), "}"))
+    lines = [f"local function {name}_named(name)"]
+    for one in found:
+        text = (root / "include" / name / f"{one}.lua").read_text(encoding="utf-8")
+        if any(map(_INCLUDE.match, text.splitlines())):
+            raise ConfigurationError(f"{name}/{one}.lua: what is included by its folder includes nothing")
+        lines += [f"if name == '{one}' then", text.rstrip("\n"), f"return {one}", "end"]
+    return "\n".join([*lines, "end"])
+
+
+_FUNCTION = re.compile(r"^(?:--[^\n]*\n)*local function (\w+)\(.*?^end\n", re.MULTILINE | re.DOTALL)
+
+
+def _without_unused(text: str) -> str:
+    """The source without the functions of includes that it never calls: each costs whenever the script runs."""
+    while True:
+        unused = [m for m in _FUNCTION.finditer(text) if len(re.findall(rf"\b{m[1]}\b", text)) == 1]
+        if not unused:
+            return text
+        for function in reversed(unused):
+            text = text[: function.start()] + text[function.end() :]
 
 
 def main() -> None:

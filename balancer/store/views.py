@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Literal, TypeVar
+from collections.abc import Mapping
+from typing import Literal
 
 import msgspec
 
+from balancer import stored
 from balancer.store import keys
-
-_View = TypeVar("_View", "RuleView", "PartitionView", "ServiceView", "ProviderView")
 
 BreakerState = Literal["closed", "half_open", "open"]
 
 _BUCKET_MS = 5000
 _BUCKETS = 12
-_TEXTS = ("tactic", "cursor")
+_WINDOW = ("length_s", "start_ms", "requests", "tokens", "output")
 
 
 class WindowView(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +48,7 @@ class MinuteView(msgspec.Struct, frozen=True, kw_only=True):
         return sum(requests for requests, _ in kept), sum(tokens for _, tokens in kept)
 
 
-class BreakerView(msgspec.Struct, frozen=True, kw_only=True):
+class BreakerView(msgspec.Struct, frozen=True):
     """A service's breaker: failures in a row and in its window; while it is open, until when, and how often in a row.
 
     `probe` is the position of the pick that tries it, 0 for none; `successes` are those of probes.
@@ -162,53 +161,64 @@ class PoolView(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_pool(pool: str, partitions: Mapping[bytes, bytes], services: Mapping[bytes, bytes], now_ms: int) -> PoolView:
     """The picture from the two hashes as HGETALL gives them, at that time of the server."""
-    place = {name: int(partitions.get(name.encode(), b"0")) for name in ("epoch", "position")}
-    # A service's id is `<provider>:<model>`, a provider's has no colon.
-    of_providers = {field: value for field, value in services.items() if field.count(b":") == 1}
-    of_services = {field: value for field, value in services.items() if field.count(b":") > 1}
+    of_services, of_partitions = _by_name(services), _by_name(partitions)
+    epoch, position = stored.place({"place": text} if (text := services.get(b"place", b"").decode()) else {})
+    totals, numbers = of_services.get("totals", {}), of_services.get("provider", {})
+    meters, measured = of_services.get("meter", {}), of_services.get("service", {})
+    tactics, states = of_partitions.get("tactic", {}), of_partitions.get("partition", {})
     return PoolView(
         pool=pool,
         now_ms=now_ms,
-        rules=_group(partitions, RuleView),
-        partitions=_group(partitions, PartitionView),
-        services=_group(of_services, ServiceView),
-        providers=_group(of_providers, ProviderView),
-        **place,
+        epoch=epoch,
+        position=position,
+        rules={id_: _rule(text) for id_, text in of_partitions.get("rule", {}).items()},
+        partitions={id_: _partition(tactics.get(id_, ""), text) for id_, text in states.items()},
+        services={id_: _service(text, totals.get(id_, "")) for id_, text in measured.items()},
+        providers={id_: _provider(meters.get(id_, ""), numbers.get(id_, "")) for id_ in meters | numbers},
     )
 
 
-def _group(fields: Mapping[bytes, bytes], kind: type[_View]) -> dict[str, _View]:
-    """The hash's fields `name:id` gathered by id, for the names that the struct has."""
-    names = set(kind.__struct_fields__)
-    gathered: dict[str, dict[str, object]] = {}
+def _by_name(fields: Mapping[bytes, bytes]) -> dict[str, dict[str, str]]:
+    """The hash's fields `name:id`, gathered by name."""
+    gathered: dict[str, dict[str, str]] = {}
     for field, value in fields.items():
         name, _, id_ = field.decode().partition(":")
-        if name in names and id_:
-            gathered.setdefault(id_, {})[name] = _read(name, value.decode())
-    return {id_: msgspec.convert(values, kind) for id_, values in gathered.items()}
+        if id_:
+            gathered.setdefault(name, {})[id_] = value.decode()
+    return gathered
 
 
-def _read(name: str, text: str) -> object:
-    match name:
-        case "windows":
-            return _windows(text)
-        case "minute":
-            return MinuteView(buckets=tuple((b, r, t) for b, r, t in _rows(text)))
-        case "breaker":
-            return BreakerView(**dict(zip(BreakerView.__struct_fields__, map(int, text.split()), strict=False)))
-        case "provider":
-            return tuple(map(int, text.split()))
-        case _:
-            return text if name in _TEXTS else int(text)
+def _rule(text: str) -> RuleView:
+    numbers = stored.rule(text)
+    return RuleView(revision=numbers["revision"], seq=numbers["seq"])
 
 
-def _rows(text: str) -> Iterator[list[int]]:
-    for part in filter(None, text.split(";")):
-        yield [int(number) for number in part.split()]
+def _partition(tactic: str, text: str) -> PartitionView:
+    state = stored.partition(text)
+    name = stored.tactic(tactic)[0] if tactic else ""
+    return PartitionView(tactic=name, cursor=state.cursor, streak=state.streak, tier=state.tier)
 
 
-def _windows(text: str) -> tuple[WindowView, ...]:
-    return tuple(
-        WindowView(length_s=length, start_ms=start, requests=requests, tokens=tokens, output=output)
-        for length, start, requests, tokens, output in _rows(text)
+def _service(text: str, totals: str) -> ServiceView:
+    read = stored.service(text)
+    ends = stored.totals(totals) if totals else {}
+    ends.pop("cleared", None)
+    return ServiceView(
+        windows=tuple(WindowView(**dict(zip(_WINDOW, row, strict=True))) for row in read.windows),
+        minute=_minute(read.minute),
+        breaker=BreakerView(*read.breaker),
+        **read.counters,
+        **ends,
     )
+
+
+def _provider(meter: str, numbers: str) -> ProviderView:
+    provider = tuple(map(int, numbers.split()))
+    if not meter:
+        return ProviderView(provider=provider)
+    read = stored.meter(meter)
+    return ProviderView(minute=_minute(read.minute), provider=provider, **read.counters)
+
+
+def _minute(steps: tuple[stored.Row, ...]) -> MinuteView:
+    return MinuteView(buckets=tuple((step, requests, tokens) for step, requests, tokens in steps))

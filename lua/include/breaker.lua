@@ -2,33 +2,41 @@
 
 -- A service's breaker, text `state consecutive start requests failed opens successes until probe`, '' for one that has
 -- seen nothing. State 0 is closed, 1 open; it is half-open once `until` has passed. `probe` is the position of the pick
--- that tries it, 0 for none.
-local BREAKER_FIELDS = {
-  'state', 'consecutive', 'start', 'requests', 'failed', 'opens', 'successes', 'until_ms', 'probe',
-}
+-- that tries it, 0 for none. A service has `breaker_text`, and `breaker` once somebody has looked into it.
+local BREAKER = '^(%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$'
 
-local function read_breaker(text)
-  local breaker, values = {}, string.gmatch(text, '%d+')
-  for _, name in ipairs(BREAKER_FIELDS) do breaker[name] = tonumber(values() or 0) end
-  return breaker
+local function clear_breaker(breaker)
+  breaker.state, breaker.consecutive, breaker.start, breaker.requests, breaker.failed = 0, 0, 0, 0, 0
+  breaker.opens, breaker.successes, breaker.until_ms, breaker.probe = 0, 0, 0, 0
 end
 
-local function breaker_text(breaker)
-  local values, sum = {}, 0
-  for i, name in ipairs(BREAKER_FIELDS) do
-    values[i] = whole(breaker[name])
-    sum = sum + breaker[name]
+local function breaker_of(service)
+  local breaker = service.breaker
+  if breaker then return breaker end
+  breaker = {
+    state = 0, consecutive = 0, start = 0, requests = 0, failed = 0, opens = 0, successes = 0, until_ms = 0, probe = 0,
+  }
+  local state, consecutive, start, requests, failed, opens, successes, until_ms, probe =
+    string.match(service.breaker_text, BREAKER)
+  if state then
+    breaker.state, breaker.consecutive, breaker.start = state + 0, consecutive + 0, start + 0
+    breaker.requests = requests + 0
+    breaker.failed, breaker.opens, breaker.successes = failed + 0, opens + 0, successes + 0
+    breaker.until_ms, breaker.probe = until_ms + 0, probe + 0
   end
-  return sum > 0 and table.concat(values, ' ') or ''
+  service.breaker = breaker
+  return breaker
 end
 
 local function has_breaker(provider)
   return provider and (provider.failures > 0 or provider.ratio_permille > 0)
 end
 
--- True for the text of a breaker that is not closed.
-local function is_open(text)
-  return string.sub(text, 1, 1) == '1'
+-- True for one that is not closed.
+local function is_open(service)
+  local breaker = service.breaker
+  if breaker then return breaker.state == 1 end
+  return string.byte(service.breaker_text) == 49
 end
 
 -- True for one that is half-open, and nobody tries it.
@@ -42,7 +50,7 @@ local function open_breaker(breaker, provider, now, position)
   local opens = breaker.opens + 1
   local duration = provider.open_ms * math.min(2 ^ (opens - 1), 8)
   local jitter = math.floor(duration * ((position * 7919) % 1000) / 5000)
-  for _, name in ipairs(BREAKER_FIELDS) do breaker[name] = 0 end
+  clear_breaker(breaker)
   breaker.state, breaker.opens, breaker.until_ms = 1, opens, now + duration + jitter
 end
 
@@ -59,23 +67,21 @@ end
 -- A probe that succeeded, or a sign of life: enough of them close the breaker.
 local function count_success(breaker, provider)
   breaker.successes = breaker.successes + 1
-  return breaker.successes >= provider.successes and '' or breaker_text(breaker)
+  if breaker.successes >= provider.successes then clear_breaker(breaker) end
 end
 
--- The breaker's text after an attempt. `verdict` is 'success', 'failure' or '' for what says nothing of the service;
--- `probe` the position of the pick if it was a probe, else 0.
-local function breaker_after(text, provider, verdict, now, position, probe)
-  if not has_breaker(provider) and verdict ~= '' then return '' end
-  if text == '' and verdict == '' then return text end
-  local breaker = read_breaker(text)
+-- Counts the end of an attempt. `verdict` is 'success', 'failure' or '' for what says nothing of the service; `probe`
+-- the position of the pick if it was a probe, else 0.
+local function count_verdict(breaker, provider, verdict, now, position, probe)
+  if not has_breaker(provider) and verdict ~= '' then return clear_breaker(breaker) end
   if breaker.state == 1 then
-    if probe == 0 or breaker.probe ~= probe then return text end
+    if probe == 0 or breaker.probe ~= probe then return end
     breaker.probe = 0
-    if verdict == 'success' then return count_success(breaker, provider) end
+    if verdict == 'success' then count_success(breaker, provider) end
     if verdict == 'failure' then open_breaker(breaker, provider, now, position) end
-    return breaker_text(breaker)
+    return
   end
-  if verdict == '' then return text end
+  if verdict == '' then return end
   if now - breaker.start >= provider.window_ms or breaker.start > now then
     breaker.start, breaker.requests, breaker.failed = now, 0, 0
   end
@@ -86,20 +92,27 @@ local function breaker_after(text, provider, verdict, now, position, probe)
     breaker.failed = breaker.failed + 1
     count_failure(breaker, provider, now, position)
   end
-  return breaker_text(breaker)
 end
 
--- Gives a service another breaker, and keeps the pool's list of those that are not closed: `until id` by line.
-local function set_breaker(pool, service, id, text)
-  local was_open, opens = is_open(service.breaker), is_open(text)
-  if text ~= service.breaker then service.breaker, service.is_changed = text, true end
+-- Keeps the pool's list of breakers that are not closed, `until id` by line, once a service's has changed.
+local function list_breaker(pool, service, id, was_open)
+  local opens = is_open(service)
   if not (was_open or opens) then return end
   local until_of, ids, lines = {}, {}, {}
   for until_ms, other in string.gmatch(pool.broken, '(%d+) ([^\n]+)\n') do until_of[other] = until_ms end
-  until_of[id] = opens and whole(read_breaker(text).until_ms) or nil
+  until_of[id] = opens and whole(breaker_of(service).until_ms) or nil
   for other in pairs(until_of) do ids[#ids + 1] = other end
   table.sort(ids, is_before)
   for i, other in ipairs(ids) do lines[i] = until_of[other] .. ' ' .. other .. '\n' end
   pool.broken = table.concat(lines)
   pool.is_broken_changed = true
+end
+
+-- Counts the end of an attempt on the service's breaker.
+local function settle_breaker(pool, service, id, provider, verdict, probe)
+  if service.breaker_text == '' and not service.breaker and (verdict == '' or not has_breaker(provider)) then return end
+  local was_open = is_open(service)
+  count_verdict(breaker_of(service), provider, verdict, pool.now, pool.position, probe)
+  service.is_changed = true
+  list_breaker(pool, service, id, was_open)
 end

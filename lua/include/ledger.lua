@@ -1,6 +1,5 @@
 -- include: breaker
 -- include: minute
--- include: provider
 -- include: service
 
 -- How the end of an attempt changes its service. Shared by settle, reap and health.
@@ -8,7 +7,6 @@ local ledger_counters = {
   'in_flight', 'reserved', 'requests', 'failures', 'input', 'output', 'cached', 'cache_creation', 'reasoning', 'lost',
   'lost_tokens', 'abandoned', 'last_used', 'cleared', 'cooldown', 'first_token', 'per_token', 'measured',
 }
-local ledger_fields = {'windows', 'minute', 'breaker', unpack(ledger_counters)}
 
 -- A service as an event of settle, reap or health tells it.
 local function event_text(service)
@@ -22,59 +20,66 @@ local function read_holding(text)
   local reserved, deadline, meters, probe, id = string.match(text, '^h (%d+) (%d+) (%d) (%d+) (.+)$')
   if not reserved then return nil end
   return {
-    reserved = tonumber(reserved), deadline = tonumber(deadline), probe = tonumber(probe), id = id,
+    reserved = reserved + 0, deadline = deadline + 0, probe = probe + 0, id = id, is_lost = false,
     meters_service = meters == '1' or meters == '3', meters_provider = meters == '2' or meters == '3',
   }
 end
 
+-- What was counted as lost: `l reserved reaped_ms position id`; nil for any other text.
+local function read_lost(text)
+  local reserved, reaped_ms, position, id = string.match(text, '^l (%d+) (%d+) (%d+) (.+)$')
+  if not reserved then return nil end
+  return {reserved = reserved + 0, reaped_ms = reaped_ms + 0, position = position + 0, id = id, is_lost = true}
+end
+
 -- Adds tokens to the windows open at `now - age_ms`; a fresh entry (age 0) opens a new one where the last has ended.
 local function add_window_tokens(service, input, output, now, age_ms)
-  if age_ms == 0 then roll_windows(service.windows, now) end
-  for _, w in ipairs(service.windows) do
-    if not has_ended(w, now) and now - age_ms >= w.start then
+  if age_ms == 0 and not service.is_rolled then roll_windows(service, now) end
+  local windows = service.windows
+  for i = 1, #windows do
+    local w = windows[i]
+    if age_ms == 0 or (not has_ended(w, now) and now - age_ms >= w.start) then
       w.tokens, w.output = w.tokens + input + output, w.output + output
     end
   end
 end
 
 -- Counts tokens in the minutes that the attempt was let through by.
-local function add_minute_tokens(service, meter, holding, tokens, now)
-  if holding.meters_service then
-    service.minute, service.is_changed = count_minute(service.minute, now, 0, tokens), true
-  end
-  if meter then meter.minute = count_minute(meter.minute, now, 0, tokens) end
+local function add_minute_tokens(service, holding, tokens, now)
+  if holding.meters_service then count_minute(service, now, 0, tokens) end
+  if holding.meters_provider then count_minute(service.meter, now, 0, tokens) end
 end
 
--- Gives back what a live holding held; `meter` is its provider's, or nil.
-local function release(service, meter, holding)
+-- Gives back what a live holding held.
+local function release(service, holding)
   service.in_flight = service.in_flight - 1
   service.reserved = service.reserved - holding.reserved
   service.is_changed = true
-  if meter then
-    meter.in_flight = meter.in_flight - 1
-    meter.reserved = meter.reserved - holding.reserved
+  if holding.meters_provider then
+    local meter = service.meter
+    meter.in_flight, meter.reserved = meter.in_flight - 1, meter.reserved - holding.reserved
     meter.is_changed = true
   end
 end
 
 -- Counts an attempt whose worker died: one request and its reserved estimate, apart from what upstreams reported.
-local function count_lost(service, meter, holding, now)
-  release(service, meter, holding)
+local function count_lost(service, holding, now)
+  release(service, holding)
   service.requests = service.requests + 1
   service.lost = service.lost + 1
   service.lost_tokens = service.lost_tokens + holding.reserved
   add_window_tokens(service, holding.reserved, 0, now, 0)
-  add_minute_tokens(service, meter, holding, holding.reserved, now)
+  add_minute_tokens(service, holding, holding.reserved, now)
 end
 
 -- Takes back count_lost: the worker was only late. What was cleared in between is not there to be taken back.
-local function uncount_lost(service, reserved, reaped_ms, position)
-  if position <= service.cleared then return end
+local function uncount_lost(service, lost)
+  if lost.position <= service.cleared then return end
   service.requests = service.requests - 1
   service.lost = service.lost - 1
-  service.lost_tokens = service.lost_tokens - reserved
+  service.lost_tokens = service.lost_tokens - lost.reserved
   for _, w in ipairs(service.windows) do
-    if reaped_ms >= w.start then w.tokens = math.max(0, w.tokens - reserved) end
+    if lost.reaped_ms >= w.start then w.tokens = math.max(0, w.tokens - lost.reserved) end
   end
   service.is_changed = true
 end

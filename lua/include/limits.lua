@@ -4,10 +4,6 @@
 local LIMIT_NEVER = -1
 local LIMIT_UNKNOWN_MS = 1000
 
-local function has_limits(limits)
-  return limits.rpm ~= 0 or limits.tpm ~= 0 or limits.in_flight ~= 0
-end
-
 -- The longer of two waits; nil is none, LIMIT_NEVER the longest.
 local function longer(a, b)
   if a == LIMIT_NEVER or b == LIMIT_NEVER then return LIMIT_NEVER end
@@ -16,26 +12,26 @@ local function longer(a, b)
 end
 
 -- Ms until a request that reserves so many tokens may be let through, LIMIT_NEVER if it is too large by itself, nil if
--- it may at once. `used` has `minute`, `in_flight` and `reserved`.
+-- it may at once. `used` is a service or a meter.
 local function limit_wait(limits, used, reserved, now)
-  if not has_limits(limits) then return nil end
-  local wait
-  if limits.rpm < 0 or limits.tpm < 0 or limits.in_flight < 0 then wait = LIMIT_UNKNOWN_MS end
-  if limits.in_flight > 0 and used.in_flight >= limits.in_flight then wait = longer(wait, LIMIT_UNKNOWN_MS) end
-  if limits.rpm > 0 or limits.tpm > 0 then
-    local minute = read_minute(used.minute, now)
-    if limits.rpm > 0 and minute.requests + 1 > limits.rpm then
-      wait = longer(wait, minute_wait(minute, 'requests', minute.requests + 1 - limits.rpm, now))
-    end
-    if limits.tpm > 0 then
-      local over = minute.tokens + used.reserved + reserved - limits.tpm
-      if reserved > limits.tpm then
-        wait = LIMIT_NEVER
-      elseif over > minute.tokens then
-        wait = longer(wait, LIMIT_UNKNOWN_MS)
-      elseif over > 0 then
-        wait = longer(wait, minute_wait(minute, 'tokens', over, now))
-      end
+  local rpm, tpm, in_flight, wait = limits.rpm, limits.tpm, limits.in_flight, nil
+  if rpm < 0 or tpm < 0 or in_flight < 0 then wait = LIMIT_UNKNOWN_MS end
+  if in_flight > 0 and used.in_flight >= in_flight then wait = longer(wait, LIMIT_UNKNOWN_MS) end
+  if rpm <= 0 and tpm <= 0 then return wait end
+  local minute = used.minute or minute_of(used, now)
+  if rpm > 0 then
+    local over = minute.older_requests + minute.requests + 1 - rpm
+    if over > 0 then wait = longer(wait, minute_wait(minute, false, over, now)) end
+  end
+  if tpm > 0 then
+    local tokens = minute.older_tokens + minute.tokens
+    local over = tokens + used.reserved + reserved - tpm
+    if reserved > tpm then
+      wait = LIMIT_NEVER
+    elseif over > tokens then
+      wait = longer(wait, LIMIT_UNKNOWN_MS)
+    elseif over > 0 then
+      wait = longer(wait, minute_wait(minute, true, over, now))
     end
   end
   return wait

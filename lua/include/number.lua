@@ -1,3 +1,5 @@
+local MOST_WHOLE = 9007199254740991
+
 -- Whole numbers as text: tostring would round beyond 14 digits.
 local function whole(value)
   return string.format('%.0f', value)
@@ -6,7 +8,7 @@ end
 -- The argument as a whole number of at least `least`, or nil. It has one spelling: some numbers become names of fields.
 local function to_whole(text, least)
   local value = string.find(text or '', '^%d+$') and tonumber(text)
-  if not value or value < least or value > 9007199254740991 then return nil end
+  if not value or value < least or value > MOST_WHOLE then return nil end
   if string.byte(text) == 48 and text ~= '0' then return nil end
   return value
 end

@@ -1,19 +1,47 @@
 -- include: candidates
 -- include: number
 
--- A partition as select reads it, and what a pick changes of it.
-local function load_partition(key, id)
-  local values = redis.call('HMGET', key, 'tactic:' .. id, 'params:' .. id, 'cursor:' .. id, 'line:' .. id,
-    'streak:' .. id, 'top:' .. id, 'tier:' .. id, 'hold:' .. id, 'memory:' .. id)
-  local part = {
-    key = key, id = id, tactic = values[1], params_text = values[2] or '', params = {}, cursor = values[3] or '',
-    streak = tonumber(values[5] or 0), top = tonumber(values[6] or -1), tier = tonumber(values[7] or -1),
-    hold = tonumber(values[8] or 0), memory = values[9] or '',
+-- A rule and its partitions as select reads them, and what a pick changes of them. `rule:<rule>` is
+-- `revision seq retry_permille budget`, the budget -1 as long as it is full and was never used; `tactic:<p>` is
+-- `tactic top refuses params`, the parameters `name value` joined by `;`; `partition:<p>` has a line of
+-- `streak tier hold`, one of the cursor, one of its numbers, and behind them what the tactic remembers.
+local NEW_RULE, NEW_TACTIC, NEW_PARTITION = '0 0 0 -1', ' -1 0 ', '0 -1 0\n\n\n'
+local MOST_BUDGET = 100000
+
+local function parse_rule(text)
+  local revision, seq, retry_permille, budget = string.match(text or NEW_RULE, '^(%d+) (%d+) (%d+) (-?%d+)$')
+  local rule = {
+    revision = revision + 0, seq = seq + 0, retry_permille = retry_permille + 0, budget = budget + 0, is_unused = false,
+    is_changed = false,
   }
-  part.current = parse_current(part.cursor, values[4] or '')
-  part.loaded = part.current
-  for name, value in string.gmatch(part.params_text, '([%l_]+) (%d+)') do part.params[name] = tonumber(value) end
-  return part
+  if rule.budget < 0 then
+    rule.budget, rule.is_unused = rule.retry_permille > 0 and MOST_BUDGET or 0, true
+  end
+  return rule
+end
+
+local function rule_text(rule)
+  local budget = rule.is_unused and -1 or rule.budget
+  return string.format('%d %d %d %d', rule.revision, rule.seq, rule.retry_permille, budget)
+end
+
+local function parse_partition(key, id, tactic_text, text)
+  local tactic, top, refuses, params_text = string.match(tactic_text or NEW_TACTIC, '^(%S*) (-?%d+) (%d) (.*)$')
+  local streak, tier, hold, cursor, line, memory = string.match(text or NEW_PARTITION,
+    '^(%d+) (-?%d+) (%d+)\n([^\n]*)\n([^\n]*)\n(.*)$')
+  local params = {}
+  for name, value in string.gmatch(params_text, '([%l_]+) (%d+)') do params[name] = value + 0 end
+  return {
+    key = key, id = id, tactic = tactic, params_text = params_text, params = params, top = top + 0,
+    refuses = refuses == '1', streak = streak + 0, tier = tier + 0, hold = hold + 0, cursor = cursor, line_text = line,
+    current = parse_current(cursor, line), memory = memory, services_text = false, lines = false, is_loaded = false,
+    is_changed = false,
+  }
+end
+
+local function partition_text(part)
+  return string.format('%d %d %d\n', part.streak, part.tier, part.hold) .. part.cursor .. '\n' .. part.line_text .. '\n'
+    .. part.memory
 end
 
 -- All its services, as text and as lines; read when they are first asked for.
@@ -29,15 +57,7 @@ end
 
 local function find_line(part, id)
   if part.current and id == part.cursor then return part.current end
-  for _, line in ipairs(lines_of(part)) do
-    if line.id == id then return line end
-  end
-  return nil
-end
-
--- True when the partition tries nothing that a cooldown or a breaker keeps back.
-local function refuses(part)
-  return redis.call('HGET', part.key, 'refuses:' .. part.id) == '1'
+  return line_of(services_text(part), id)
 end
 
 -- The tier that serves; nil in a partition of one tier.
@@ -62,14 +82,9 @@ local function least_tier(part, may_serve, tier)
   return least, has_tier
 end
 
--- Adds to the fields of an HSET what a pick has changed.
-local function save_partition(part, set)
-  local changed = {streak = whole(part.streak)}
-  if part.current ~= part.loaded then changed.cursor, changed.line = part.cursor, current_text(part.current) end
-  if part.top >= 0 then changed.tier, changed.hold = whole(part.tier), whole(part.hold) end
-  if part.memory ~= '' then changed.memory = part.memory end
-  for name, value in pairs(changed) do
-    set[#set + 1] = name .. ':' .. part.id
-    set[#set + 1] = value
+-- Sets the cursor to a line.
+local function move_cursor(part, line)
+  if part.current ~= line then
+    part.cursor, part.current, part.line_text = line.id, line, current_text(line)
   end
 end

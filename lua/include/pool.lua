@@ -3,27 +3,42 @@
 -- A pool's place in its history: its epoch and position, and how its events are recorded. A sampled record has one
 -- position in 17: a prime, so that it does not keep step with a streak and see always the same part of it.
 local SAMPLED_ONE_IN = 17
+-- 30 and 7 days after the last use, which is noted once a minute.
+local STATE_LIVES_MS, HOLDINGS_LIVE_MS, RENEWED_MS = 2592060000, 604860000, 60000
+-- A value longer than 64 bytes makes the server keep a hash as a table. A small one is a list, in which each reading
+-- looks at all that stands before.
+local LONG_PLACE, LONG_LAST = '%d %d %70d', '%d %70d'
+
+-- The fields of the services' hash that open_pool takes: `epoch position renewed_ms`, `mode keep revision` and the
+-- breakers that are not closed.
+local function place_fields()
+  return {'place', 'record', 'broken'}
+end
 
 -- Takes the next position; true if what happens there is recorded.
 local function advance(pool)
-  pool.position = pool.position + 1
-  return pool.record == 'full' or (pool.record == 'sampled' and pool.position % SAMPLED_ONE_IN == 0)
+  local position = pool.position + 1
+  pool.position, pool.is_changed = position, true
+  return pool.record == 'full' or (pool.record == 'sampled' and position % SAMPLED_ONE_IN == 0)
 end
 
 -- Writes an event to the decision stream. Rare ones are written whenever events are recorded at all.
 local function record_event(pool, kind, fields)
   if pool.record == 'off' then return end
+  pool.has_recorded = true
   redis.call('XADD', pool.decisions, 'MAXLEN', '~', pool.keep, '*', 'event', kind, 'epoch', pool.epoch,
     'position', pool.position, 'now_ms', whole(pool.now), unpack(fields))
 end
 
--- Reads the pool's place. When the caller has seen more than the pool remembers, acknowledged writes were lost in a
+-- The pool out of its fields. When the caller has seen more than it remembers, acknowledged writes were lost in a
 -- failover: the epoch rises, numbers go on from the highest seen, `lost` says how many.
-local function open_pool(partitions, decisions, seen_epoch, seen_position, now)
-  local stored = redis.call('HMGET', partitions, 'epoch', 'position', 'record', 'keep', 'broken')
+local function open_pool(fields, decisions, seen_epoch, seen_position, now)
+  local epoch, position, renewed = string.match(fields[1] or '1 0 0', '^(%d+) (%d+) +(%d+)$')
+  local record, keep, revision = string.match(fields[2] or 'off 0 -1', '^(%a+) (%d+) (-?%d+)$')
   local pool = {
-    epoch = tonumber(stored[1] or 1), position = tonumber(stored[2] or 0), record = stored[3] or 'off',
-    keep = tonumber(stored[4] or 0), broken = stored[5] or '', decisions = decisions, now = now, lost = 0,
+    epoch = epoch + 0, position = position + 0, renewed = renewed + 0, record = record, keep = keep + 0,
+    record_revision = revision + 0, broken = fields[3] or '', decisions = decisions, now = now, lost = 0,
+    is_changed = not fields[1], is_broken_changed = false, has_recorded = false,
   }
   if seen_epoch > pool.epoch or (seen_epoch == pool.epoch and seen_position > pool.position) then
     local was_epoch, was_position = pool.epoch, pool.position
@@ -36,11 +51,28 @@ local function open_pool(partitions, decisions, seen_epoch, seen_position, now)
   return pool
 end
 
--- Writes back the pool's place, and keeps what is in use from expiring: the pool's state for 30 days, a worker's for 7.
-local function close_pool(pool, partitions, shared, own)
-  redis.call('HSET', partitions, 'epoch', pool.epoch, 'position', pool.position)
-  if pool.is_broken_changed then redis.call('HSET', partitions, 'broken', pool.broken) end
-  redis.call('PEXPIRE', partitions, 2592000000)
-  for _, key in ipairs(shared) do redis.call('PEXPIRE', key, 2592000000) end
-  if own then redis.call('PEXPIRE', own, 604800000) end
+-- True when what was renewed at that time is to be renewed again: once a minute.
+local function is_stale(renewed, now)
+  return now - renewed >= RENEWED_MS or renewed > now
+end
+
+-- Writes the pool's place and what else has changed in the services' hash, and keeps all of the pool's keys from
+-- expiring: `keys`, which are all but the services and the stream of events. `is_new` says that one of them may be new.
+local function close_pool(pool, services_key, set, keys, is_new)
+  local renews = is_stale(pool.renewed, pool.now)
+  if renews then pool.renewed = pool.now end
+  if renews or pool.is_changed then
+    set[#set + 1] = 'place'
+    set[#set + 1] = string.format(LONG_PLACE, pool.epoch, pool.position, pool.renewed)
+  end
+  if pool.is_broken_changed then
+    set[#set + 1] = 'broken'
+    set[#set + 1] = pool.broken
+  end
+  local added = #set > 0 and redis.call('HSET', services_key, unpack(set)) or 0
+  if renews or is_new or added > 0 then
+    redis.call('PEXPIRE', services_key, STATE_LIVES_MS)
+    for _, key in ipairs(keys) do redis.call('PEXPIRE', key, STATE_LIVES_MS) end
+  end
+  if renews or pool.has_recorded then redis.call('PEXPIRE', pool.decisions, STATE_LIVES_MS) end
 end

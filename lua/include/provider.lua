@@ -1,25 +1,34 @@
--- include: service
+-- include: number
 
--- A provider's limits in the pool and its services' breaker numbers, and the meter that its limits are held against.
-local meter_fields = {'minute', 'in_flight', 'reserved'}
+-- A provider's limits in the pool and its services' breaker numbers, kept as text
+-- `rpm tpm in_flight failures ratio_permille min_requests window_ms open_ms successes`.
 
--- True when the provider of a loaded service has limits. Costs no reading of its other numbers.
-local function has_provider_limits(service)
-  local text = service.provider_text
-  return text ~= '' and string.sub(text, 1, 6) ~= '0 0 0 '
+-- The uuid of a service's provider.
+local function provider_of(id)
+  return string.match(id, '^[^:]*')
 end
 
--- The numbers of a loaded service's provider, false when none are known. Read once a call.
-local function provider_numbers(cache, service)
-  local text = service.provider_text
-  if cache[text] == nil then
-    local rpm, tpm, in_flight, failures, ratio, least, window, open, successes = string.match(text,
-      '^(-?%d+) (-?%d+) (-?%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$')
-    cache[text] = rpm and {
-      rpm = tonumber(rpm), tpm = tonumber(tpm), in_flight = tonumber(in_flight), failures = tonumber(failures),
-      ratio_permille = tonumber(ratio), min_requests = tonumber(least), window_ms = tonumber(window),
-      open_ms = tonumber(open), successes = tonumber(successes),
-    } or false
+local function parse_provider(text)
+  local rpm, tpm, in_flight, failures, ratio, least, window, open, successes = string.match(text,
+    '^(-?%d+) (-?%d+) (-?%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$')
+  return rpm and {
+    rpm = rpm + 0, tpm = tpm + 0, in_flight = in_flight + 0, failures = failures + 0, ratio_permille = ratio + 0,
+    min_requests = least + 0, window_ms = window + 0, open_ms = open + 0, successes = successes + 0,
+  }
+end
+
+-- The numbers of a loaded service's provider, nil when none are known. Read once a call.
+local function provider_numbers(service)
+  local meter = service.meter
+  if not meter.numbers then meter.numbers = parse_provider(meter.provider_text) end
+  return meter.numbers
+end
+
+-- The limits that a meter is held against, as the first numbers of its provider.
+local function provider_limits(meter)
+  if not meter.limits then
+    local rpm, tpm, in_flight = string.match(meter.provider_text, '^(-?%d+) (-?%d+) (-?%d+) ')
+    meter.limits = {rpm = rpm + 0, tpm = tpm + 0, in_flight = in_flight + 0}
   end
-  return cache[text]
+  return meter.limits
 end

@@ -1,80 +1,125 @@
+-- include: minute
+-- include: provider
 -- include: window
 
--- The uuid of a service's provider.
-local function provider_of(id)
-  return string.match(id, '^[^:]*')
+-- The services of a pool, read once a call and written once. `service:<id>` is what picks change, `totals:<id>` what
+-- only the ends of attempts do, `meter:<provider>` what a provider's limits are held against.
+
+local SERVICE = '^(-?%d+) (-?%d+) (-?%d+) (%d+) (%d+) (%d+) (%d+)|([^|]*)|([^|]*)|(.*)$'
+local NEW_SERVICE, NEW_TOTALS, NEW_METER = '0 0 0 0 0 0 0|||', '0 0 0 0 0 0 0 0 0 0 0 0', '0 0|'
+local TOTALS = '^(-?%d+) (-?%d+) (-?%d+) (-?%d+) (-?%d+) (-?%d+) (-?%d+) (-?%d+) (-?%d+) (-?%d+) (-?%d+) (-?%d+)$'
+
+-- `key` is the hash; totals are read and written where they are asked for.
+local function open_services(key, has_totals)
+  return {key = key, has_totals = has_totals, services = {}, meters = {}}
 end
 
--- A service out of the values of the named fields, and what its provider says; absent numbers are 0, texts empty.
-local function service_of(names, values, at)
-  local service, loaded = {provider_text = values[at + #names + 1] or ''}, {}
-  for i, name in ipairs(names) do
-    local value = values[at + i]
-    if name == 'windows' then
-      service.windows = parse_windows(value)
-    elseif name == 'minute' or name == 'breaker' then
-      service[name] = value or ''
-    else
-      service[name] = tonumber(value or 0)
-    end
-    loaded[name] = service[name]
-  end
-  service.loaded = loaded
-  return service
+local function parse_service(text)
+  local in_flight, reserved, picks, cooldown, first_token, per_token, measured, windows, minute, breaker =
+    string.match(text, SERVICE)
+  return {
+    in_flight = in_flight + 0, reserved = reserved + 0, picks = picks + 0, cooldown = cooldown + 0,
+    first_token = first_token + 0, per_token = per_token + 0, measured = measured + 0,
+    windows = parse_windows(windows), minute_text = minute, minute = false, is_counted = false,
+    breaker_text = breaker, breaker = false,
+    meter = false, is_changed = false, is_rolled = false,
+  }
 end
 
--- Loads the named fields of services that the cache has not, fifty at a time.
-local function load_services(cache, key, ids, names)
-  local missing = {}
+local function parse_totals(service, text)
+  local requests, failures, input, output, cached, cache_creation, reasoning, lost, lost_tokens, abandoned, last_used,
+    cleared = string.match(text, TOTALS)
+  service.requests, service.failures, service.input, service.output = requests + 0, failures + 0, input + 0, output + 0
+  service.cached, service.cache_creation, service.reasoning = cached + 0, cache_creation + 0, reasoning + 0
+  service.lost, service.lost_tokens, service.abandoned = lost + 0, lost_tokens + 0, abandoned + 0
+  service.last_used, service.cleared = last_used + 0, cleared + 0
+end
+
+local function parse_meter(text, provider_text)
+  local in_flight, reserved, minute = string.match(text, '^(-?%d+) (-?%d+)|(.*)$')
+  return {
+    in_flight = in_flight + 0, reserved = reserved + 0, minute_text = minute, minute = false, is_counted = false,
+    provider_text = provider_text, numbers = false, limits = false, is_changed = false,
+    has_limits = provider_text ~= '' and string.sub(provider_text, 1, 6) ~= '0 0 0 ',
+  }
+end
+
+-- Reads those of the services that have not been read, and `more` fields of the hash, whose values come back first.
+local function load_services(pool_services, ids, more)
+  local fields, missing, services = more or {}, {}, pool_services.services
+  local at = #fields
   for _, id in ipairs(ids) do
-    if not cache[id] then missing[#missing + 1] = id end
-  end
-  for first = 1, #missing, 50 do
-    local fields, last = {}, math.min(first + 49, #missing)
-    for i = first, last do
-      local id = missing[i]
-      for _, name in ipairs(names) do fields[#fields + 1] = name .. ':' .. id end
-      fields[#fields + 1] = 'provider:' .. provider_of(id)
+    if not services[id] then
+      local provider, count = provider_of(id), #fields
+      services[id], missing[#missing + 1] = {provider = provider}, id
+      fields[count + 1], fields[count + 2] = 'service:' .. id, 'provider:' .. provider
+      fields[count + 3] = 'meter:' .. provider
+      if pool_services.has_totals then fields[count + 4] = 'totals:' .. id end
     end
-    local values = redis.call('HMGET', key, unpack(fields))
-    for i = first, last do cache[missing[i]] = service_of(names, values, (i - first) * (#names + 1)) end
   end
+  if #fields == 0 then return fields end
+  local values = redis.call('HMGET', pool_services.key, unpack(fields))
+  for _, id in ipairs(missing) do
+    local provider, service = services[id].provider, parse_service(values[at + 1] or NEW_SERVICE)
+    local meter = pool_services.meters[provider] or parse_meter(values[at + 3] or NEW_METER, values[at + 2] or '')
+    pool_services.meters[provider], services[id], service.meter = meter, service, meter
+    if pool_services.has_totals then
+      parse_totals(service, values[at + 4] or NEW_TOTALS)
+      at = at + 1
+    end
+    at = at + 3
+  end
+  return values
 end
 
--- One service, loaded once a call.
-local function load_service(cache, key, id, names)
-  if not cache[id] then load_services(cache, key, {id}, names) end
-  return cache[id]
+local function load_service(pool_services, id)
+  local service = pool_services.services[id]
+  if service then return service end
+  load_services(pool_services, {id})
+  return pool_services.services[id]
 end
 
--- Writes back what changed of the services that did.
-local function save_services(cache, key, names)
-  for id, service in pairs(cache) do
+local function breaker_text(service)
+  local breaker = service.breaker
+  if not breaker then return service.breaker_text end
+  local text = string.format('%d %d %d %d %d %d %d %d %d', breaker.state, breaker.consecutive, breaker.start,
+    breaker.requests, breaker.failed, breaker.opens, breaker.successes, breaker.until_ms, breaker.probe)
+  return text ~= '0 0 0 0 0 0 0 0 0' and text or ''
+end
+
+-- The fields and values of what has changed.
+local function changed_fields(pool_services)
+  local set, count = {}, 0
+  for id, service in pairs(pool_services.services) do
     if service.is_changed then
-      local set, loaded = {}, service.loaded
-      for _, name in ipairs(names) do
-        local value = service[name]
-        if name == 'windows' then
-          value = windows_text(value)
-        elseif value == loaded[name] then
-          value = nil
-        elseif name ~= 'minute' and name ~= 'breaker' then
-          value = whole(value)
-        end
-        if value then
-          set[#set + 1] = name .. ':' .. id
-          set[#set + 1] = value
-        end
+      set[count + 1] = 'service:' .. id
+      set[count + 2] = string.format('%d %d %d %d %d %d %d|', service.in_flight, service.reserved, service.picks,
+        service.cooldown, service.first_token, service.per_token, service.measured)
+        .. windows_text(service.windows) .. '|' .. minute_text(service) .. '|' .. breaker_text(service)
+      count = count + 2
+      if pool_services.has_totals then
+        set[count + 1] = 'totals:' .. id
+        set[count + 2] = string.format('%d %d %d %d %d %d %d %d %d %d %d %d', service.requests, service.failures,
+          service.input, service.output, service.cached, service.cache_creation, service.reasoning, service.lost,
+          service.lost_tokens, service.abandoned, service.last_used, service.cleared)
+        count = count + 2
       end
-      if #set > 0 then redis.call('HSET', key, unpack(set)) end
     end
   end
+  for provider, meter in pairs(pool_services.meters) do
+    if meter.is_changed then
+      set[count + 1] = 'meter:' .. provider
+      set[count + 2] = string.format('%d %d|', meter.in_flight, meter.reserved) .. minute_text(meter)
+      count = count + 2
+    end
+  end
+  return set
 end
 
--- The named counters as an event tells them, joined by blanks; then the texts, behind a `|` each.
+-- The named counters as an event tells them, joined by blanks; then windows, minute and breaker, behind a `|` each.
 local function counters_text(service, names)
   local values = {}
   for i, name in ipairs(names) do values[i] = whole(service[name]) end
-  return table.concat(values, ' ') .. '|' .. windows_text(service.windows) .. '|' .. service.minute .. '|'
-    .. service.breaker
+  return table.concat(values, ' ') .. '|' .. windows_text(service.windows) .. '|' .. kept_steps(service)
+    .. '|' .. breaker_text(service)
 end

@@ -5,21 +5,22 @@
 -- `length start requests tokens output` joined by `;`.
 local function parse_windows(text)
   local windows = {}
-  for length, start, requests, tokens, output in string.gmatch(text or '', '(%d+) (%d+) (%d+) (%d+) (%d+)') do
+  for length, start, requests, tokens, output in string.gmatch(text, '(%d+) (%d+) (%d+) (%d+) (%d+)') do
     windows[#windows + 1] = {
-      length = tonumber(length), start = tonumber(start), requests = tonumber(requests), tokens = tonumber(tokens),
-      output = tonumber(output),
+      length = length + 0, start = start + 0, requests = requests + 0, tokens = tokens + 0, output = output + 0,
     }
   end
   return windows
 end
 
+local function window_text(w)
+  return string.format('%d %d %d %d %d', w.length, w.start, w.requests, w.tokens, w.output)
+end
+
 local function windows_text(windows)
+  if not windows[2] then return windows[1] and window_text(windows[1]) or '' end
   local parts = {}
-  for i, w in ipairs(windows) do
-    parts[i] = whole(w.length) .. ' ' .. whole(w.start) .. ' ' .. whole(w.requests) .. ' ' .. whole(w.tokens) .. ' '
-      .. whole(w.output)
-  end
+  for i, w in ipairs(windows) do parts[i] = window_text(w) end
   return table.concat(parts, ';')
 end
 
@@ -28,9 +29,11 @@ local function has_ended(window, now)
   return now - window.start >= window.length * 1000
 end
 
--- Opens a new window where the last one has ended, and pulls a start in the future to now. Called by what counts.
-local function roll_windows(windows, now)
-  for _, w in ipairs(windows) do
+-- Opens new windows where the last ones have ended, and pulls a start in the future to now; once a call. Called by what
+-- counts.
+local function roll_windows(service, now)
+  service.is_rolled = true
+  for _, w in ipairs(service.windows) do
     if has_ended(w, now) then
       w.start, w.requests, w.tokens, w.output = now, 0, 0, 0
     elseif w.start > now then
@@ -41,7 +44,8 @@ end
 
 -- What the window of that length counts at this moment; zeros when it has ended. Opens none.
 local function window_counts(windows, length, now)
-  for _, w in ipairs(windows) do
+  for i = 1, #windows do
+    local w = windows[i]
     if w.length == length then
       if has_ended(w, now) then return 0, 0 end
       return w.requests, w.tokens

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from balancer import stored
 from balancer.store import keys
 from tests.admin.conftest import FIRST, LIVE, RULE, SECOND, Admin, Start, a_document, counters, everything, of, used
 
@@ -115,11 +116,12 @@ async def test_counters_of_a_rule_and_of_one_service(admin: Admin) -> None:
 
 async def test_a_window_that_has_ended_counts_nothing_and_stays_closed(admin: Admin, control: Any) -> None:
     await use(admin, 1, input=10)
-    await control.hset(keys.services("default"), f"windows:{FIRST}", "300 1000 1 10 0")
+    ended = "0 0 1 0 0 0 0|300 1000 1 10 0||"
+    await control.hset(keys.services("default"), f"service:{FIRST}", ended)
     assert await admin.stats() == counters(FIRST, request_count=1, picks=1, input_tokens=10) | {
         "last_used": used(FIRST)["last_used"]
     }
-    assert await control.hget(keys.services("default"), f"windows:{FIRST}") == b"300 1000 1 10 0"
+    assert await control.hget(keys.services("default"), f"service:{FIRST}") == ended.encode()
 
 
 async def test_pools_are_told_apart_and_added_up(admin: Admin) -> None:
@@ -245,9 +247,14 @@ async def test_clearing_sets_to_zero_what_it_names_and_nothing_else(
     assert after == expected
     # Cursors, streaks and sequences stay; every service that is cleared takes a position.
     count = {"default": len(cleared - {"side"}) + (LIVE in path and "rules" not in path), "side.1": "side" in cleared}
-    for pool, (partitions, _) in pools.items():
-        position = int(partitions[b"position"]) + count[pool]
-        assert (await everything(control, pool))[0] == partitions | {b"position": str(position).encode()}
+    for pool, (partitions, services) in pools.items():
+        now = await everything(control, pool)
+        assert now[0] == partitions
+        assert place_of(now[1]) == (1, place_of(services)[1] + count[pool])
+
+
+def place_of(services: dict[bytes, bytes]) -> tuple[int, int]:
+    return stored.place({"place": services[b"place"].decode()})
 
 
 async def test_what_was_in_flight_at_the_clearing_is_released_and_counted_after_it(admin: Admin) -> None:

@@ -14,6 +14,7 @@ from balancer import config
 from balancer.domain import Outcome, Usage
 from balancer.store import keys
 from balancer.store.balance import Balance
+from tests import stored as by_hand
 from tests.cli.conftest import Run, Write, a_document
 
 
@@ -55,7 +56,8 @@ def test_a_recorded_pool_is_replayed_from_its_first_event(on_store: Run, history
 
 def test_a_counter_that_is_wrong_is_named_with_what_led_there_and_the_status_is_1(on_store: Run, history: str) -> None:
     with redis.Redis.from_url(history) as client:
-        client.hincrby(keys.services("default"), "input:up:m1", 1)
+        key, field = keys.services("default"), by_hand.field("up:m1", "input")
+        client.hset(key, field, by_hand.with_added(client.hget(key, field), "input", 1))
     ran = on_store("audit", "--pool", "default")
     assert ran.status == 1
     assert "1 violation:" in ran.out

@@ -260,7 +260,11 @@ class Listener:
         self.wires: list[Wire] = []
 
     async def accept(self) -> Wire:
-        """The next connection."""
+        """The next connection. Fails where none comes."""
+        async with asyncio.timeout(PATIENCE_S):
+            return await self._accept()
+
+    async def _accept(self) -> Wire:
         sock, _ = await asyncio.get_running_loop().sock_accept(self._sock)
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -280,7 +284,7 @@ class Listener:
 
         async def accept() -> None:
             while True:
-                wire = await self.accept()
+                wire = await self._accept()
                 self._start(one(wire))
 
         self._start(accept())

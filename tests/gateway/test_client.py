@@ -18,6 +18,7 @@ import pytest
 
 from balancer.errors import UpstreamError, UpstreamTimeoutError
 from balancer.gateway.messages import Upstream, UpstreamRequest
+from balancer.gateway.upstream import pool
 from tests.actors import chunk
 from tests.gateway.by_hand import (
     PATIENCE_S,
@@ -189,6 +190,100 @@ async def test_a_name_is_looked_up(client: Upstream, listener: Listener) -> None
         assert f"host: localhost:{listener.port}".encode() in (await wire.request()).lower()
         wire.sends(ANSWER)
         assert await asked == ANSWERED
+
+
+async def test_an_address_of_ipv6_is_written_in_brackets(client: Upstream) -> None:
+    hosts: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        hosts.extend(line for line in head.split(b"\r\n") if line.lower().startswith(b"host:"))
+        writer.write(ANSWER)
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "::1", 0)
+    port = server.sockets[0].getsockname()[1]
+    assert await ask(client, a_request(f"http://[::1]:{port}/x")) == ANSWERED
+    await client.close()
+    server.close()
+    await server.wait_closed()
+    await turns(8)
+    assert hosts == [b"Host: [::1]:%d" % port]
+
+
+Found = list[tuple[int, int, int, str, tuple[str, int]]]
+
+
+def resolving(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> tuple[list[str], asyncio.Event]:
+    """Has every name lead to the addresses, in that order, once the event is set; the list has who was asked for."""
+    asked: list[str] = []
+    gate = asyncio.Event()
+
+    async def getaddrinfo(host: str, port: int, **_: object) -> Found:
+        asked.append(host)
+        await gate.wait()
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+    return asked, gate
+
+
+async def test_an_address_that_refuses_is_followed_by_the_next(
+    client: Upstream, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, gate = resolving(monkeypatch, "127.0.0.3", "127.0.0.2", "127.0.0.1")
+    gate.set()
+    async with asking(client, a_request(f"http://up.invalid:{listener.port}/")) as asked:
+        await answer_one(listener)
+        assert await asked == ANSWERED
+
+
+async def test_whoever_leaves_while_a_name_is_looked_up_takes_it_from_nobody(
+    client: Upstream, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, gate = resolving(monkeypatch, "127.0.0.1")
+    request = a_request(f"http://up.invalid:{listener.port}/")
+    async with asking(client, request) as one, asking(client, request) as two:
+        await turns()
+        one.cancel()
+        await turns()
+        gate.set()
+        await answer_one(listener)
+        assert await two == ANSWERED
+    assert names == ["up.invalid"]
+
+
+async def test_a_client_that_is_closed_while_it_looks_a_name_up_leaves_nothing(
+    client: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolving(monkeypatch, "127.0.0.1")
+    async with asking(client, a_request("http://up.invalid:1/")):
+        await turns()
+        async with asyncio.timeout(PATIENCE_S):
+            await client.close()
+
+
+async def test_a_name_that_is_not_found_in_time_is_left_after_connect_s(
+    client: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, gate = resolving(monkeypatch, "127.0.0.1")
+    message = await failure(client, a_request("http://up.invalid:1/", limits={"connect_s": SOON_S}))
+    assert message == "up could not be reached in time (connect_s)"
+    gate.set()
+    await turns()
+
+
+@pytest.mark.parametrize("host", ["a" * 64, f"{'a' * 64}.invalid", "a..invalid"])
+async def test_a_host_that_cannot_be_is_an_error_of_the_upstream(client: Upstream, host: str) -> None:
+    with pytest.raises(UpstreamError):
+        await client.send(a_request(f"http://{host}:1/"))
+
+
+@pytest.mark.parametrize("url", ["", "up", "ftp://127.0.0.1/", "http://", "http://127.0.0.1:99999/", "http://[::1/"])
+async def test_a_url_that_leads_nowhere_is_an_error_of_the_upstream(client: Upstream, url: str) -> None:
+    with pytest.raises(UpstreamError):
+        await client.send(a_request(url))
 
 
 # -- connections that end at the wrong moment --------------------------------------------------------------------------
@@ -436,6 +531,56 @@ async def test_an_answer_that_came_whole_before_it_was_read_leaves_a_connection_
         assert await wire.request()
         wire.sends(ANSWER)
         assert await asked == ANSWERED
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+async def test_what_waits_for_its_readers_is_not_touched_by_what_others_receive(
+    client: Upstream, listener: Listener, read: Reader
+) -> None:
+    bodies = [os.urandom(300_000 + number) for number in range(6)]
+    wires, answers, sending = [], [], []
+    for body in bodies:
+        task = asyncio.create_task(client.send(a_request(listener.url)))
+        wire = await listener.accept()
+        await wire.request()
+        wire.sends(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body))
+        wires.append(wire)
+        answers.append(await task)
+    for wire, body in zip(wires, bodies, strict=True):
+        sending.append(asyncio.create_task(wire.sends_all(body)))
+    await turns(50)
+    found = []
+    for answer in reversed(answers):
+        found.append(bytearray())
+        await read(answer, found[-1])
+        await answer.close()
+    assert found[::-1] == bodies
+    assert await asyncio.gather(*sending) == [True] * len(bodies)
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("size", [5, 2**18 + 1, 2**20, 2**22])
+async def test_an_answer_that_ends_with_its_connection_waits_for_a_late_reader(
+    client: Upstream, listener: Listener, size: int, read: Reader
+) -> None:
+    body = os.urandom(size)
+    sending = asyncio.create_task(client.send(a_request(listener.url)))
+    wire = await listener.accept()
+    await wire.request()
+    wire.sends(b"HTTP/1.1 200 OK\r\n\r\n")
+
+    async def send() -> None:
+        await wire.sends_all(body)
+        wire.stops_sending()
+
+    rest = asyncio.create_task(send())
+    answer = await sending
+    await turns(50)
+    found = bytearray()
+    await read(answer, found)
+    await answer.close()
+    await rest
+    assert found == body
 
 
 async def test_a_large_body_goes_out_whole_and_is_not_held_twice(client: Upstream, listener: Listener) -> None:
@@ -886,6 +1031,21 @@ async def test_a_crowd_that_comes_and_goes_gets_its_own_answers_over_a_bounded_p
     assert crowd.most <= limit
 
 
+async def test_a_connection_that_nobody_uses_ends_after_a_while(
+    a_client: MakeClient, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_IDLE_S", SOON_S)
+    client = a_client()
+    async with asking(client, a_request(listener.url)) as one, asking(client, a_request(listener.url)) as two:
+        wires = [await answer_one(listener), await answer_one(listener)]
+        assert [await one, await two] == [ANSWERED, ANSWERED]
+    assert [await wire.is_left() for wire in wires] == [True, True]
+    async with asking(client, a_request(listener.url)) as asked:
+        wire = await answer_one(listener)
+        assert await asked == ANSWERED
+    assert wire.number == 2
+
+
 # -- leaving -----------------------------------------------------------------------------------------------------------
 
 
@@ -943,6 +1103,22 @@ async def test_an_answer_closed_before_its_end_ends_the_connection(client: Upstr
     await answer.close()
     assert await wire.is_left()
     await answer.close()
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+async def test_whoever_reads_an_answer_that_is_closed_meanwhile_is_told_so(
+    client: Upstream, listener: Listener, read: Reader
+) -> None:
+    sending = asyncio.create_task(client.send(a_request(listener.url)))
+    wire = await answer_one(listener, CHUNKED)
+    answer = await sending
+    reading = asyncio.ensure_future(read(answer, bytearray()))
+    await turns()
+    await answer.close()
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(UpstreamError):
+            await reading
+    assert await wire.is_left()
 
 
 async def test_an_answer_at_its_end_says_so_as_often_as_it_is_asked(client: Upstream, listener: Listener) -> None:

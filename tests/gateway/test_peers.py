@@ -8,6 +8,8 @@ import contextlib
 import gzip
 import hashlib
 import os
+import random
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -34,6 +36,7 @@ from tests.needs import program
 
 MakeClient = Callable[..., Upstream]
 LARGE = os.urandom(2**20) * 50
+SOME = LARGE[: 2**23]
 FILE = os.urandom(2**20) + bytes(2**20)
 WORDS = b"".join(b"word %d\n" % i for i in range(20_000))
 SOON_S = 0.3
@@ -116,6 +119,7 @@ defaults
   timeout client 10s
   timeout server 10s
   timeout http-request 5s
+  retries 0
 listen plain
   bind 127.0.0.1:{plain}
   use_backend none if {{ path /none }}
@@ -202,8 +206,8 @@ async def stream(request: web.Request) -> web.StreamResponse:
 
 
 async def download(_: web.Request) -> web.StreamResponse:
-    """Fifty megabytes."""
-    return web.Response(body=LARGE)
+    """Eight megabytes."""
+    return web.Response(body=SOME)
 
 
 @contextlib.asynccontextmanager
@@ -213,7 +217,7 @@ async def aiohttp_server(context: ssl.SSLContext | None = None) -> AsyncIterator
     app.router.add_route("*", "/echo", echo)
     app.router.add_get("/stream", stream)
     app.router.add_get("/download", download)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.05)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context)
     await site.start()
@@ -299,9 +303,9 @@ async def test_haproxy_is_understood(
 ) -> None:
     async with aiohttp_server() as behind, haproxy(tmp_path, certificates, behind) as urls:
         url = urls[is_secure]
-        digest = hashlib.sha256(LARGE).hexdigest().encode()
+        digest = hashlib.sha256(SOME).hexdigest().encode()
         for _ in range(2):
-            outcome = await ask(trusting, a_request(f"{url}/echo", body=LARGE), read)
+            outcome = await ask(trusting, a_request(f"{url}/echo", body=SOME), read)
             assert (outcome.status, outcome.body) == (200, digest)
             outcome = await ask(trusting, a_request(f"{url}/stream", method="GET"), read)
             assert (outcome.body, outcome.error) == (b"".join(WORDS.splitlines(keepends=True)[:1000]), "")
@@ -333,11 +337,35 @@ async def test_aiohttp_is_understood_by_a_crowd(trusting: Upstream, certificates
         assert len({value(outcome, "x-peer") for outcome in outcomes}) <= 4
         for read in reads:
             outcome = await ask(trusting, a_request(f"{url}/download", method="GET"), read)
-            assert outcome.body == LARGE
+            assert outcome.body == SOME
             outcome = await ask(trusting, a_request(f"{url}/stream", method="GET"), read)
             assert outcome.body == b"".join(WORDS.splitlines(keepends=True)[:1000])
         if context is not None:
             assert context.session_stats()["accept_good"] <= 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("is_secure", [False, True])
+async def test_a_crowd_may_leave_at_any_moment(
+    trusting: Upstream, certificates: Path, is_secure: bool, seed: int
+) -> None:
+    draw = random.Random(seed)
+    async with aiohttp_server(server_context(certificates) if is_secure else None) as port:
+        url = f"{'https' if is_secure else 'http'}://127.0.0.1:{port}/echo"
+        bodies = [os.urandom(draw.randrange(1, 2**17)) for _ in range(200)]
+        reads = [*READERS.values()]
+        tasks = [asyncio.create_task(ask(trusting, a_request(url, body=body), draw.choice(reads))) for body in bodies]
+        while not all(task.done() for task in tasks):
+            draw.choice(tasks).cancel()
+            await turns(draw.randrange(1, 40))
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        for body, end in zip(bodies, ends, strict=True):
+            if not isinstance(end, asyncio.CancelledError):
+                assert not isinstance(end, BaseException), end
+                assert end.body == hashlib.sha256(body).hexdigest().encode()
+        calm = await asyncio.gather(*(ask(trusting, a_request(url, body=body)) for body in bodies[:20]))
+        assert [end.body for end in calm] == [hashlib.sha256(body).hexdigest().encode() for body in bodies[:20]]
+        assert len({value(end, "x-peer") for end in calm}) <= 4
 
 
 # -- TLS ---------------------------------------------------------------------------------------------------------------
@@ -464,6 +492,66 @@ async def test_a_tls_answer_may_go_on_until_its_end(trusting: Upstream, certific
     assert outcome == Outcome(status=200, body=b"hello")
 
 
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("size", [5, 2**18 + 1, 2**22])
+@pytest.mark.parametrize("how", ["ends", "is cut"])
+async def test_a_tls_answer_without_a_length_is_whole_only_when_tls_ended(
+    trusting: Upstream, certificates: Path, how: str, size: int, read: Reader
+) -> None:
+    """Whoever sits on the line can end TCP, and would thereby shorten the answer (RFC 9112 §9.8)."""
+    sent = LARGE[:size]
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + sent)
+        await writer.drain()
+        if how == "is cut":
+            while writer.transport.get_write_buffer_size():
+                await turns()
+            writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
+            await reader.read()
+        else:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async with tls_server(server_context(certificates), serve) as port:
+        answer = await trusting.send(a_request(f"https://127.0.0.1:{port}/"))
+        await turns(50)
+        body = bytearray()
+        if how == "ends":
+            await read(answer, body)
+            assert body == sent
+        else:
+            with pytest.raises(UpstreamError):
+                await read(answer, body)
+        await answer.close()
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("size", [2**16, 300_000, 2**22])
+async def test_a_tls_answer_waits_for_a_late_reader(
+    trusting: Upstream, certificates: Path, size: int, read: Reader
+) -> None:
+    sent = LARGE[:size]
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + sent)
+                await writer.drain()
+
+    async with tls_server(server_context(certificates), serve) as port:
+        for _ in range(3):
+            answer = await trusting.send(a_request(f"https://127.0.0.1:{port}/"))
+            await turns(50)
+            body = bytearray()
+            await read(answer, body)
+            await answer.close()
+            assert body == sent
+
+
 async def test_an_idle_tls_connection_that_ended_is_not_used(trusting: Upstream, certificates: Path) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -498,7 +586,7 @@ async def test_whoever_leaves_in_a_tls_handshake_leaves_nothing(
 
 
 class ConnectProxy:
-    """An HTTP proxy by hand; `heads` has what it was asked. It answers CONNECT with `answer` and then hands on bytes."""
+    """An HTTP proxy by hand: `heads` has what it was asked, `answer` is what it says to CONNECT before it hands on."""
 
     def __init__(self, listener: Listener) -> None:
         self.heads: list[bytes] = []
@@ -563,9 +651,9 @@ async def test_https_goes_through_a_proxy_s_tunnel(
         url = f"https://127.0.0.1:{port}"
         headers = (("Authorization", "Bearer secret"), ("X-A", "b"))
         for _ in range(3):
-            request = a_request(f"{url}/echo", headers=headers, body=LARGE[: 2**21], proxy_url=proxy_url)
+            request = a_request(f"{url}/echo", headers=headers, body=SOME[: 2**21], proxy_url=proxy_url)
             outcome = await ask(trusting, request)
-            assert outcome.body == hashlib.sha256(LARGE[: 2**21]).hexdigest().encode()
+            assert outcome.body == hashlib.sha256(SOME[: 2**21]).hexdigest().encode()
         (head,) = proxy.heads  # One tunnel for all three.
         first, *lines = head.split(b"\r\n")
         assert first == b"CONNECT 127.0.0.1:%d HTTP/1.1" % port
@@ -586,6 +674,9 @@ async def test_http_goes_through_a_proxy_in_absolute_form(client: Upstream, prox
         b"POST http://up.invalid:8000/ HTTP/1.1",
         b"POST http://up.invalid:8000/?a=b HTTP/1.1",
     ]
+    request = a_request("http://up.invalid:80/x", proxy_url=proxy_url)
+    assert (await ask(client, request)).body == b"hello"
+    assert proxy.heads.pop().lower().startswith(b"post http://up.invalid/x http/1.1\r\nhost: up.invalid\r\n")
     for head in proxy.heads:
         lines = [line.lower() for line in head.split(b"\r\n")]
         assert b"host: up.invalid:8000" in lines
@@ -704,9 +795,9 @@ async def test_a_proxy_is_reached_over_tls(trusting: Upstream, certificates: Pat
         tls_server(server_context(certificates), serve) as secure,
     ):
         request = a_request(
-            f"https://127.0.0.1:{port}/echo", body=LARGE[: 2**21], proxy_url=f"https://127.0.0.1:{secure}"
+            f"https://127.0.0.1:{port}/echo", body=SOME[: 2**21], proxy_url=f"https://127.0.0.1:{secure}"
         )
-        digest = hashlib.sha256(LARGE[: 2**21]).hexdigest().encode()
+        digest = hashlib.sha256(SOME[: 2**21]).hexdigest().encode()
         for _ in range(2):
             outcome = await ask(trusting, request)
             assert (outcome.body, outcome.error) == (digest, "")

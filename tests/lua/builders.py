@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import redis
 
+from balancer import stored
 from balancer.domain import (
     Entry,
     Outcome,
@@ -239,8 +240,8 @@ class Fleet:
     def memory(self, rule: str = "chat") -> str:
         """What the rule's tactic remembers."""
         assert isinstance(self.pool, LuaPool)
-        memory: bytes = self.pool.client.hget(keys.partitions(self.pool.name), f"memory:{keys.partition(rule)}")
-        return memory.decode()
+        text: bytes = self.pool.client.hget(keys.partitions(self.pool.name), f"partition:{keys.partition(rule)}")
+        return stored.partition(text.decode()).memory
 
     def cursor(self, rule: str = "chat") -> tuple[str, int]:
         """The rule's cursor and streak."""

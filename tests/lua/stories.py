@@ -85,7 +85,7 @@ def broken(fleet: Fleet) -> str:
     """The list of breakers that are not closed."""
     if isinstance(fleet.pool, Pool):
         return fleet.pool.broken
-    text: bytes | None = fleet.pool.client.hget(keys.partitions(fleet.pool.name), "broken")
+    text: bytes | None = fleet.pool.client.hget(keys.services(fleet.pool.name), "broken")
     return (text or b"").decode()
 
 

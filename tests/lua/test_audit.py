@@ -22,6 +22,7 @@ from balancer.domain import (
     WindowsDefinition,
 )
 from balancer.store import keys, scripts
+from tests import stored as by_hand
 from tests.lua.pool import LuaPool
 from tests.lua.traces import Trace
 
@@ -32,6 +33,12 @@ NOW = 1_800_000_000_000
 def history(pool: LuaPool) -> list[dict[str, str]]:
     entries = pool.client.xrange(keys.decisions(pool.name))
     return [{k.decode(): v.decode() for k, v in fields.items()} for _, fields in entries]
+
+
+def add_by_hand(pool: LuaPool, name: str, by: int) -> None:
+    """Adds to a counter of one service."""
+    key, field = keys.services(pool.name), by_hand.field("p1:model 1", name)
+    pool.client.hset(key, field, by_hand.with_added(pool.client.hget(key, field), name, by))
 
 
 def is_unrecorded(verdict: audit.Verdict) -> bool:
@@ -95,7 +102,7 @@ def test_a_counter_that_somebody_changed_by_hand_is_found_at_the_next_checkpoint
     pool = new_pool(record="full")
     trace = Trace(pool, random.Random(5))
     trace.run(steps=60)
-    pool.client.hincrby(keys.services(pool.name), "input:p1:model 1", 1)
+    add_by_hand(pool, "input", 1)
     pool.checkpoint(trace.now_ms)
     verdict = audit.check(history(pool))
     assert verdict.violation_count == 1
@@ -106,7 +113,7 @@ def test_holdings_that_do_not_add_up_are_found_without_any_event(new_pool: NewPo
     pool = new_pool(record="sampled")
     trace = Trace(pool, random.Random(5))
     trace.run(steps=60)
-    pool.client.hincrby(keys.services(pool.name), "in_flight:p1:model 1", 1)
+    add_by_hand(pool, "in_flight", 1)
     pool.checkpoint(trace.now_ms)
     verdict = audit.check(history(pool))
     assert [v.message for v in verdict.violations if "in flight" in v.message]
@@ -141,7 +148,7 @@ MUTANTS = {
     ),
     "a missing fence": ("select.lua", "if rule.revision > selection.revision then", "if false then"),
     "a settle that drops its tokens": ("include/ledger.lua", "w.tokens + input + output", "w.tokens"),
-    "a batch that is settled twice": ("settle.lua", "if batch > last then\n  for", "if true then\n  for"),
+    "a batch that is settled twice": ("settle.lua", "local is_next = batch > last", "local is_next = true"),
     "a reap that forgets what it took": (
         "reap.lua",
         "  redis.call('HSET', holdings_key, number,",
@@ -149,6 +156,11 @@ MUTANTS = {
     ),
     "a reservation never released": ("include/ledger.lua", "service.reserved - holding.reserved", "service.reserved"),
     "a window never reset": ("include/window.lua", ">= window.length * 1000", ">= window.length * 1e15"),
+    "a minute that forgets what came before its last step": (
+        "include/minute.lua",
+        "minute.older_tokens = minute.older_tokens + minute.tokens",
+        "minute.older_tokens = minute.older_tokens",
+    ),
     "a retry that moves the cursor": (
         "select.lua",
         "if selection.is_retry then\n    choice.reason",
@@ -156,7 +168,7 @@ MUTANTS = {
     ),
     "a lost attempt that is never found again": (
         "settle.lua",
-        "uncount_lost(service, tonumber(lost_reserved), tonumber(reaped_ms), tonumber(position))",
+        "uncount_lost(service, holding)",
         "service.is_changed = true",
     ),
     "a clear that keeps the windows": (
@@ -176,8 +188,8 @@ MUTANTS = {
     ),
     "a limit that lets one more through": (
         "include/limits.lua",
-        "used.in_flight >= limits.in_flight",
-        "used.in_flight > limits.in_flight",
+        "used.in_flight >= in_flight",
+        "used.in_flight > in_flight",
     ),
     "a cooldown that is not seen": (
         "select.lua",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 
-from balancer import audit
+from balancer import audit, stored
 from balancer.domain import Outcome, RuleDefinition
 from balancer.store import keys
 from tests.lua.builders import (
@@ -135,7 +135,8 @@ def test_a_crowd_has_no_more_in_flight_than_the_limit_at_any_position(gather: Ga
         return made
 
     def fleet_in_flight(member: Member) -> int:
-        return int(member.redis.hget(keys.services(member.pool.name), f"in_flight:{A}"))
+        text: bytes = member.redis.hget(keys.services(member.pool.name), f"service:{A}")
+        return stored.service(text.decode()).counters["in_flight"]
 
     assert sum(together([partial(work, member) for member in members])) > 100
     service = fleet.service()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from balancer import stored
 from balancer.reference import Pool
 from balancer.store import keys
 from tests.lua.builders import ABC, A, B, C, Fleet, a_provider, a_rule, a_selection, a_service, an_entry
@@ -238,5 +239,5 @@ def test_budget_is_kept_in_thousandths_and_expires_with_the_pool(fleet: Fleet) -
     if isinstance(fleet.pool, Pool):
         assert fleet.pool.rules["chat"].left == 98_200
     else:
-        kept: bytes = fleet.pool.client.hget(keys.partitions(fleet.pool.name), "budget:chat")
-        assert kept == b"98200"
+        kept: bytes = fleet.pool.client.hget(keys.partitions(fleet.pool.name), "rule:chat")
+        assert stored.rule(kept.decode())["budget"] == 98_200

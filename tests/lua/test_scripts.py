@@ -30,7 +30,8 @@ WORDS_OF_REDIS_6_2 = frozenset(
 GLOBALS_OF_A_SCRIPT = frozenset(
     {
         *("KEYS", "ARGV", "redis", "cjson"),
-        *("ipairs", "math", "next", "pairs", "pcall", "string", "table", "tonumber", "type", "unpack"),
+        *("ipairs", "math", "next", "pairs", "pcall", "rawget", "setmetatable", "string", "table", "tonumber", "type"),
+        "unpack",
     }
 )
 
@@ -335,11 +336,37 @@ class Chunk:
         self.at += size
 
 
-def test_an_included_folder_is_a_table_of_its_functions(folder: Path) -> None:
+def test_an_included_folder_gives_a_function_by_its_name(folder: Path) -> None:
     for name in ("two", "one"):
         include(folder, f"numbers/{name}", f"local function {name}()", f"  return '{name}'", "end")
-    script = written(folder, "-- Does a thing.", "-- include: numbers/*", "return numbers_table.two()")
-    assert script.source.index("local function one") < script.source.index("local function two")
-    assert script.source.endswith(
-        "local numbers_table = {\n  one = one,\n  two = two,\n}\nreturn numbers_table.two()\n"
+    script = written(folder, "-- Does a thing.", "-- include: numbers/*", "return numbers_named(ARGV[1])")
+    numbers_named = lua51.LuaRuntime().execute(script.source.replace("(ARGV[1])", ""))
+    assert [numbers_named("one")(), numbers_named("two")(), numbers_named("three")] == ["one", "two", None]
+
+
+def test_what_is_included_by_its_folder_includes_nothing(folder: Path) -> None:
+    include(folder, "number", "local number = 1")
+    include(folder, "numbers/one", "-- include: number", "local function one()", "  return number", "end")
+    with pytest.raises(ConfigurationError, match=r"numbers/one\.lua: .* includes nothing"):
+        written(folder, "-- Does a thing.", "-- include: numbers/*", "return 1")
+
+
+def test_functions_that_a_script_never_calls_are_left_out(folder: Path) -> None:
+    include(
+        folder,
+        "number",
+        *("local ONE = 1", "", "-- Used by what is not used.", "local function two()", "  return 2", "end", ""),
+        *("-- Not used.", "local function three()", "  return two() + ONE", "end", ""),
+        *("-- Used.", "local function four()", "  return 4", "end"),
     )
+    script = written(folder, "-- Does a thing.", "-- include: number", "return four()")
+    kept = [
+        "-- Does a thing.",
+        "local ONE = 1",
+        "-- Used.",
+        "local function four()",
+        "  return 4",
+        "end",
+        "return four()",
+    ]
+    assert [line for line in script.source.splitlines() if line] == kept

@@ -355,7 +355,16 @@ ARGUMENTS: dict[str, str | int] = {
     "batch": 2,
     "skip": 0,
 }
-ENTRY = [2, A, "success", 0, 1, 2, 3, 4, 5, 6, 7, 8]
+NUMBERS = [2, "success", 0, 1, 2, 3, 4, 5, 6, 7, 8]
+"""number, outcome, age_ms, input, output, cached, cache_creation, reasoning, cooldown_ms, first_token_us, stream_us."""
+
+
+def group(numbers: Sequence[Any], service: str = A) -> list[str]:
+    """The arguments of one entry."""
+    return [" ".join(map(str, numbers)), service]
+
+
+ENTRY = group(NUMBERS)
 NO_WHOLE_NUMBERS = ("", "x", "-1", "1.5", "nan", "inf", "9007199254740992")
 
 
@@ -392,23 +401,30 @@ def test_a_malformed_argument_is_refused_and_nothing_is_written(
 
 @pytest.mark.parametrize(
     ("place", "value"),
-    [(place, value) for place in (0, *range(3, 12)) for value in NO_WHOLE_NUMBERS]
+    [(place, value) for place in (0, *range(2, 11)) for value in NO_WHOLE_NUMBERS]
     + [(0, value) for value in ("02", "2.0", "2e0", "0x2", " 2")]
-    + [(1, ""), (2, ""), (2, "finished")],
+    + [(1, ""), (1, "finished"), (10, "8 8"), (10, "8 ")],
 )
 def test_a_malformed_entry_is_refused_with_all_others_of_its_batch(
     settle_raw: Callable[..., Any], client: Any, place: int, value: str
 ) -> None:
-    malformed: list[Any] = [3, *ENTRY[1:]]
+    malformed: list[Any] = [3, *NUMBERS[1:]]
     malformed[place] = value
     with refused(client, "settle"):
-        settle_raw({"epoch": 9}, [*ENTRY, *malformed])
+        settle_raw({"epoch": 9}, [*ENTRY, *group(malformed)])
 
 
-@pytest.mark.parametrize("kept", range(1, 12))
+def test_an_entry_without_a_service_is_refused(settle_raw: Callable[..., Any], client: Any) -> None:
+    with refused(client, "settle"):
+        settle_raw({"epoch": 9}, [*ENTRY, *group([3, *NUMBERS[1:]], "")])
+
+
+@pytest.mark.parametrize("kept", range(11))
 def test_an_entry_that_is_cut_short_is_refused(settle_raw: Callable[..., Any], client: Any, kept: int) -> None:
     with refused(client, "settle"):
-        settle_raw({}, [*ENTRY, *ENTRY[:kept]])
+        settle_raw({}, [*ENTRY, *group(NUMBERS[:kept])])
+    with refused(client, "settle"):
+        settle_raw({}, [*ENTRY, *group(NUMBERS)[:1]])
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -416,7 +432,7 @@ def test_a_malformed_entry_is_refused_in_a_batch_that_is_not_the_next_too(
     settle_raw: Callable[..., Any], client: Any, batch: int
 ) -> None:
     with refused(client, "settle"):
-        settle_raw({"batch": batch}, [*ENTRY[:-1], "x"])
+        settle_raw({"batch": batch}, group([*NUMBERS[:-1], "x"]))
 
 
 # -- a deadline is no ending -------------------------------------------------------------------------------------------

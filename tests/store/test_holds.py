@@ -47,7 +47,7 @@ async def test_a_hold_stands_between_no_two_workers_of_the_ring(join: Join, cont
     # An attempt of b1, whose lease goes on, that is past its deadline.
     await control.hset(keys.holdings("default", "b1"), "1", "h 5 1000 0 0 b:m")
     await control.expire(keys.holdings("default", "b1"), 60)
-    await control.hset(keys.services("default"), mapping={"in_flight:b:m": 1, "reserved:b:m": 5})
+    await control.hset(keys.services("default"), "service:b:m", "1 5 0 0 0 0 0|||")
 
     async def is_reaped() -> bool:
         return (await one.view()).services["b:m"].lost == 1

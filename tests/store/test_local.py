@@ -82,16 +82,17 @@ class Alone:
     def settle(self, number: int, service: str, outcome: Outcome = Outcome.SUCCESS, **more: Any) -> None:
         self.pool.settled(Entry(number=number, service=service, outcome=outcome, **more))
 
-    def picture(self, position: int = 1, **fields: str) -> None:
-        """A look at the pool. Its fields by name, `__` for the colon before the id, and `_` for that in a service."""
-        partitions = {b"epoch": b"1", b"position": str(position).encode()}
-        services: dict[bytes, bytes] = {}
-        for name, value in fields.items():
-            field, _, id_ = name.partition("__")
-            into = partitions if id_ == "chat" else services
-            of = "|chat" if id_ == "chat" and field != "budget" else id_.replace("_", ":")
-            into[f"{field}:{of}".encode()] = value.encode()
-        self.pool.pictured(Picture(partitions=partitions, services=services, now_ms=NOW_MS, taken_at=self.now_s))
+    def picture(
+        self, position: int = 1, *, cursor: str = "", streak: int = 0, budget: int = -1, **services: str
+    ) -> None:
+        """A look at the pool: the rule's cursor and budget, and services' texts by id, with `_` for the colon in it."""
+        partitions = {
+            b"partition:|chat": f"{streak} -1 0\n{cursor}\n\n".encode(),
+            b"rule:chat": f"1 0 200 {budget}".encode(),
+        }
+        fields = {f"service:{id_.replace('_', ':')}".encode(): text.encode() for id_, text in services.items()}
+        fields[b"place"] = f"1 {position} 0".encode()
+        self.pool.pictured(Picture(partitions=partitions, services=fields, now_ms=NOW_MS, taken_at=self.now_s))
 
 
 # -- cursors and streaks -----------------------------------------------------------------------------------------------
@@ -107,10 +108,10 @@ def test_a_picture_is_believed_where_it_is_newer_and_the_last_pick_where_that_is
     rule = a_rule(services=("a:m", "b:m", "c:m"), lb_tactic=RoundRobin(request_threshold=3))
     worker = Alone(rule)
     worker.redis_picks("b:m", position=6)
-    worker.picture(position=9, cursor__chat="c:m", streak__chat="2")
+    worker.picture(position=9, cursor="c:m", streak=2)
     assert worker.picks(2) == ["c:m", "a:m"]
     worker.redis_picks("b:m", position=10, streak=3)
-    worker.picture(position=9, cursor__chat="c:m", streak__chat="2")
+    worker.picture(position=9, cursor="c:m", streak=2)
     assert worker.picks() == ["c:m"]
 
 
@@ -167,7 +168,7 @@ def test_an_outage_that_comes_and_goes_is_told_now_and_then(caplog: pytest.LogCa
 
 def test_windows_go_on_from_the_picture_and_what_was_used_since() -> None:
     worker = Alone(a_rule(lb_tactic=TokenBased(token_threshold=1000)))
-    worker.picture(cursor__chat="a:m", streak__chat="1", windows__a_m=f"300 {NOW_MS - 9000} 4 700 0")
+    worker.picture(cursor="a:m", streak=1, a_m=f"0 0 0 0 0 0 0|300 {NOW_MS - 9000} 4 700 0||")
     worker.settle(worker.redis_picks("a:m", position=2, streak=2), "a:m", usage=Usage(input=200))
     assert worker.picks() == ["a:m"]
     number, answer = worker.ask()
@@ -177,12 +178,12 @@ def test_windows_go_on_from_the_picture_and_what_was_used_since() -> None:
 
 def test_a_window_ends_by_the_servers_clock() -> None:
     worker = Alone(a_rule(lb_tactic=TokenBased(token_threshold=1000)))
-    worker.picture(cursor__chat="a:m", streak__chat="1", windows__a_m=f"300 {NOW_MS - 290_000} 4 1700 0")
+    worker.picture(cursor="a:m", streak=1, a_m=f"0 0 0 0 0 0 0|300 {NOW_MS - 290_000} 4 1700 0||")
     worker.now_s += 9.9
     assert worker.pool.now_ms() == NOW_MS + 9900
     assert worker.picks() == ["b:m"]
     worker = Alone(a_rule(lb_tactic=TokenBased(token_threshold=1000)))
-    worker.picture(cursor__chat="a:m", streak__chat="1", windows__a_m=f"300 {NOW_MS - 290_000} 4 1700 0")
+    worker.picture(cursor="a:m", streak=1, a_m=f"0 0 0 0 0 0 0|300 {NOW_MS - 290_000} 4 1700 0||")
     worker.now_s += 10
     assert worker.picks() == ["a:m"]
 
@@ -190,7 +191,7 @@ def test_a_window_ends_by_the_servers_clock() -> None:
 def test_a_picture_replaces_what_was_kept_beside_the_last_one() -> None:
     worker = Alone(a_rule(lb_tactic=TokenBased(token_threshold=1000)))
     worker.settle(worker.redis_picks("a:m"), "a:m", usage=Usage(input=900))
-    worker.picture(cursor__chat="a:m", streak__chat="1", windows__a_m=f"300 {NOW_MS} 1 900 0")
+    worker.picture(cursor="a:m", streak=1, a_m=f"0 0 0 0 0 0 0|300 {NOW_MS} 1 900 0||")
     assert worker.picks() == ["a:m"]
 
 
@@ -218,7 +219,7 @@ def test_a_providers_limits_are_divided_likewise() -> None:
 def test_of_what_the_fleet_has_used_a_worker_counts_its_part_and_of_its_own_all() -> None:
     alone = Alone(limited(rpm=20))
     alone.pool.saw_workers(2)
-    alone.picture(minute__a_m=f"{NOW_MS // 5000 - 1} 7 0", cursor__chat="a:m", streak__chat="1")
+    alone.picture(a_m=f"0 0 0 0 0 0 0||0 0 {NOW_MS // 5000 - 1} 7 0|", cursor="a:m", streak=1)
     alone.redis_picks("a:m", position=2)
     assert alone.picks(6) == ["a:m"] * 5 + ["limited"]
     alone.now_s += 60
@@ -255,7 +256,7 @@ def test_reserved_tokens_count_against_the_limit() -> None:
 def test_the_retry_budget_is_divided_too() -> None:
     alone = Alone(a_rule(services=("a:m", "b:m"), retry=Retry(budget_ratio=0.1)))
     alone.pool.saw_workers(4)
-    alone.picture(budget__chat="9999")
+    alone.picture(budget=9999)
     assert alone.picks(3, excluded=("a:m",)) == ["b:m", "b:m", "budget"]
 
 
@@ -287,7 +288,7 @@ def test_a_breaker_opens_and_lets_a_probe_through_without_redis() -> None:
 def test_a_breaker_that_was_open_is_open_and_a_probe_of_somebody_else_is_not_waited_for() -> None:
     opened = f"1 0 0 0 0 1 0 {NOW_MS + 5000} 44"
     alone = Alone(a_rule())
-    alone.picture(breaker__a_m=opened, cursor__chat="a:m", streak__chat="1")
+    alone.picture(a_m=f"0 0 0 0 0 0 0|||{opened}", cursor="a:m", streak=1)
     assert alone.picks() == ["b:m"]
     alone.now_s += 6
     assert alone.ask()[1][1:3] == ["a:m", "probe"]
@@ -295,7 +296,7 @@ def test_a_breaker_that_was_open_is_open_and_a_probe_of_somebody_else_is_not_wai
 
 def test_a_service_that_asked_for_quiet_gets_it() -> None:
     alone = Alone(a_rule(services=("a:m", "b:m", "c:m"), lb_tactic=RoundRobin(request_threshold=9)))
-    alone.picture(cooldown__c_m=str(NOW_MS + 5000))
+    alone.picture(c_m=f"0 0 0 {NOW_MS + 5000} 0 0 0|||")
     alone.settle(alone.redis_picks("a:m"), "a:m", Outcome.RATE_LIMITED, cooldown_ms=20_000)
     assert alone.picks() == ["b:m"]
     number, _ = alone.ask()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from balancer import audit
+from balancer import audit, stored
 from balancer.domain import Configuration, Limits, Outcome, Pick, Usage
 from balancer.errors import NoServiceError, RateLimitedError, StoreUnavailableError
 from balancer.store import keys
@@ -463,10 +463,9 @@ async def test_a_worker_that_starts_without_redis_goes_on_with_what_was_kept(
     async with asyncio.timeout(10):
         while any(second.outbox_entries().values()):  # noqa: ASYNC110  Redis empties it
             await asyncio.sleep(0.01)
-    stored = await control.hgetall(keys.services("default"))
-    requests = sum(int(v) for k, v in stored.items() if k.startswith(b"requests:"))
-    inputs = sum(int(v) for k, v in stored.items() if k.startswith(b"input:"))
-    assert (requests, inputs) == (5, 15)
+    fields = await control.hgetall(keys.services("default"))
+    totals = [stored.totals(v.decode()) for k, v in fields.items() if k.startswith(b"totals:")]
+    assert (sum(t["requests"] for t in totals), sum(t["input"] for t in totals)) == (5, 15)
 
 
 async def test_a_newer_configuration_replaces_what_was_kept(start: Start, tmp_path: Path, proxy: FaultProxy) -> None:

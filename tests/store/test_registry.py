@@ -14,6 +14,7 @@ import pytest
 import redis
 import redis.asyncio
 
+from balancer import stored
 from balancer.domain import (
     BreakerSettings,
     Configuration,
@@ -106,7 +107,8 @@ def registry(client: redis.asyncio.Redis) -> Registry:
 
 
 async def fence(control: Any, rule: str, pool: str = "default") -> int:
-    return int(await control.hget(keys.partitions(pool), f"revision:{rule}") or 0)
+    text: bytes = await control.hget(keys.partitions(pool), f"rule:{rule}") or stored.NEW_RULE.encode()
+    return stored.rule(text.decode())["revision"]
 
 
 async def is_defined(control: Any, rule: str, pool: str = "default") -> bool:
@@ -288,11 +290,11 @@ READ_EDITS: dict[str, tuple[Callable[[], Configuration], set[str]]] = {
 @pytest.mark.parametrize("edit", UNREAD_EDITS)
 async def test_what_no_select_reads_gives_no_rule_a_new_revision(registry: Registry, control: Any, edit: str) -> None:
     base = await registry.publish(BEFORE, None)
-    places = [await control.hget(keys.partitions(pool), "position") for pool in ("default", "other")]
+    places = [await control.hget(keys.services(pool), "place") for pool in ("default", "other")]
     after = await registry.publish(UNREAD_EDITS[edit](), base)
     assert after.revision == 2
     assert {uuid: after.rule_revision(uuid) for uuid in "xyz"} == {"x": 1, "y": 1, "z": 1}
-    assert [await control.hget(keys.partitions(pool), "position") for pool in ("default", "other")] == places
+    assert [await control.hget(keys.services(pool), "place") for pool in ("default", "other")] == places
 
 
 @pytest.mark.parametrize("edit", READ_EDITS)
@@ -499,7 +501,10 @@ async def assert_is_whole(registry: Registry, control: Any) -> None:
         defined = {f.decode().partition("|")[2] for f in fields if f.startswith(b"tactic:")}
         assert {(rule, pool) for rule in defined} == {place for place in expected if place[1] == pool}
         for rule in defined:
-            assert (rule, int(fields[f"revision:{rule}".encode()])) == (rule, expected[rule, pool])
+            assert (rule, stored.rule(fields[f"rule:{rule}".encode()].decode())["revision"]) == (
+                rule,
+                expected[rule, pool],
+            )
 
 
 async def test_a_publication_is_its_snapshot_the_fences_of_each_pool_and_the_head(url: str, registry: Registry) -> None:

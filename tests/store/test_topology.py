@@ -12,7 +12,7 @@ import pytest
 import redis
 from redis.crc import key_slot
 
-from balancer import document
+from balancer import document, stored
 from balancer.domain import Configuration
 from balancer.errors import ConfigurationError, StoreUnavailableError
 from balancer.store import connection, keys, registry
@@ -461,7 +461,7 @@ async def test_a_publication_reaches_pools_on_every_master_and_is_announced_at_o
         await eventually(has_followed)
         for pool in ("default", "second", "third"):
             key = keys.partitions(pool)
-            assert await commands.run(key, "HGET", key, f"revision:{pool}") == b"2"
+            assert (await commands.run(key, "HGET", key, f"rule:{pool}")).split()[0] == b"2"
     finally:
         await follower.close()
         await commands.aclose()
@@ -766,8 +766,8 @@ async def test_what_a_replaced_master_acknowledged_after_it_hung_is_settled_agai
 
         async def is_counted() -> bool:
             client = sentinels.master_of(KEY).control
-            counts = [client.hget(keys.services("default"), f"requests:{id_}") for id_ in ("a:m", "b:m")]
-            return sum(int(count or 0) for count in counts) == load.settled
+            texts: list[bytes | None] = client.hmget(keys.services("default"), "totals:a:m", "totals:b:m")
+            return sum(stored.totals(text.decode())["requests"] for text in texts if text) == load.settled
 
         await eventually(is_counted)
     load.check()

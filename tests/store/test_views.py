@@ -182,7 +182,7 @@ async def test_a_picture_has_minutes_breakers_cooldowns_and_latencies(pool: Pool
 
 def test_a_breaker_without_settings_counts_as_closed() -> None:
     """As for select: whoever switches breakers off is not kept waiting by an old one."""
-    services = {b"breaker:a:m": b"1 0 0 0 0 1 0 99 0", b"provider:a": b"0 0 0 0 0 20 60000 30000 3"}
+    services = {b"service:a:m": b"0 0 0 0 0 0 0|||1 0 0 0 0 1 0 99 0", b"provider:a": b"0 0 0 0 0 20 60000 30000 3"}
     assert read_pool("default", {}, services, now_ms=7).breaker_state("a:m") == "closed"
     services[b"provider:a"] = b"0 0 0 1 0 20 60000 30000 3"
     assert read_pool("default", {}, services, now_ms=7).breaker_state("a:m") == "open"
@@ -192,8 +192,8 @@ def test_a_breaker_without_settings_counts_as_closed() -> None:
 def test_fields_of_a_newer_version_are_passed_over() -> None:
     view = read_pool(
         "default",
-        {b"epoch": b"2", b"position": b"9", b"mood:|chat": b"good", b"streak:|chat": b"3", b"shape": b"round"},
-        {b"picks:a:m": b"4", b"colour:a:m": b"red"},
+        {b"mood:|chat": b"good", b"partition:|chat": b"3 -1 0\n\n\n", b"shape": b"round"},
+        {b"place": b"2 9 0", b"service:a:m": b"0 0 4 0 0 0 0|||", b"colour:a:m": b"red"},
         now_ms=7,
     )
     assert view == PoolView(

@@ -74,7 +74,8 @@ class Answer:
     async def opened(self, connection: Connection) -> None:
         """Waits for the headers. Raises UpstreamError, and leaves no connection behind when it is cancelled."""
         connection.arm(self._first_at)
-        await self._more()
+        if not self.status and self._error is None:
+            await self._more()
         if self._error is not None and not self.status:
             raise self._error
 
@@ -114,6 +115,7 @@ class Answer:
         if connection is not None:
             self._error = UpstreamError(f"the answer of {self._request.provider} {reason}")
             connection.drop()
+            self._wake()
 
     def _taken(self) -> bytes:
         chunks = self._chunks

@@ -63,6 +63,7 @@ class UpstreamClient:
     async def close(self) -> None:
         """Closes all connections."""
         self._is_closed = True
+        self._dialer.close()
         for pool in self._pools.values():
             pool.close(_CLOSING)
         for connection in tuple(self._connections):

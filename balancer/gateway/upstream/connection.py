@@ -220,7 +220,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def pause(self) -> None:
         """Reads no more for now."""
-        if self.transport is not None and not self._is_held_back:
+        if self.transport is not None and not self._is_held_back and not self.transport.is_closing():
             self._is_held_back = True
             self.transport.pause_reading()
 
@@ -228,7 +228,8 @@ class Connection(asyncio.BufferedProtocol):
         """Reads on."""
         if self.transport is not None and self._is_held_back:
             self._is_held_back = False
-            self.transport.resume_reading()
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """What is received comes here."""

@@ -26,6 +26,10 @@ class Dialer:
         self._tls = tls
         self._names = Names()
 
+    def close(self) -> None:
+        """Ends the look-ups of names that are under way."""
+        self._names.close()
+
     async def dial(self, origin: Origin, new: Callable[[], Connection]) -> Connection:
         """A connection to the origin. Raises OSError, of which ssl.SSLError and ProxyRefusedError are some."""
         scheme, host, port = _first_stop(origin)

@@ -31,7 +31,18 @@ class Names:
         if asked is None:
             asked = self._asked[key] = loop.create_task(self._ask(loop, key))
             asked.add_done_callback(lambda task: task.cancelled() or task.exception())  # Those who asked may have left.
-        return await asyncio.shield(asked)
+        try:
+            return await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if asked.cancelled() and not (task and task.cancelling()):
+                raise ConnectionAbortedError("the look-up was ended") from None
+            raise
+
+    def close(self) -> None:
+        """Ends the look-ups that are under way."""
+        for asked in self._asked.values():
+            asked.cancel()
 
     async def _ask(self, loop: asyncio.AbstractEventLoop, key: tuple[str, int]) -> Addresses:
         try:

@@ -10,6 +10,8 @@ import re
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+import yarl
+
 from balancer.dialects import Headers
 from balancer.errors import UpstreamError
 from balancer.gateway.messages import UpstreamRequest
@@ -77,7 +79,9 @@ def _parsed(url: str, proxy_url: str) -> Target:
         raise UpstreamError("the upstream's URL holds white space or control characters: it cannot be requested")
     try:
         parts = urlsplit(url)
-        host = (parts.hostname or "").encode("ascii" if url.isascii() else "idna").decode("ascii")
+        host = parts.hostname or ""
+        if not host.isascii():
+            host = yarl.URL(url).raw_host or ""  # IDNA 2008; Python's own codec makes another host of some.
         port = parts.port
     except ValueError as exc:  # Among them UnicodeError.
         raise UpstreamError("the upstream's URL has no valid host and port") from exc

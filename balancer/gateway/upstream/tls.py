@@ -18,11 +18,15 @@ class ClientContext(ssl.SSLContext):
     """
 
     _sessions: dict[str, ssl.SSLSession]
+    _has_authorities = False
 
     def wrap_bio(
         self, incoming: Any, outgoing: Any, server_side: bool = False, server_hostname: Any = None, session: Any = None
     ) -> ssl.SSLObject:
-        """A TLS object, with the host's last session."""
+        """A TLS object, with the host's last session. The first costs 20 ms: it reads the system's certificates."""
+        if not self._has_authorities:
+            self._has_authorities = True
+            self.load_default_certs()
         session = session or self._sessions.get(server_hostname)
         return super().wrap_bio(incoming, outgoing, server_side, server_hostname, session)
 
@@ -43,7 +47,6 @@ def client_context(ca_file: str) -> ClientContext:
     context = ClientContext(ssl.PROTOCOL_TLS_CLIENT)
     context._sessions = {}
     context.set_alpn_protocols(["http/1.1"])
-    context.load_default_certs()
     if ca_file:
         try:
             context.load_verify_locations(ca_file)

@@ -1,0 +1,277 @@
+"""The upstream client's small parts on their own: a request's bytes, a pool's order, a connection's one timer."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from balancer.dialects import Headers
+from balancer.domain import Timeouts
+from balancer.errors import ConfigurationError, UpstreamError
+from balancer.gateway.messages import UpstreamRequest
+from balancer.gateway.upstream import request as requests
+from balancer.gateway.upstream.answer import Answer
+from balancer.gateway.upstream.connection import Connection
+from balancer.gateway.upstream.pool import Pool
+from balancer.gateway.upstream.request import Heads, Origin, Targets
+from balancer.gateway.upstream.tls import client_context
+
+ON_BOTH_LOOPS = True
+BUFFER = memoryview(bytearray(1024))
+PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+def a_request(
+    url: str = "http://up.invalid/v1",
+    *,
+    method: str = "POST",
+    headers: Headers = (),
+    proxy_url: str = "",
+) -> UpstreamRequest:
+    """A request with a body of two bytes if its method has one."""
+    return UpstreamRequest(
+        provider="up",
+        method=method,
+        url=url,
+        headers=headers,
+        body=b"{}" if method == "POST" else b"",
+        proxy_url=proxy_url,
+        timeouts=Timeouts(),
+        timeout_s=600,
+    )
+
+
+def head(request: UpstreamRequest) -> bytes:
+    """Its first lines."""
+    return Heads().of(request, Targets().of(request.url, request.proxy_url))
+
+
+# -- the head ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("request_", "lines"),
+    [
+        (a_request(), b"POST /v1 HTTP/1.1\r\nHost: up.invalid\r\nContent-Length: 2\r\n\r\n"),
+        (a_request("http://up.invalid", method="GET"), b"GET / HTTP/1.1\r\nHost: up.invalid\r\n\r\n"),
+        (a_request("http://u/?a=%20b", method="PUT"), b"PUT /?a=%20b HTTP/1.1\r\nHost: u\r\nContent-Length: 0\r\n\r\n"),
+        (a_request("https://u:443/", method="GET"), b"GET / HTTP/1.1\r\nHost: u\r\n\r\n"),
+        (a_request("https://u:80/", method="GET"), b"GET / HTTP/1.1\r\nHost: u:80\r\n\r\n"),
+        (a_request("http://[::1]:81/", method="GET"), b"GET / HTTP/1.1\r\nHost: [::1]:81\r\n\r\n"),
+        (a_request("http://größe.invalid/", method="GET"), b"GET / HTTP/1.1\r\nHost: xn--gre-6ka8i.invalid\r\n\r\n"),
+        (
+            a_request(headers=(("X-A", "é\udce9"), ("host", "other"), ("Content-Length", "9"), ("TE", "x"))),
+            b"POST /v1 HTTP/1.1\r\nX-A: \xc3\xa9\xe9\r\nHost: other\r\nContent-Length: 2\r\n\r\n",
+        ),
+        (
+            a_request("http://u/x", method="GET", proxy_url="http://me:p%40ss@proxy.invalid:3128"),
+            b"GET http://u/x HTTP/1.1\r\nHost: u\r\nProxy-Authorization: Basic bWU6cEBzcw==\r\n\r\n",
+        ),
+        (
+            a_request("https://u/x", method="GET", proxy_url="http://me:p%40ss@proxy.invalid:3128"),
+            b"GET /x HTTP/1.1\r\nHost: u\r\n\r\n",
+        ),
+    ],
+)
+def test_a_request_s_first_lines(request_: UpstreamRequest, lines: bytes) -> None:
+    assert head(request_) == lines
+
+
+@pytest.mark.parametrize("value", ["a\r\nX-B: c", "a\nb", "a\rb", "a\0b", "a\n"])
+def test_a_header_that_would_end_early_is_named_and_its_value_is_not(value: str) -> None:
+    with pytest.raises(UpstreamError) as caught:
+        head(a_request(headers=(("X-A", "fine"), ("Authorization", f"s3cret{value}"))))
+    assert "'Authorization'" in caught.value.message
+    assert "s3cret" not in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["", "X A", "X:A", "X\r\nA", "é"])
+def test_a_name_that_is_no_token_is_refused(name: str) -> None:
+    with pytest.raises(UpstreamError, match="name"):
+        head(a_request(headers=((name, "b"),)))
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://u/a b", "http://u/\r\nX-A: b", "http://u/\0", "ftp://u/", "http://", "http://u:x/", "http://[u/", ""],
+)
+def test_a_url_that_cannot_be_requested_is_refused(url: str) -> None:
+    with pytest.raises(UpstreamError, match="URL"):
+        Targets().of(url, "")
+
+
+def test_what_is_kept_of_urls_and_names_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "_KEPT", 3)
+    monkeypatch.setattr(requests, "_starts", {})
+    targets = Targets()
+    for number in range(9):
+        assert targets.of(f"http://u/{number}", "").line == f" /{number} HTTP/1.1\r\n"
+        assert b"X-%d: b\r\n" % number in head(a_request(headers=((f"X-{number}", "b"),)))
+    assert (len(targets._kept), len(requests._starts)) == (3, 3)
+
+
+def test_a_file_without_certificates_is_refused_with_its_setting_s_name() -> None:
+    with pytest.raises(ConfigurationError, match="BALANCER_UPSTREAM_CA_FILE"):
+        client_context(__file__)
+
+
+# -- the connection ----------------------------------------------------------------------------------------------------
+
+
+class Transport(asyncio.Transport):
+    """Takes what is written; `refuses`: the kernel takes nothing more."""
+
+    def __init__(self, *, refuses: bool = False) -> None:
+        super().__init__()
+        self.written: list[bytes] = []
+        self._refuses = refuses
+        self._is_closing = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._is_closing = self._refuses
+        if not self._refuses:
+            self.written.append(bytes(data))
+
+    def is_closing(self) -> bool:
+        return self._is_closing
+
+    def abort(self) -> None:
+        self._is_closing = True
+
+
+class Connections:
+    """Makes connections, and notes which are free."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.freed: list[Connection] = []
+        self.lost: list[Connection] = []
+
+    def make(self, *, refuses: bool = False) -> tuple[Connection, Transport]:
+        transport = Transport(refuses=refuses)
+        connection = Connection(self.loop, BUFFER, first=lambda _: None, freed=self.freed.append, lost=self.lost.append)
+        connection.connection_made(transport)
+        return connection, transport
+
+
+def receive(connection: Connection, data: bytes) -> None:
+    """Gives it bytes as a loop would."""
+    connection.get_buffer(-1)[: len(data)] = data
+    connection.buffer_updated(len(data))
+
+
+@pytest.fixture
+async def connections() -> Connections:
+    """A maker of connections on this loop."""
+    return Connections()
+
+
+async def test_head_and_body_go_out_in_one_write(connections: Connections) -> None:
+    connection, transport = connections.make()
+    request = a_request()
+    assert connection.ask(Answer(request, connections.loop, 0), head(request), request.body, head_only=False)
+    assert transport.written == [head(request) + b"{}"]
+    connection.connection_lost(None)
+
+
+async def test_what_the_kernel_refuses_was_not_sent(connections: Connections) -> None:
+    connection, _ = connections.make(refuses=True)
+    request = a_request()
+    assert not connection.ask(Answer(request, connections.loop, 0), head(request), request.body, head_only=False)
+    connection.connection_lost(BrokenPipeError())
+    assert connections.lost == [connection]
+
+
+async def test_parts_that_came_together_are_taken_at_once(connections: Connections) -> None:
+    connection, _ = connections.make()
+    answer = Answer(a_request(), connections.loop, connections.loop.time())
+    connection.ask(answer, b"", b"", head_only=False)
+    receive(connection, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    await answer.opened(connection)
+    taken: list[bytes] = []
+    pumping = asyncio.ensure_future(answer.pump(lambda chunk: not taken.append(chunk)))  # type: ignore[func-returns-value]
+    await asyncio.sleep(0)
+    receive(connection, b"1\r\na\r\n2\r\nbc\r\n3\r\ndef\r\n")
+    assert taken == [b"abcdef"]
+    receive(connection, b"1\r\ng\r\n0\r\n\r\n")
+    assert (taken, connections.freed) == ([b"abcdef", b"g"], [connection])
+    assert await pumping == b""
+    connection.connection_lost(None)
+
+
+async def test_one_timer_serves_many_waits(connections: Connections, monkeypatch: pytest.MonkeyPatch) -> None:
+    armed: list[float] = []
+
+    class Timer:
+        def cancel(self) -> None:
+            pass
+
+    class Clock:
+        def call_at(self, at: float, _: Any) -> Timer:
+            armed.append(at)
+            return Timer()
+
+        def time(self) -> float:
+            return now
+
+    now = 0.0
+    connection, transport = connections.make()
+    monkeypatch.setattr(connection, "_loop", Clock())
+    for now in (0.0, 1.0, 2.0):
+        connection.arm(now + 10)
+    assert armed == [10.0]
+    now = 10.0
+    connection._on_timer()
+    assert (armed, transport.is_closing()) == ([10.0, 12.0], False)
+    connection.arm(11.0)
+    assert armed == [10.0, 12.0, 11.0]
+    connection.idle_since, now = 5.0, 11.0
+    connection._on_timer()
+    assert transport.is_closing()
+
+
+# -- the pool ----------------------------------------------------------------------------------------------------------
+
+
+async def test_the_connection_used_last_is_used_next(connections: Connections) -> None:
+    pool = Pool(connections.loop, 2, lambda _: None)
+    assert (pool.reserve(), pool.reserve(), pool.reserve()) == (True, True, False)
+    (first, _), (second, _) = connections.make(), connections.make()
+    pool.free(first)
+    pool.free(second)
+    assert (pool.take(), pool.take(), pool.take()) == (second, first, None)
+    first.connection_lost(None)
+    second.connection_lost(None)
+
+
+async def test_who_waits_is_served_in_turn_and_who_has_left_is_passed_over(connections: Connections) -> None:
+    emptied: list[Pool] = []
+    pool = Pool(connections.loop, 1, emptied.append)
+    assert pool.reserve()
+    waiting = [asyncio.ensure_future(pool.turn()) for _ in range(3)]
+    again = asyncio.ensure_future(pool.turn(again=True))
+    await asyncio.sleep(0)
+    connection, _ = connections.make()
+    waiting[0].cancel()
+    pool.free(connection)
+    assert await again is connection
+    pool.free(connection)
+    waiting[1].cancel()  # It was given the connection, and does not know it yet.
+    assert await waiting[2] is connection
+    assert [task.cancelled() for task in waiting] == [True, True, False]
+    last = asyncio.ensure_future(pool.turn())
+    await asyncio.sleep(0)
+    pool.lose(connection)
+    assert await last is None
+    assert emptied == []
+    pool.leave()
+    assert emptied == [pool]
+    connection.connection_lost(None)
+
+
+def test_origins_are_told_apart_by_their_proxy_too() -> None:
+    plain, proxied = Targets().of("http://u/", ""), Targets().of("http://u/", "http://p.invalid")
+    assert plain.origin == Origin("http", "u", 80, "")
+    assert proxied.origin == Origin("http", "u", 80, "http://p.invalid")
