@@ -132,7 +132,7 @@ async def _grown(worker: Worker, kind: Kind, count: int, done: Callable[[], None
             made = count * (step - 1) // _STEPS
             more = count * step // _STEPS - made
             await _drive(worker.port, kind, kind.warm_up + made, more, done)
-        await asyncio.sleep(2 * _KEPT_S)  # Connections that clients have closed are closed here too.
+        await asyncio.sleep(5 * _KEPT_S)  # Connections that clients have closed are closed here too.
         await _drive(worker.port, PLAIN, -1, 1, done)  # Whatever was settled before is forgotten by now.
         size = await worker.size()
         at = float(count * step // _STEPS)

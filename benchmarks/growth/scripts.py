@@ -394,7 +394,7 @@ def by_rules(client: Any, sizes: Sizes) -> Part:
 def _picture(client: Any, pool: str) -> tuple[float, int]:
     """Microseconds of Redis and bytes for the two hashes of a pool."""
     spent = []
-    for _ in range(3):
+    for _ in range(_LOOKS):
         client.config_resetstat()
         hashes = [client.execute_command("HGETALL", key) for key in (keys.partitions(pool), keys.services(pool))]
         spent.append(client.info("commandstats")["cmdstat_hgetall"]["usec"])
