@@ -221,8 +221,8 @@ def test_a_providers_own_headers_replace_the_credential_and_the_rest() -> None:
 
     assert request_headers((("Accept-Encoding", "zstd"),), ours) == (
         ("accept-encoding", "gzip"),
-        ("X-Request-ID", "p"),
         ("authorization", "Basic own"),
+        ("X-Request-ID", "p"),
     )
 
 
