@@ -51,6 +51,9 @@ class Parts:
         self.parts = [data[at : at + step] for at in range(0, len(data), step)]
         self.seen: list[bytes] = []
 
+    def whole(self) -> bytes | None:
+        return None
+
     async def read(self) -> bytes:
         return self.parts.pop(0) if self.parts else b""
 
@@ -62,6 +65,11 @@ class Parts:
     async def close(self) -> None: ...
 
     def give_until(self, time: float) -> None: ...
+
+    async def send(self, status: int, headers: tuple[tuple[str, str], ...], body: bytes) -> None:
+        await self.start(status, headers, len(body))
+        await self.write(body)
+        await self.end()
 
     async def start(self, status: int, headers: tuple[tuple[str, str], ...], length: int | None) -> None: ...
 
