@@ -361,7 +361,7 @@ def _is_plain(response: UpstreamResponse, body: bytes, errand: _Errand) -> bool:
     if response.status != 200 or errand.course.response_model or _is_kept(errand):
         return False
     kind, coding = described(response.headers)
-    return "json" in kind and not coding and not says_error(body)
+    return "json" in kind and not coding and body.startswith(b"{") and not says_error(body)
 
 
 def _reserved(plan: Plan, peek: bodies.Peek, body: bytes) -> int:
