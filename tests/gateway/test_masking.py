@@ -127,8 +127,9 @@ async def test_a_coded_stream_breaks_before_an_error_that_shows_a_credential(
     good = packer.compress(WORD) + packer.flush(zlib.Z_SYNC_FLUSH)
     bad = packer.compress(ERROR) + packer.flush()
     upstream.sends(STREAM_HEAD + b"Content-Encoding: gzip\r\n\r\n", chunk(good), chunk(bad), LAST_CHUNK)
-    async with gateway.chat(**ASKED) as response:
-        with pytest.raises(aiohttp.ClientPayloadError):
+    # The lane sends a head with the first bytes behind it: where nothing may pass of the first read, there is neither.
+    with pytest.raises((aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError)):
+        async with gateway.chat(**ASKED) as response:
             await response.read()
     assert (await gateway.service("up:up-model")).failures == 1
 
