@@ -18,6 +18,7 @@ from balancer.gateway.masking import Mask
 from balancer.gateway.messages import ClientRequest, UpstreamRequest
 
 _LOOK_AGAIN_S = 1.0
+_FORGET_S = 60.0
 _URLS_KEPT = 64
 _HEADERS_KEPT = 64
 
@@ -42,10 +43,17 @@ class _Account:
         self.provider = provider
         self.resolved = (token, own, query, proxy_url)
         self.looked_at = 0.0
+        self._forgot_at = time.monotonic()
         self._urls: dict[tuple[str, str, str], str] = {}
         self._headers: dict[tuple[Headers, str, bool], Headers] = {}
         self._has_request_id = any(name.lower() == "x-request-id" for name in own)
         self.mask = Mask((token, *_secrets(own, provider.headers), *_secrets(query, provider.query)))
+
+    def forget(self, now: float) -> None:
+        """Drops the headers of clients after a minute: their credentials are among them."""
+        if now - self._forgot_at >= _FORGET_S:
+            self._forgot_at = now
+            self._headers.clear()
 
     def url(self, path: str, model: str, query: str) -> str:
         """Where a request goes; those that come again and again are kept."""
@@ -158,6 +166,7 @@ class Preparer:
         if account is None or account.provider is not provider or account.resolved != (token, own, query, proxy_url):
             account = self._accounts[provider.uuid] = _Account(provider, token, own, query, proxy_url)
         account.looked_at = now
+        account.forget(now)
         return account
 
 
