@@ -1,0 +1,173 @@
+"""Events that pass unread, among those that are read: whatever the cuts, the client and the books get the same."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from balancer.domain import Outcome, Usage
+from balancer.encoding import Decoder
+from balancer.gateway.events import EventRelay
+from balancer.gateway.masking import Mask
+from balancer.gateway.messages import Take
+from balancer.gateway.rewriting import Rewriter
+
+KEY = "sk-upstream-0123456789"
+
+
+def chunk(text: str, more: str = "") -> bytes:
+    return b'data: {"id":"c","choices":[{"index":0,"delta":{"content":"%s"}}]%s}' % (text.encode(), more.encode())
+
+
+USAGE = b'data: {"id":"c","choices":[],"usage":{"prompt_tokens":7,"completion_tokens":5}}'
+DONE = b"data: [DONE]"
+USUAL = (
+    chunk("one"),
+    chunk("two", ',"usage":null'),
+    chunk("", ',"usage": null'),
+    chunk("an error? usage? [DONE]? no"),
+    chunk('\\"usage\\":{'),
+    b": a comment",
+    b"event: ping\ndata: {}",
+    b'data: {"id":"c","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}',
+)
+
+
+class Ends:
+    """An upstream's answer in these parts, and a client that takes at once what it is told to."""
+
+    status, length, is_started = 200, None, True
+    headers: tuple[tuple[str, str], ...] = ()
+
+    def __init__(self, parts: Sequence[bytes], refusals: Sequence[bool]) -> None:
+        self.parts = list(parts)
+        self.refusals = list(refusals)
+        self.at_once = 0
+        self.seen = b""
+        self.usage: Usage | None = None
+        self.is_stream = False
+        self.outcomes: list[tuple[Outcome, int]] = []
+        self.has_token = False
+
+    def whole(self) -> bytes | None:
+        return None
+
+    async def read(self) -> bytes:
+        return self.parts.pop(0) if self.parts else b""
+
+    async def pump(self, take: Take) -> bytes:
+        while (part := await self.read()) and take(part):
+            pass
+        return part
+
+    async def close(self) -> None: ...
+
+    def give_until(self, time: float) -> None: ...
+
+    async def start(self, status: int, headers: tuple[tuple[str, str], ...], length: int | None) -> None: ...
+
+    async def send(self, status: int, headers: tuple[tuple[str, str], ...], body: bytes) -> None: ...
+
+    def write_now(self, chunk: bytes) -> bool:
+        if self.refusals and self.refusals.pop(0):
+            return False
+        self.seen += chunk
+        self.at_once += 1
+        return True
+
+    async def write(self, chunk: bytes) -> None:
+        self.seen += chunk
+
+    async def end(self) -> None: ...
+
+    def abort(self) -> None:
+        raise AssertionError("the stream was whole")
+
+    # -- as the attempt ------------------------------------------------------------------------------------------------
+
+    def settle(self, outcome: Outcome, cooldown_ms: int = 0) -> None:
+        self.outcomes.append((outcome, len(self.seen)))
+
+    async def settle_before_last_byte(self, outcome: Outcome, cooldown_ms: int = 0) -> None:
+        self.settle(outcome, cooldown_ms)
+
+    def saw_token(self) -> None:
+        self.has_token = True
+
+
+def relayed(ends: Ends, *, hides_usage: bool) -> None:
+    relay = EventRelay(
+        attempt=ends,
+        stream=ends,
+        decoder=Decoder(""),
+        rewriter=Rewriter("", hides_usage=hides_usage),
+        mask=Mask([KEY]),
+        error_event=lambda _: b"",
+    )
+
+    async def run() -> None:
+        await relay.run(ends, await ends.read())
+
+    asyncio.run(run())
+
+
+def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
+    at = sorted({place % (len(data) + 1) for place in places} - {0, len(data)})
+    return [data[i:j] for i, j in zip([0, *at], [*at, len(data)], strict=True)]
+
+
+@given(
+    events=st.lists(st.sampled_from(USUAL), max_size=12),
+    end=st.sampled_from([b"\n\n", b"\r\n\r\n"]),
+    places=st.lists(st.integers(0, 5000), max_size=12),
+    refusals=st.lists(st.booleans(), max_size=12),
+    hides_usage=st.booleans(),
+)
+def test_any_cuts_and_any_hurry_give_the_same(
+    events: list[bytes], end: bytes, places: list[int], refusals: list[bool], hides_usage: bool
+) -> None:
+    told = [chunk("first"), *events, USAGE, DONE]
+    ends = Ends(cut(b"".join(event + end for event in told), places), refusals)
+
+    relayed(ends, hides_usage=hides_usage)
+
+    shown = [event for event in told if not (hides_usage and event == USAGE)]
+    assert ends.seen == b"".join(event + end for event in shown)
+    assert (ends.usage, ends.has_token) == (Usage(input=7, output=5), True)
+    settled, sent = ends.outcomes[0]
+    assert settled is Outcome.SUCCESS
+    assert sent < len(ends.seen), "the settle is on its way before the last byte is"
+
+
+@pytest.mark.parametrize("hides_usage", [False, True])
+def test_usual_events_are_not_read_and_wait_for_nothing(hides_usage: bool) -> None:
+    usual = [chunk(f"word {number}", ',"usage":null' if number % 2 else "") + b"\n\n" for number in range(20)]
+    ends = Ends([chunk("first") + b"\n\n", *usual, USAGE + b"\n\n", DONE + b"\n\n"], ())
+
+    relayed(ends, hides_usage=hides_usage)
+
+    assert ends.at_once == 20
+
+
+def test_of_events_that_come_together_those_before_the_usage_pass_unread() -> None:
+    usual = [chunk(f"word {number}") + b"\n\n" for number in range(20)]
+    ends = Ends([chunk("first") + b"\n\n", b"".join([*usual, USAGE + b"\n\n", DONE + b"\n\n"])], ())
+
+    relayed(ends, hides_usage=True)
+
+    assert ends.at_once == 1
+    assert ends.seen.endswith(usual[-1] + DONE + b"\n\n")
+
+
+def test_an_error_amid_what_passes_is_masked() -> None:
+    error = b'data: {"error":{"message":"bad key %s"}}\n\n' % KEY.encode()
+    ends = Ends([chunk("first") + b"\n\n", chunk("second") + b"\n\n" + error], ())
+
+    relayed(ends, hides_usage=False)
+
+    assert ends.seen.endswith(error.replace(KEY.encode(), b"***"))
+    assert ends.outcomes[0][0] is not Outcome.SUCCESS
