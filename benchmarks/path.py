@@ -156,6 +156,9 @@ class _Response:
         self.length = length
         self._chunks = deque(chunks)
 
+    def whole(self) -> bytes | None:
+        return self._chunks[0] if len(self._chunks) == 1 else None
+
     async def read(self) -> bytes:
         return self._chunks.popleft() if self._chunks else b""
 
@@ -216,6 +219,11 @@ class _Stream:
     sent = 0
 
     def give_until(self, time: float) -> None: ...
+
+    async def send(self, status: int, headers: tuple[tuple[str, str], ...], body: bytes) -> None:
+        await self.start(status, headers, len(body))
+        await self.write(body)
+        await self.end()
 
     async def start(self, status: int, headers: Headers, length: int | None) -> None:
         assert status == 200

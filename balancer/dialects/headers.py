@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from balancer.dialects import Headers
 from balancer.encoding import restrict_accept_encoding
@@ -115,16 +115,16 @@ def value_of(headers: Iterable[tuple[str, str]], name: str) -> str:
     return ""
 
 
-def client_timeout_s(header: Callable[[str], str]) -> float | None:
+def client_timeout_s(first: Mapping[str, str]) -> float | None:
     """Seconds that a client waits for the first byte, None when it does not say, or says no limit.
 
-    `header` gives the client's header of a name in lower case, empty when it is absent.
+    `first` has the first value of each of its headers, by the name in lower case.
 
     The SDKs of OpenAI and Anthropic tell it: `x-stainless-timeout`, those in Python `x-stainless-read-timeout` (openai
     3.54 only that, anthropic 2.12 both).
     """
     for name in ("x-stainless-timeout", "x-stainless-read-timeout"):
-        text = header(name).strip()
+        text = first.get(name, "").strip()
         if text and _SECONDS.fullmatch(text) and 0 < (seconds := float(text)) < math.inf:
             return seconds
     return None

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from balancer import bodies, log
-from balancer.dialects.headers import client_timeout_s
+from balancer.dialects.headers import client_timeout_s, response_headers
 from balancer.dialects.paths import Route
 from balancer.domain import Outcome, Pick, Rule, Timeouts
 from balancer.errors import (
@@ -32,13 +32,21 @@ from balancer.gateway.course import Course
 from balancer.gateway.deadlines import Deadlines
 from balancer.gateway.events import Remember
 from balancer.gateway.matching import Plan, Plans
-from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream, Upstream, UpstreamRequest
-from balancer.gateway.opening import READ_AHEAD_S, Opening
-from balancer.gateway.outgoing import Preparer, with_model
+from balancer.gateway.messages import (
+    ClientGoneError,
+    ClientRequest,
+    ClientStream,
+    Upstream,
+    UpstreamRequest,
+    UpstreamResponse,
+)
+from balancer.gateway.opening import READ_AHEAD_S, Opening, described, says_error
+from balancer.gateway.outgoing import Outgoing, Preparer, with_model
 from balancer.gateway.relay import Relay
 from balancer.gateway.telling import decision_headers, incomplete, send_error
 from balancer.metrics import Metrics
 from balancer.sessions import session_of
+from balancer.usage import usage_of
 
 _DEADLINE_MARGIN_S = 30.0
 """Beyond the provider's timeout: when it has passed, the attempt cannot be alive any more."""
@@ -57,18 +65,18 @@ class Clock:
 
     def __init__(self, request: ClientRequest, deadlines: Deadlines) -> None:
         self._deadlines = deadlines
-        self._began = deadlines.now()
-        patience_s = client_timeout_s(request.header)
+        self._began = time.monotonic()
+        patience_s = client_timeout_s(request.first)
         self._client_at = self._began + patience_s if patience_s is not None else None
 
     @property
     def elapsed_s(self) -> float:
         """Since the request's arrival."""
-        return self._deadlines.now() - self._began
+        return time.monotonic() - self._began
 
     def left_s(self, timeout_s: float) -> float:
         """Until the whole request's limit, or the client's own if that is earlier."""
-        return self._ends_at(timeout_s) - self._deadlines.now()
+        return self._ends_at(timeout_s) - time.monotonic()
 
     def until_first_byte(
         self, timeout_s: float | None = None, *, most_s: float
@@ -79,7 +87,7 @@ class Clock:
         limits of its own, which end it by then.
         """
         ends_at = self._client_at if timeout_s is None else self._ends_at(timeout_s)
-        if ends_at is None or ends_at > self._deadlines.now() + most_s:
+        if ends_at is None or ends_at > time.monotonic() + most_s:
             return _UNLIMITED
         return self._deadlines.at(ends_at, _too_late)
 
@@ -89,7 +97,7 @@ class Clock:
         The upstream's part has limits of its own: only a client that does not read makes an attempt outlive it. It
         would be taken for lost, and what it holds given away, while it still lives.
         """
-        stream.give_until(self._deadlines.now() + timeout_s + _CLIENT_MARGIN_S)
+        stream.give_until(time.monotonic() + timeout_s + _CLIENT_MARGIN_S)
 
     def _ends_at(self, timeout_s: float) -> float:
         ends_at = self._began + timeout_s
@@ -147,7 +155,7 @@ class Forwarder:
 
         Raises BalancerError when nothing was sent to the client yet.
         """
-        clock = self._clock(request)
+        clock = Clock(request, self._deadlines)
         errand = _Errand(request=request, route=route, peek=peek, course=course, stream=stream, clock=clock)
         failure: _Failure | None = None
         refusal: NoServiceError | None = None
@@ -201,11 +209,11 @@ class Forwarder:
             response_model=rule.response_model,
         )
         answer: Opening | None = None
-        clock = self._clock(request)
+        clock = Clock(request, self._deadlines)
         try:
             clock.limit(stream, outgoing.request.timeout_s)
             with clock.until_first_byte(most_s=_opening_s(outgoing.request.timeouts)):
-                answer = await self._open(outgoing.request)
+                answer = Opening(await self._upstream.send(outgoing.request))
                 await answer.look(route.dialect.name, _now_ms())
             await relay.run(answer)
         finally:
@@ -229,7 +237,7 @@ class Forwarder:
                     reserved=_reserved(plan, errand.peek, request.body),
                     deadline_ms=round((max(plan.longest_s - elapsed_s, 0) + _DEADLINE_MARGIN_S) * 1000),
                     excluded=tuple(dict.fromkeys((*course.tried, *late))),
-                    session="" if course.only else session_of(rule, request.header, errand.peek),
+                    session="" if course.only else session_of(rule, request.first, errand.peek),
                     only=course.only,
                 )
         except NoServiceError as exc:
@@ -237,9 +245,6 @@ class Forwarder:
                 raise
             told = f"{exc.message}; the response that the request goes on from is kept by {course.only} alone"
             raise type(exc)(told, cause=exc.cause, retry_after_s=exc.retry_after_s) from exc
-
-    def _clock(self, request: ClientRequest) -> Clock:
-        return Clock(request, self._deadlines)
 
     # -- one attempt ---------------------------------------------------------------------------------------------------
 
@@ -249,18 +254,38 @@ class Forwarder:
         self._metrics.picked(pick)
         answer: Opening | None = None
         try:
-            outgoing, relay = self._prepare(errand, attempt)
-            if errand.course.attempts == 1:
-                self._metrics.overhead_s(errand.clock.elapsed_s)
-            errand.clock.limit(stream, outgoing.timeout_s)
-            with errand.clock.until_first_byte(most_s=_opening_s(outgoing.timeouts)):
-                answer = await self._open(outgoing)
-                await answer.look(errand.route.dialect.name, _now_ms())
+            clock, course = errand.clock, errand.course
+            elapsed_s = clock.elapsed_s
+            outgoing = self._preparer.generation(
+                errand.request,
+                errand.route,
+                errand.peek,
+                pick.service,
+                needs_plain=bool(course.response_model),
+                elapsed_s=elapsed_s,
+            )
+            if course.attempts == 1:
+                self._metrics.overhead_s(elapsed_s)
+            clock.limit(stream, outgoing.request.timeout_s)
+            with clock.until_first_byte(most_s=_opening_s(outgoing.request.timeouts)):
+                response = await self._upstream.send(outgoing.request)
+                body = response.whole()
+                if body is None or not _is_plain(response, body, errand):
+                    answer = Opening(response)
+                    await answer.look(errand.route.dialect.name, _now_ms())
+            if answer is None:
+                assert body is not None, "it is looked at otherwise"
+                attempt.usage = usage_of(body)
+                await attempt.settle_before_last_byte(Outcome.SUCCESS)
+                headers = outgoing.mask.over_headers(response_headers(response.headers))
+                await stream.send(response.status, (*headers, *self._headers(errand, pick)), body)
+                return Outcome.SUCCESS
             if answer.is_empty:
                 raise UpstreamAnswerError("the upstream answered with nothing")
-            if answer.verdict is not None and errand.course.goes_on(answer.verdict):
+            relay = self._relay(errand, attempt, outgoing)
+            if answer.verdict is not None and course.goes_on(answer.verdict):
                 attempt.settle(answer.verdict.outcome, answer.verdict.cooldown_ms)
-                return _held(answer, answer.verdict, relay, outgoing, errand)
+                return _held(answer, answer.verdict, relay, outgoing.request, errand)
             await relay.run(answer)
         except BalancerError as exc:
             if stream.is_started:
@@ -284,9 +309,6 @@ class Forwarder:
                 )
         return attempt.outcome or Outcome.FAILED
 
-    async def _open(self, outgoing: UpstreamRequest) -> Opening:
-        return Opening(await self._upstream.send(outgoing))
-
     def _without_answer(self, errand: _Errand, attempt: Attempt, error: BalancerError) -> _Failure:
         """Settles an attempt that has brought no answer."""
         # A service is not to blame for a client that waits no longer.
@@ -300,29 +322,18 @@ class Forwarder:
 
         return _Failure(verdict=Verdict(outcome=outcome), outcome=Outcome.FAILED, tell=tell)
 
-    def _prepare(self, errand: _Errand, attempt: Attempt) -> tuple[UpstreamRequest, Relay]:
-        pick, route, course, peek = attempt.pick, errand.route, errand.course, errand.peek
-        is_kept = route.path == "/v1/responses" and peek.store
-        outgoing = self._preparer.generation(
-            errand.request,
-            route,
-            peek,
-            pick.service,
-            needs_plain=bool(course.response_model),
-            elapsed_s=errand.clock.elapsed_s,
-        )
-        relay = Relay(
+    def _relay(self, errand: _Errand, attempt: Attempt, outgoing: Outgoing) -> Relay:
+        return Relay(
             request_id=errand.request.request_id,
-            route=route,
+            route=errand.route,
             stream=errand.stream,
-            extra_headers=self._headers(errand, pick),
+            extra_headers=self._headers(errand, attempt.pick),
             mask=outgoing.mask,
             attempt=attempt,
-            response_model=course.response_model,
+            response_model=errand.course.response_model,
             hides_usage=outgoing.hides_usage,
-            remember=self._remembers(pick) if is_kept else None,
+            remember=self._remembers(attempt.pick) if _is_kept(errand) else None,
         )
-        return outgoing.request, relay
 
     def _headers(self, errand: _Errand, pick: Pick) -> tuple[tuple[str, str], ...]:
         return decision_headers(pick, errand.course.attempts) if self._decision_headers else ()
@@ -338,6 +349,19 @@ class Forwarder:
                     log.warning("a response cannot be asked for again", pool=pick.pool, reason=exc.message)
 
         return remember
+
+
+def _is_kept(errand: _Errand) -> bool:
+    """True for an answer that can be asked for again."""
+    return errand.route.path == "/v1/responses" and errand.peek.store
+
+
+def _is_plain(response: UpstreamResponse, body: bytes, errand: _Errand) -> bool:
+    """True for JSON that passes as it is, and of which only the usage is read: most answers that are no stream."""
+    if response.status != 200 or errand.course.response_model or _is_kept(errand):
+        return False
+    kind, coding = described(response.headers)
+    return "json" in kind and not coding and body.startswith(b"{") and not says_error(body)
 
 
 def _reserved(plan: Plan, peek: bodies.Peek, body: bytes) -> int:

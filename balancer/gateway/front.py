@@ -79,6 +79,12 @@ class AiohttpStream:
         assert self.response is not None, "started first"
         await self._within_time(self.response.write_eof())
 
+    async def send(self, status: int, headers: Headers, body: bytes) -> None:
+        """Sends a whole answer."""
+        await self.start(status, headers, len(body))
+        await self.write(body)
+        await self.end()
+
     async def _within_time(self, written: Awaitable[None]) -> None:
         try:
             async with asyncio.timeout_at(self._ends_at):

@@ -83,7 +83,8 @@ class Handlers:
     async def handle(self, request: ClientRequest, stream: ClientStream) -> None:
         """Answers the request on the stream."""
         began = time.perf_counter()
-        speaks_anthropic = bool(request.header("anthropic-version") or request.header("x-api-key"))
+        first = request.first
+        speaks_anthropic = "anthropic-version" in first or "x-api-key" in first
         wanted = route(request.method, request.path, speaks_anthropic=speaks_anthropic)
         dialect = wanted.dialect if wanted else self.dialect_of(request.path)
         rule: Rule | None = None

@@ -133,6 +133,13 @@ class LaneStream:
         if self._line.is_held_up:
             await self._drained()
 
+    async def send(self, status: int, headers: Headers, body: bytes) -> None:
+        """Sends a whole answer, its head and its body in one write."""
+        await self.start(status, headers, len(body))
+        if not self.write_now(body):
+            await self.write(body)
+        await self.end()
+
     def abort(self) -> None:
         """Breaks the connection; behind the answer's end it is another answer's."""
         if not self.is_ended and self._line.transport is not None:

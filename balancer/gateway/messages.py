@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -45,9 +45,14 @@ class ClientRequest:
 
     def header(self, name: str) -> str:
         """The first value of a header (its name in lower case), empty when it is absent."""
+        return self.first.get(name, "")
+
+    @property
+    def first(self) -> Mapping[str, str]:
+        """The first value of each header, by its name in lower case."""
         if self._first is None:
             self._first = {key.lower(): value for key, value in reversed(self.headers)}
-        return self._first.get(name, "")
+        return self._first
 
     def joined(self, name: str) -> str:
         """All values of a header as one list (RFC 9110 §5.3), empty when it is absent."""
@@ -75,6 +80,9 @@ class ClientStream(Protocol):
 
     async def end(self) -> None:
         """Ends the body properly."""
+
+    async def send(self, status: int, headers: Headers, body: bytes) -> None:
+        """Sends an answer that is there as a whole: `start`, `write` and `end` in one."""
 
     def abort(self) -> None:
         """Breaks the connection, so that nobody takes what was sent for the whole."""
@@ -111,6 +119,9 @@ class UpstreamResponse(Protocol):
     @property
     def length(self) -> int | None:
         """Its body's length if it says so."""
+
+    def whole(self) -> bytes | None:
+        """The body, if all of it has come and nothing was read yet; it can still be read."""
 
     async def read(self) -> bytes:
         """The next bytes as they came, b"" at the end. Raises UpstreamError when it breaks off or takes too long."""

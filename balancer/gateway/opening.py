@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections import deque
 
 from balancer.dialects import Headers
 from balancer.domain import ApiStyle, Outcome
@@ -42,12 +41,12 @@ class Opening:
 
     def __init__(self, response: UpstreamResponse) -> None:
         self._response = response
-        self._ahead: deque[bytes] = deque()
+        self._ahead: list[bytes] = []
         self._is_closed = False
         self.status = response.status
         self.headers = response.headers
         self.length = response.length
-        self.content_type, self.coding = _described(self.headers)
+        self.content_type, self.coding = described(self.headers)
         self.is_stream = False
         self.is_cut = False
         """True for an error of which only a part has come; that can be read, but is no body."""
@@ -75,7 +74,7 @@ class Opening:
                 self.verdict = classify_error_event(style, event.data)
         elif not chunk:
             self.is_empty = self.status != 204
-        elif _ERROR_BODY.match(self._beginning(chunk)):
+        elif says_error(self._beginning(chunk)):
             body, is_whole = await self._read_ahead(ERROR_LIMIT_BYTES)
             verdict = classify(style, self.status, self.headers, self._decoded(body), now_ms)
             if is_whole and verdict.outcome is not Outcome.SUCCESS:
@@ -83,16 +82,20 @@ class Opening:
 
     # -- as a response -------------------------------------------------------------------------------------------------
 
+    def whole(self) -> bytes | None:
+        """The body, if all of it was there at once and nothing was read ahead."""
+        return None if self._ahead or self._is_closed else self._response.whole()
+
     async def read(self) -> bytes:
         """The next bytes: those that were read ahead, and then the rest."""
         if self._ahead:
-            return self._ahead.popleft()
+            return self._ahead.pop(0)
         return b"" if self._is_closed else await self._response.read()
 
     async def pump(self, take: Take) -> bytes:
         """Gives the chunks to `take` as they come; the first that is not taken, b"" at the end."""
         while self._ahead:
-            chunk = self._ahead.popleft()
+            chunk = self._ahead.pop(0)
             if not take(chunk):
                 return chunk
         return b"" if self._is_closed else await self._response.pump(take)
@@ -177,7 +180,12 @@ class Opening:
         return event
 
 
-def _described(headers: Headers) -> tuple[str, str]:
+def says_error(body: bytes) -> bool:
+    """True for JSON that begins like an error's, whatever the status says."""
+    return _ERROR_BODY.match(body) is not None
+
+
+def described(headers: Headers) -> tuple[str, str]:
     """The first Content-Type, in lower case, and the first Content-Encoding; empty when absent."""
     kind = coding = ""
     for name, value in reversed(headers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 
 import msgspec
@@ -16,6 +17,7 @@ from balancer.gateway.attempts import Providers
 from balancer.gateway.masking import Mask
 from balancer.gateway.messages import ClientRequest, UpstreamRequest
 
+_LOOK_AGAIN_S = 1.0
 _URLS_KEPT = 64
 _HEADERS_KEPT = 64
 
@@ -34,17 +36,16 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
 class _Account:
     """A provider with its credentials as they were last resolved, and what follows from them."""
 
-    def __init__(self, provider: Provider, token: str, own: dict[str, str], query: dict[str, str]) -> None:
-        self._resolved = (token, own, query)
-        self._provider = provider
+    def __init__(
+        self, provider: Provider, token: str, own: dict[str, str], query: dict[str, str], proxy_url: str
+    ) -> None:
+        self.provider = provider
+        self.resolved = (token, own, query, proxy_url)
+        self.looked_at = 0.0
         self._urls: dict[tuple[str, str, str], str] = {}
         self._headers: dict[tuple[Headers, str, bool], Headers] = {}
         self._has_request_id = any(name.lower() == "x-request-id" for name in own)
         self.mask = Mask((token, *_secrets(own, provider.headers), *_secrets(query, provider.query)))
-
-    def is_of(self, provider: Provider, token: str, own: dict[str, str], query: dict[str, str]) -> bool:
-        """True while nothing has changed."""
-        return self._provider is provider and self._resolved == (token, own, query)
 
     def url(self, path: str, model: str, query: str) -> str:
         """Where a request goes; those that come again and again are kept."""
@@ -53,7 +54,7 @@ class _Account:
         if url is None:
             if len(self._urls) >= _URLS_KEPT:
                 self._urls.clear()
-            url = self._urls[key] = upstream_url(self._provider, path, model, query, self._resolved[2])
+            url = self._urls[key] = upstream_url(self.provider, path, model, query, self.resolved[2])
         return url
 
     def headers(self, client: ClientRequest, dialect: Dialect, *, is_plain: bool) -> tuple[Headers, Headers]:
@@ -63,8 +64,8 @@ class _Account:
         if kept is None:
             if len(self._headers) >= _HEADERS_KEPT:
                 self._headers.clear()
-            token, own, _ = self._resolved
-            ours = dialect.credential_headers(self._provider, token, client.joined) | own
+            token, own, _, _ = self.resolved
+            ours = dialect.credential_headers(self.provider, token, client.joined) | own
             kept = self._headers[key] = request_headers(client.headers, ours, identity_only=is_plain)
         return kept, () if self._has_request_id else (("x-request-id", client.request_id),)
 
@@ -131,11 +132,7 @@ class Preparer:
         is_plain: bool,
         timeout_s: float,
     ) -> tuple[UpstreamRequest, Mask]:
-        token = "" if provider.no_key_required else self._providers.access_token(provider)
-        own, query = self._providers.headers(provider), self._providers.query(provider)
-        account = self._accounts.get(provider.uuid)
-        if account is None or not account.is_of(provider, token, own, query):
-            account = self._accounts[provider.uuid] = _Account(provider, token, own, query)
+        account = self._account(provider)
         headers, more = account.headers(request, route.dialect, is_plain=is_plain)
         outgoing = UpstreamRequest(
             provider=provider.name,
@@ -144,11 +141,24 @@ class Preparer:
             headers=headers,
             more=more,
             body=body,
-            proxy_url=self._providers.proxy_url(provider),
+            proxy_url=account.resolved[3],
             timeouts=provider.timeouts,
             timeout_s=timeout_s,
         )
         return outgoing, account.mask
+
+    def _account(self, provider: Provider) -> _Account:
+        """The provider with its credentials, which are resolved again after a second: they may be in a file."""
+        account, now = self._accounts.get(provider.uuid), time.monotonic()
+        if account is not None and account.provider is provider and now - account.looked_at < _LOOK_AGAIN_S:
+            return account
+        token = "" if provider.no_key_required else self._providers.access_token(provider)
+        own, query = self._providers.headers(provider), self._providers.query(provider)
+        proxy_url = self._providers.proxy_url(provider)
+        if account is None or account.provider is not provider or account.resolved != (token, own, query, proxy_url):
+            account = self._accounts[provider.uuid] = _Account(provider, token, own, query, proxy_url)
+        account.looked_at = now
+        return account
 
 
 def with_model(body: bytes, content_type: str, *, asked: str, model: str) -> bytes:

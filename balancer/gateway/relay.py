@@ -82,9 +82,7 @@ class Relay:
 
     async def _send_whole(self, status: int, headers: Headers, body: bytes, verdict: Verdict) -> None:
         await self._settle(verdict)
-        await self._start(status, headers, len(body))
-        await self._stream.write(body)
-        await self._stream.end()
+        await self._stream.send(status, (*headers, *self._extra), body)
 
     async def _relay_error(self, response: Opening, headers: Headers, verdict: Verdict) -> None:
         """An error's body is read first: some upstreams repeat the credential in it."""

@@ -10,6 +10,7 @@ import base64
 import binascii
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from balancer.errors import ConfigurationError
 _SEALED = "sealed:v1:"
 _REFERENCE = re.compile(r"\$\{(file:)?([^}]+)\}")
 _NONCE_BYTES = 12
-_MOST_OPENED = 10_000
+_MOST_KEPT = 10_000
+_LOOK_AGAIN_S = 1.0
 _HOW_TO_MAKE_ONE = "make one with `openssl rand -base64 32` and give it to every worker as BALANCER_SECRET_KEY"
 
 Place = tuple[str, str]
@@ -166,10 +168,12 @@ def _values(provider: Provider) -> dict[str, str]:
 
 
 class Credentials:
-    """Resolves credentials in a worker. Files are read again when they change; what is sealed is opened once."""
+    """Resolves credentials in a worker. What is sealed is opened once; files are looked at again after a second."""
 
-    def __init__(self, sealer: Sealer | None) -> None:
+    def __init__(self, sealer: Sealer | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._sealer = sealer
+        self._clock = clock
+        self._resolved: dict[tuple[str, Place], tuple[float, str]] = {}
         self._opened: dict[tuple[str, Place], str] = {}
         self._files: dict[str, tuple[int, str]] = {}
 
@@ -193,6 +197,19 @@ class Credentials:
         return self._resolve(provider.proxy_url, (provider.uuid, "proxy_url"))
 
     def _resolve(self, value: str, place: Place) -> str:
+        if "${" not in value and not is_sealed(value):
+            return value  # A literal that is no secret, or none at all.
+        known = self._resolved.get((value, place))
+        now = self._clock()
+        if known is not None and now < known[0]:
+            return known[1]
+        resolved = self._resolve_now(value, place)
+        if len(self._resolved) >= _MOST_KEPT:
+            self._resolved.clear()  # Those of configurations long gone.
+        self._resolved[value, place] = now + _LOOK_AGAIN_S, resolved
+        return resolved
+
+    def _resolve_now(self, value: str, place: Place) -> str:
         if is_sealed(value):
             if self._sealer is None:
                 raise ConfigurationError(
@@ -206,7 +223,7 @@ class Credentials:
     def _open(self, sealer: Sealer, value: str, place: Place) -> str:
         opened = self._opened.get((value, place))
         if opened is None:
-            if len(self._opened) >= _MOST_OPENED:
+            if len(self._opened) >= _MOST_KEPT:
                 self._opened.clear()  # Those of configurations long gone.
             opened = self._opened[value, place] = sealer.open(value, place)
         return opened

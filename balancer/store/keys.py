@@ -2,7 +2,7 @@
 
 | key | type | lifetime |
 |---|---|---|
-| `balancer:{<pool>}:services` | hash: epoch and position, windows and totals of the services | 30 days after the last use |
+| `balancer:{<pool>}:services` | hash: place in history, windows, totals of services | 30 days after the last use |
 | `balancer:{<pool>}:partitions` | hash: rules, cursors | 30 days after the last use |
 | `balancer:{<pool>}:holdings:<worker>` | hash: what its attempts hold, its last batch | 7 days after the last use |
 | `balancer:{<pool>}:holdings:api-<random>` | hash: the same for one pick over the API | as long as it may be settled |

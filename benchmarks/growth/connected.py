@@ -33,6 +33,8 @@ _KEPT_S = 25.0
 BLOCKS_AT_REST = 1500
 """So much the memory of a worker at rest varies: caches, timers, connections that are still kept."""
 _SETTLED_KEPT_S = 0.2
+_PATIENCE_MS = 10_000
+"""What a worker picks alone, because the machine is busy, Redis would not see in flight."""
 _LEAST_BYTES = 64
 """What a stream has less of is not shown."""
 
@@ -148,7 +150,7 @@ async def _stream(url: str, sizes: Sizes) -> _Streams:
     answers: list[crowd.Answer] = []
     async with Upstream.running() as upstream:
         await publish(url, a_document(upstream.url))
-        async with Worker.running(url, kept_s=_SETTLED_KEPT_S) as worker:
+        async with Worker.running(url, kept_s=_SETTLED_KEPT_S, redis_deadline_ms=_PATIENCE_MS) as worker:
 
             async def open_one(_: int) -> None:
                 client = await crowd.connected(worker.port)

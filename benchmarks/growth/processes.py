@@ -128,14 +128,15 @@ class Worker:
 
     @staticmethod
     @contextlib.asynccontextmanager
-    async def running(url: str, *, frames: int = 0, kept_s: float | None = None) -> AsyncIterator[Worker]:
+    async def running(
+        url: str, *, frames: int = 0, kept_s: float | None = None, redis_deadline_ms: int = 250
+    ) -> AsyncIterator[Worker]:
         """One that runs until the block ends; with frames, its memory is traced that deep."""
         kept = () if kept_s is None else (str(kept_s),)
         variables = {
             "BALANCER_UPSTREAM_CONNECTIONS": "100000",
             "BALANCER_AUDIT_INTERVAL_S": "0",
-            # What a worker picks alone, because the machine is busy, Redis does not see in flight.
-            "BALANCER_REDIS_DEADLINE_MS": "10000",
+            "BALANCER_REDIS_DEADLINE_MS": str(redis_deadline_ms),
         }
         if frames:
             variables["PYTHONTRACEMALLOC"] = str(frames)

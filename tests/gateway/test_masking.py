@@ -51,6 +51,9 @@ class Parts:
         self.parts = [data[at : at + step] for at in range(0, len(data), step)]
         self.seen: list[bytes] = []
 
+    def whole(self) -> bytes | None:
+        return None
+
     async def read(self) -> bytes:
         return self.parts.pop(0) if self.parts else b""
 
@@ -62,6 +65,11 @@ class Parts:
     async def close(self) -> None: ...
 
     def give_until(self, time: float) -> None: ...
+
+    async def send(self, status: int, headers: tuple[tuple[str, str], ...], body: bytes) -> None:
+        await self.start(status, headers, len(body))
+        await self.write(body)
+        await self.end()
 
     async def start(self, status: int, headers: tuple[tuple[str, str], ...], length: int | None) -> None: ...
 
@@ -119,8 +127,9 @@ async def test_a_coded_stream_breaks_before_an_error_that_shows_a_credential(
     good = packer.compress(WORD) + packer.flush(zlib.Z_SYNC_FLUSH)
     bad = packer.compress(ERROR) + packer.flush()
     upstream.sends(STREAM_HEAD + b"Content-Encoding: gzip\r\n\r\n", chunk(good), chunk(bad), LAST_CHUNK)
-    async with gateway.chat(**ASKED) as response:
-        with pytest.raises(aiohttp.ClientPayloadError):
+    # The lane sends a head with the first bytes behind it: where nothing may pass of the first read, there is neither.
+    with pytest.raises((aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError)):
+        async with gateway.chat(**ASKED) as response:
             await response.read()
     assert (await gateway.service("up:up-model")).failures == 1
 

@@ -124,6 +124,9 @@ class Down:
         self.headers = (("Content-Type", kind), *((("Content-Encoding", coding),) if coding else ()))
         self.seen = b""
 
+    def whole(self) -> bytes | None:
+        return None
+
     async def read(self) -> bytes:
         return self.parts.pop(0) if self.parts else b""
 
@@ -135,6 +138,11 @@ class Down:
     async def close(self) -> None: ...
 
     def give_until(self, time: float) -> None: ...
+
+    async def send(self, status: int, headers: tuple[tuple[str, str], ...], body: bytes) -> None:
+        await self.start(status, headers, len(body))
+        await self.write(body)
+        await self.end()
 
     async def start(self, status: int, headers: tuple[tuple[str, str], ...], length: int | None) -> None: ...
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 
 from balancer.bodies import peek, peek_form
 from balancer.dialects import Headers
-from balancer.dialects.headers import value_of
 from balancer.sessions import CLAUDE_CODE_HEADER, session_of
 from tests.builders import a_rule
 
@@ -21,12 +19,12 @@ CODE: Headers = (("X-Claude-Code-Session-Id", "code"),)
 BODY: dict[str, Any] = {"metadata": {"user_id": "meta"}, "prompt_cache_key": "cache", "user": "user"}
 
 
-def _header(headers: Headers) -> Callable[[str], str]:
-    return lambda name: value_of(headers, name)
+def _first(headers: Headers) -> dict[str, str]:
+    return {name.lower(): value for name, value in reversed(headers)}
 
 
 def session(headers: Headers = (), **body: Any) -> str:
-    return session_of(PINNED, _header(headers), peek(json.dumps({"model": "m"} | body).encode()))
+    return session_of(PINNED, _first(headers), peek(json.dumps({"model": "m"} | body).encode()))
 
 
 def test_a_session_is_named_by_the_first_that_is_there() -> None:
@@ -41,8 +39,8 @@ def test_a_session_is_named_by_the_first_that_is_there() -> None:
 def test_without_affinity_or_a_header_of_its_own_a_rule_looks_at_less() -> None:
     request = peek(json.dumps({"model": "m"} | BODY).encode())
 
-    assert session_of(a_rule(session_header="X-Chat"), _header((("x-chat", "own"), *CODE)), request) == ""
-    assert session_of(a_rule(session_affinity=60), _header((("x-chat", "own"), ("", "x"))), request) == "meta"
+    assert session_of(a_rule(session_header="X-Chat"), _first((("x-chat", "own"), *CODE)), request) == ""
+    assert session_of(a_rule(session_affinity=60), _first((("x-chat", "own"), ("", "x"))), request) == "meta"
 
 
 def test_what_is_blank_or_no_text_is_absent() -> None:
@@ -61,17 +59,17 @@ def test_an_odd_type_names_no_session(odd: Any) -> None:
 def test_a_name_may_be_long_and_odd_and_can_be_encoded() -> None:
     assert session((("x-chat", "x" * 10_000),)) == "x" * 10_000
     assert session((("x-chat", "a\udcff"),)) == "a\\udcff"
-    assert session_of(PINNED, _header(()), peek(b'{"model":"m","user":"\\ud83d"}')).encode() == "\ufffd".encode()
-    assert session_of(PINNED, _header(()), peek(b'{"model":"m","user": "a\\u0062"  }')) == "ab"
+    assert session_of(PINNED, _first(()), peek(b'{"model":"m","user":"\\ud83d"}')).encode() == "\ufffd".encode()
+    assert session_of(PINNED, _first(()), peek(b'{"model":"m","user": "a\\u0062"  }')) == "ab"
 
 
 def test_a_form_belongs_to_the_session_of_its_headers() -> None:
     form = b'--x\r\ncontent-disposition: form-data; name="model"\r\n\r\nm\r\n--x--'
     request = peek_form(form, "multipart/form-data; boundary=x")
 
-    assert (session_of(PINNED, _header(CODE), request), session_of(PINNED, _header(()), request)) == ("code", "")
+    assert (session_of(PINNED, _first(CODE), request), session_of(PINNED, _first(()), request)) == ("code", "")
 
 
 @given(st.text(st.characters(codec=None), max_size=20))
 def test_any_session_can_be_encoded(value: str) -> None:
-    session_of(PINNED, _header((("x-chat", value),)), peek(b'{"model":"m"}')).encode()
+    session_of(PINNED, _first((("x-chat", value),)), peek(b'{"model":"m"}')).encode()

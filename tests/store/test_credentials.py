@@ -238,11 +238,14 @@ def test_what_a_variable_holds_is_not_read_as_a_reference_again(monkeypatch: pyt
 
 def test_a_file_is_read_again_when_it_changed(tmp_path: Path) -> None:
     path = tmp_path / "token"
-    credentials, provider = Credentials(None), a_provider("eu", token=f"${{file:{path}}}")
+    seconds = iter([0.0, 0.9, 1.0])
+    credentials = Credentials(None, lambda: next(seconds))
+    provider = a_provider("eu", token=f"${{file:{path}}}")
     path.write_text("one")
     assert credentials.access_token(provider) == "one"
     path.write_text("two")
     os.utime(path, ns=(1, 1))
+    assert credentials.access_token(provider) == "one", "it is looked at once a second"
     assert credentials.access_token(provider) == "two"
 
 
@@ -252,7 +255,9 @@ def test_a_file_that_is_swapped_by_its_link_is_read_again(tmp_path: Path) -> Non
         (tmp_path / name).write_text(name)
         os.utime(tmp_path / name, ns=(i, i))
     link = tmp_path / "token"
-    credentials, provider = Credentials(None), a_provider("eu", token=f"${{file:{link}}}")
+    seconds = iter([0.0, 1.0])
+    credentials = Credentials(None, lambda: next(seconds))
+    provider = a_provider("eu", token=f"${{file:{link}}}")
     link.symlink_to(tmp_path / "one")
     assert credentials.access_token(provider) == "one"
     link.unlink()

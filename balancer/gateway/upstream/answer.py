@@ -79,6 +79,13 @@ class Answer:
         if self._error is not None and not self.status:
             raise self._error
 
+    def whole(self) -> bytes | None:
+        """The body, if all of it has come and nothing was read yet; it can still be read."""
+        chunks = self._chunks
+        if not self._is_over or len(chunks) != 1 or len(chunks[0]) != self.length:
+            return None
+        return chunks[0]
+
     async def read(self) -> bytes:
         """The next bytes as they came, b"" at the end."""
         while not self._chunks:

@@ -91,6 +91,10 @@ class SocksAnswer:
         self._has_begun = True
         return chunk
 
+    def whole(self) -> bytes | None:
+        """None: what has come is not looked at before it is read."""
+        return None
+
     async def pump(self, take: Take) -> bytes:
         """The next chunk that is not taken."""
         while (chunk := await self.read()) and take(chunk):
