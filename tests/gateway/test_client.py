@@ -899,6 +899,51 @@ async def test_requests_wait_for_a_connection_in_the_order_in_which_they_came(
     assert len(listener.wires) == 1
 
 
+async def test_whoever_is_given_a_connection_that_has_ended_keeps_his_place_in_the_line(
+    a_client: MakeClient, listener: Listener
+) -> None:
+    client = a_client(connections_per_host=1)
+    seen: list[bytes] = []
+
+    async def behave(wire: Wire) -> None:
+        request = await wire.request()
+        seen.append(request.split(b" ")[1])
+        wire.sends(ANSWER)
+        wire.stops_sending()
+        await wire.is_left()
+
+    listener.serve(behave)
+    asked = []
+    for i in range(10):
+        asked.append(asyncio.create_task(ask(client, a_request(f"{listener.url}/{i}"))))
+        await turns(1)
+    assert await asyncio.gather(*asked) == [ANSWERED] * 10
+    assert seen == [b"/%d" % i for i in range(10)]
+
+
+@pytest.mark.parametrize("count", range(16))
+async def test_a_place_given_to_somebody_who_has_left_goes_to_the_next(
+    a_client: MakeClient, listener: Listener, count: int
+) -> None:
+    client = a_client(connections_per_host=1)
+    async with asking(client, a_request(listener.url)) as one, asking(client, a_request(listener.url)) as two:
+        wire = await listener.accept()
+        await wire.request()
+        wire.sends(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+        await turns(count)
+        two.cancel()
+        await asyncio.gather(two, return_exceptions=True)
+        assert (await one).status == 200
+    listener.serve(answers_all)
+    assert await ask(client, a_request(listener.url)) == ANSWERED
+
+
+async def answers_all(wire: Wire) -> None:
+    """Answers each request."""
+    while await wire.request():
+        wire.sends(ANSWER)
+
+
 async def test_a_place_in_the_pool_outlives_every_kind_of_failure(a_client: MakeClient, listener: Listener) -> None:
     """With one place only, whatever lost it would be the last."""
     client = a_client(connections_per_host=1)
