@@ -9,6 +9,7 @@ import functools
 import hashlib
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -20,6 +21,8 @@ from balancer.errors import ConfigurationError
 _PACKAGE = Path(__file__).resolve().parent.parent
 _KEY = re.compile(r"^-- KEYS\[(\d+)(…?)\]\s+(\w+)")
 _ARGUMENT = re.compile(r"^-- ARGV\[(\d+)(…?)\]\s+(\w+)")
+_FUNCTION = re.compile(r"local function (\w+)\(")
+_WORD = re.compile(r"\w+")
 _INCLUDE = re.compile(r"^-- include: (\S+)\s*$")
 
 
@@ -173,17 +176,42 @@ def _expand_folder(root: Path, name: str, done: set[str]) -> str:
     return "\n".join([*lines, "end"])
 
 
-_FUNCTION = re.compile(r"^(?:--[^\n]*\n)*local function (\w+)\(.*?^end\n", re.MULTILINE | re.DOTALL)
-
-
 def _without_unused(text: str) -> str:
     """The source without the functions of includes that it never calls: each costs whenever the script runs."""
-    while True:
-        unused = [m for m in _FUNCTION.finditer(text) if len(re.findall(rf"\b{m[1]}\b", text)) == 1]
-        if not unused:
-            return text
-        for function in reversed(unused):
-            text = text[: function.start()] + text[function.end() :]
+    pieces = _pieces(text)
+    words = [Counter(_WORD.findall(piece)) for _, piece in pieces]
+    total = sum(words, Counter[str]())
+    kept = list(range(len(pieces)))
+    while unused := [i for i in kept if pieces[i][0] and total[pieces[i][0]] == 1]:
+        for i in unused:
+            total.subtract(words[i])
+        kept = [i for i in kept if i not in unused]
+    return "".join(pieces[i][1] for i in kept)
+
+
+def _pieces(text: str) -> list[tuple[str, str]]:
+    """The source taken apart: each outermost function with its name and the comment above it, and what is between."""
+    pieces: list[tuple[str, str]] = []
+    between: list[str] = []
+    comment: list[str] = []
+    function: list[str] = []
+    name = ""
+    for line in text.splitlines(keepends=True):
+        if function:
+            function.append(line)
+            if line == "end\n":
+                pieces.append((name, "".join(function)))
+                function = []
+        elif match := _FUNCTION.match(line):
+            pieces.append(("", "".join(between)))
+            between, function, comment, name = [], [*comment, line], [], match[1]
+        elif line.startswith("--"):
+            comment.append(line)
+        else:
+            between += [*comment, line]
+            comment = []
+    pieces.append(("", "".join([*between, *comment, *function])))
+    return pieces
 
 
 def main() -> None:
