@@ -396,7 +396,7 @@ class Balance:
         first_token_us: int = 0,
         stream_us: int = 0,
     ) -> None:
-        """Queues the end of an attempt; it is written to Redis with the other commands of this tick (see `is_flushed`).
+        """Queues the end of an attempt; it is written to Redis with the other commands of this tick (see `flushed`).
 
         `cooldown_ms`: so long the service asks to be left alone. The times are an Entry's.
         """
@@ -463,21 +463,15 @@ class Balance:
         )
         return await (await self._up(hold.pool)).settle_held(hold.worker, entry, kept_ms)
 
-    def is_flushed(self, pool: str) -> bool:
-        """True when all that was settled before has been written to Redis' socket: `flushed` would not wait."""
-        return self._pool(pool).is_flushed
-
-    def when_flushed(self, pool: str, then: Callable[[], None]) -> None:
-        """Calls `then` once all that was settled before has been written to Redis' socket: at once, if it is.
-
-        It is `flushed` for a callback. Writing apart from the rest of the tick would be no cheaper: a call of its own
-        for each settle takes twice as much of Redis, and more of this worker.
-        """
-        self._pool(pool).when_flushed(then)
-
     async def flushed(self, pool: str) -> None:
-        """Returns once everything settled before has been written to Redis' socket."""
-        await self._pool(pool).flushed()
+        """Returns once everything settled before has been written to Redis' socket.
+
+        Writing it apart from the rest of the tick would be no cheaper: a call of its own for each settle takes twice as
+        much of Redis, and more of this worker.
+        """
+        client = self._pool(pool)
+        if not client.is_flushed:
+            await client.flushed()
 
     async def settled(self, pick: Pick) -> None:
         """Returns once all that was settled before is applied, or after the deadline; at once while Redis is away."""

@@ -114,7 +114,6 @@ class PoolClient:
         """All that were asked, in that order, until they are answered and the next look at the deadlines."""
         self._deadline: asyncio.TimerHandle | None = None
         self._flush_scheduled = False
-        self._then: list[Callable[[], None]] = []
         self._retry: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._given_up: set[asyncio.Task[None]] = set()
@@ -271,16 +270,6 @@ class PoolClient:
         if self._flush_scheduled:
             await _next_turn()
 
-    def when_flushed(self, then: Callable[[], None]) -> None:
-        """Calls `then` once all that was queued before is written to the socket: at once, or with this tick's write.
-
-        As `flushed`, for a callback, without a task's turn.
-        """
-        if self._flush_scheduled:
-            self._then.append(then)
-        else:
-            then()
-
     async def acknowledged(self, timeout_s: float) -> bool:
         """Waits until everything settled so far is applied, at most that long; True if it is."""
         try:
@@ -312,16 +301,6 @@ class PoolClient:
 
     def _flush(self) -> None:
         self._flush_scheduled = False
-        self._write()
-        if self._then:
-            waiting, self._then = self._then, []
-            for then in waiting:
-                try:
-                    then()
-                except Exception as exc:  # noqa: BLE001  whose it is, the others are no part of it
-                    log.error("what waited for a settle to be written has failed", exc=exc, pool=self.pool)
-
-    def _write(self) -> None:
         if self._link.is_connected and self._retry is None:
             for batch in self.outbox.take():
                 self._send_batch(batch)
