@@ -8,6 +8,7 @@ late by a tick at most.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from types import TracebackType
 
@@ -18,32 +19,21 @@ class Deadlines:
     """All deadlines of one loop."""
 
     def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._ticks: dict[int, set[Deadline]] = {}
         self._seen = 0
         self._is_ticking = False
 
-    def now(self) -> float:
-        """The loop's time in seconds, which deadlines are told in."""
-        return self._running().time()
+    def at(self, time_s: float, error: Callable[[], Exception]) -> Deadline:
+        """A context that ends at a time of the monotonic clock, with an error that is made then."""
+        return Deadline(self, time_s, error)
 
-    def at(self, time: float, error: Callable[[], Exception]) -> Deadline:
-        """A context that ends at a time of the loop, with an error that is made then."""
-        return Deadline(self, time, error)
-
-    def _running(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
-        return self._loop
-
-    def enter(self, deadline: Deadline, time: float) -> int:
+    def enter(self, deadline: Deadline, time_s: float) -> int:
         """Notes a deadline; the tick that it is kept under."""
-        loop = self._running()
         if not self._is_ticking:
             self._is_ticking = True
-            self._seen = int(loop.time() / _TICK_S)
-            loop.call_later(_TICK_S, self._tick)
-        tick = max(int(time / _TICK_S), self._seen) + 1
+            self._seen = int(time.monotonic() / _TICK_S)
+            asyncio.get_running_loop().call_later(_TICK_S, self._tick)
+        tick = max(int(time_s / _TICK_S), self._seen) + 1
         waiting = self._ticks.get(tick)
         if waiting is None:
             self._ticks[tick] = {deadline}
@@ -60,8 +50,7 @@ class Deadlines:
                 del self._ticks[tick]
 
     def _tick(self) -> None:
-        loop = self._running()
-        now = int(loop.time() / _TICK_S)
+        now = int(time.monotonic() / _TICK_S)
         # After a long pause of the loop there are fewer ticks with deadlines than ticks.
         past = range(self._seen + 1, now + 1)
         for tick in past if len(past) < len(self._ticks) else sorted(t for t in self._ticks if t <= now):
@@ -70,17 +59,17 @@ class Deadlines:
         self._seen = now
         self._is_ticking = bool(self._ticks)
         if self._is_ticking:
-            loop.call_later(_TICK_S, self._tick)
+            asyncio.get_running_loop().call_later(_TICK_S, self._tick)
 
 
 class Deadline:
     """Cancels what runs within it when the time comes, and raises its error instead, as asyncio.timeout does."""
 
-    __slots__ = ("_cancelling", "_deadlines", "_error", "_has_expired", "_task", "_tick", "_time")
+    __slots__ = ("_cancelling", "_deadlines", "_error", "_has_expired", "_task", "_tick", "_time_s")
 
-    def __init__(self, deadlines: Deadlines, time: float, error: Callable[[], Exception]) -> None:
+    def __init__(self, deadlines: Deadlines, time_s: float, error: Callable[[], Exception]) -> None:
         self._deadlines = deadlines
-        self._time = time
+        self._time_s = time_s
         self._error = error
         self._has_expired = False
 
@@ -89,7 +78,7 @@ class Deadline:
         assert task is not None, "what waits is a task"
         self._task = task
         self._cancelling = task.cancelling()
-        self._tick = self._deadlines.enter(self, self._time)
+        self._tick = self._deadlines.enter(self, self._time_s)
 
     def expire(self) -> None:
         """The time has come."""
