@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from balancer import stored
 from balancer.breaker import Breaker
 from balancer.domain import Entry, Outcome
 from balancer.limits import Minute
@@ -158,26 +159,7 @@ class ServiceState(msgspec.Struct):
 
 
 PICK_COUNTERS = ("in_flight", "reserved", "picks")
-LEDGER_COUNTERS = (
-    "in_flight",
-    "reserved",
-    "requests",
-    "failures",
-    "input",
-    "output",
-    "cached",
-    "cache_creation",
-    "reasoning",
-    "lost",
-    "lost_tokens",
-    "abandoned",
-    "last_used",
-    "cleared",
-    "cooldown",
-    "first_token",
-    "per_token",
-    "measured",
-)
+LEDGER_COUNTERS = (*stored.HOT[:2], *stored.TOTALS, *stored.HOT[3:])
 CLEAR_COUNTERS = ("in_flight", "reserved", "picks", *LEDGER_COUNTERS[2:])
 """What the events of pick; settle, reap and health; clear tell of a service, in this order."""
 CLEARED_COUNTERS = CLEAR_COUNTERS[2 : CLEAR_COUNTERS.index("cleared")]

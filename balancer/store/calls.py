@@ -72,11 +72,6 @@ class Definer:
         return _definition(rule, revision, self._providers, self._lengths.get(rule.pool, {}), is_edited=is_edited)
 
 
-def rule_definition(configuration: Configuration, rule: Rule, revision: int) -> RuleDefinition:
-    """What raising the fence of one edited rule writes into its pool."""
-    return Definer(configuration).definition(rule, revision)
-
-
 def _definition(
     rule: Rule,
     revision: int,

@@ -15,7 +15,7 @@ import pytest
 from balancer import document, tactics
 from balancer.domain import Tactic
 from balancer.reference import Pool
-from balancer.store.calls import rule_definition
+from balancer.store.calls import Definer
 from balancer.tactics.base import CHOOSERS
 from tests.builders import a_document
 from tests.lua.builders import LEASE_MS, NOW_MS, a_selection, an_entry
@@ -60,7 +60,7 @@ def test_a_tactic_of_one_s_own_is_two_files(scripts: str, new_pool: Callable[...
     services = [{"provider": "a", "model": model} for model in ("x", "y", "z")]
     rule = {"services": services, "lb_tactic": {"type": "fill", "params": {"most_in_flight": 2}}}
     configuration = document.read(a_document(rule=rule), door="strict").configuration
-    definition = rule_definition(configuration, configuration.rules[0], 1)
+    definition = Definer(configuration).definition(configuration.rules[0], 1)
     picks: list[Any] = []
     for pool in (lua, twin):
         pool.fence(NOW_MS, [definition])

@@ -10,7 +10,7 @@ import pytest
 from balancer.domain import Configuration, Provider, Rule, ServiceDefinition
 from balancer.domain import Service as ConfiguredService
 from balancer.store import keys
-from balancer.store.calls import rule_definition, selection_arguments
+from balancer.store.calls import Definer, selection_arguments
 from balancer.store.scripts import load
 from balancer.tactics import Hybrid, RoundRobin, TokenBased
 from tests.lua.builders import (
@@ -297,7 +297,7 @@ def test_a_threshold_beyond_2_53_is_never_reached(fleet: Fleet, kind: Any, thres
     services = (ConfiguredService(provider="a", model="m"), ConfiguredService(provider="b", model="m"))
     rule = Rule(uuid="chat", request_model="chat", lb_tactic=tactic, services=services)
     providers = tuple(Provider(uuid=u, name=u, api_base="https://upstream.invalid") for u in "ab")
-    fleet.fence(rule_definition(Configuration(providers=providers, rules=(rule,)), rule, 1))
+    fleet.fence(Definer(Configuration(providers=providers, rules=(rule,))).definition(rule, 1))
     fleet.settle(an_entry(0, A, input=2**52))
     assert fleet.picks(70) == "a" * 70
 

@@ -20,13 +20,13 @@ from balancer.domain import (
     Usage,
 )
 from balancer.store import keys
-from balancer.store.calls import entry_arguments, needs_estimate, pin_keys, rule_definition, selection_arguments
+from balancer.store.calls import Definer, entry_arguments, needs_estimate, pin_keys, selection_arguments
 from balancer.tactics import RoundRobin, TokenBased
 from tests.builders import a_configuration, a_provider, a_rule, a_service
 
 
 def definition(rule: Rule, **provider: Any) -> Any:
-    return rule_definition(a_configuration(rule, providers=(a_provider("a", **provider),)), rule, 1)
+    return Definer(a_configuration(rule, providers=(a_provider("a", **provider),))).definition(rule, 1)
 
 
 def test_a_selection_is_its_numbers_and_names_and_what_was_tried() -> None:
