@@ -85,6 +85,20 @@ def _httpx(name: str) -> Client:
     return Client(whole, stream)
 
 
+def _like_httpx(client: Any) -> Client:
+    """A client whose calls are named as httpx names them."""
+
+    async def whole(url: str, body: bytes) -> bytes:
+        return bytes((await client.post(url, headers=HEADERS, content=body)).content)
+
+    async def stream(url: str, body: bytes) -> AsyncIterator[bytes]:
+        async with client.stream("POST", url, headers=HEADERS, content=body) as answer:
+            async for chunk in answer.aiter_bytes():
+                yield bytes(chunk)
+
+    return Client(whole, stream)
+
+
 async def niquests() -> Client:
     """AsyncSession."""
     library = _library("niquests")
@@ -234,17 +248,7 @@ async def primp() -> Client:
 
 async def impit() -> Client:
     """Rust, on a fork of reqwest."""
-    client = _library("impit").AsyncClient()
-
-    async def whole(url: str, body: bytes) -> bytes:
-        return bytes((await client.post(url, headers=HEADERS, content=body)).content)
-
-    async def stream(url: str, body: bytes) -> AsyncIterator[bytes]:
-        async with client.stream("POST", url, headers=HEADERS, content=body) as answer:
-            async for chunk in answer.aiter_bytes():
-                yield bytes(chunk)
-
-    return Client(whole, stream)
+    return _like_httpx(_library("impit").AsyncClient())
 
 
 async def ry() -> Client:
@@ -264,25 +268,14 @@ async def ry() -> Client:
 
 async def foghttp() -> Client:
     """Rust, on hyper."""
-    client = _library("foghttp").AsyncClient()
-
-    async def whole(url: str, body: bytes) -> bytes:
-        return bytes((await client.post(url, headers=HEADERS, content=body)).content)
-
-    async def stream(url: str, body: bytes) -> AsyncIterator[bytes]:
-        async with client.stream("POST", url, headers=HEADERS, content=body) as answer:
-            async for chunk in answer.aiter_bytes():
-                yield bytes(chunk)
-
-    return Client(whole, stream)
+    return _like_httpx(_library("foghttp").AsyncClient())
 
 
 async def ours() -> Client:
     """The gateway's own upstream client, of this version."""
     domain, messages = _library("balancer.domain"), _library("balancer.gateway.messages")
     upstream = _library("balancer.gateway.upstream")
-    kind = getattr(upstream, "UpstreamClient", None) or upstream.AiohttpUpstream
-    client = kind(CONNECTIONS)
+    client = upstream.UpstreamClient(CONNECTIONS)
     timeouts = domain.Timeouts()
 
     async def send(url: str, body: bytes) -> Any:
