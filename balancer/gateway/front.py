@@ -13,11 +13,10 @@ from balancer.errors import BalancerError, BodyTooLargeError, ExpectationError, 
 from balancer.gateway.front_server import Answer, is_spoken
 from balancer.gateway.lane import SLOW_S, Handle
 from balancer.gateway.messages import ClientGoneError, ClientRequest
-from balancer.gateway.request_ids import new_request_id
+from balancer.gateway.request_ids import request_id_of
 from balancer.gateway.telling import send_error
 
 _AUTHORITY = re.compile(r"^https?://[^/]*", re.IGNORECASE)
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _HOST = re.compile(r"(?:[A-Za-z0-9!$&'()*+,;=._~%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
 """RFC 3986 §3.2.2 and 3.2.3, a `,` included: a list of hosts is seen by two hosts being there."""
 _CLOSE = ("Connection", "close")
@@ -132,8 +131,7 @@ class Front:
         headers = tuple(
             (name.decode("latin-1"), value.decode("utf-8", "surrogateescape")) for name, value in request.raw_headers
         )
-        given = request.headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else new_request_id()
+        request_id = request_id_of(request.headers.get("x-request-id", ""))
         extra: Headers = (("x-request-id", request_id),)
         if self._is_draining():
             extra = (*extra, _CLOSE)

@@ -7,7 +7,6 @@ connection is handed over to the other front, with all that came of the request,
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable
 from typing import Final, cast
 
@@ -15,9 +14,8 @@ from balancer import log
 from balancer.gateway.lane_head import MAX_HEAD_BYTES, Head, Repeat, is_beginning, read_head, repeat_of
 from balancer.gateway.lane_stream import LaneStream
 from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
-from balancer.gateway.request_ids import new_request_id
+from balancer.gateway.request_ids import request_id_of
 
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _RECEIVED = memoryview(bytearray(262144))
 _WAITING_BYTES = 65536
 """What may have come of the next requests while one is being answered; then no more is read."""
@@ -247,8 +245,7 @@ class Lane(asyncio.BufferedProtocol):
     def _answer(self, head: Head, body: bytes) -> None:
         """Starts the task that answers a request."""
         lanes = self._lanes
-        given = head.first.get("x-request-id", "")
-        request_id = given if given and _REQUEST_ID.fullmatch(given) else new_request_id()
+        request_id = request_id_of(head.first.get("x-request-id", ""))
         request = ClientRequest(
             method="POST",
             path=head.path,
