@@ -40,6 +40,7 @@ _SERVICES_PER_CALL = 200
 _ABANDONED_MS = 3_600_000
 
 Answer = list[Any]
+OnAnswer = Callable[["Asked"], None]
 
 
 class PoolEvents(msgspec.Struct, kw_only=True):
@@ -51,23 +52,27 @@ class PoolEvents(msgspec.Struct, kw_only=True):
     violated: Callable[[str, int], None] = lambda pool, count: None
 
 
-class _Asked(msgspec.Struct, eq=False):
-    """A selection and whoever waits for its answer, until when; None for an answer is a `failure`.
+class Asked(msgspec.Struct, eq=False):
+    """A selection under way: whom its end is told, when that is at the latest, and how it ended.
 
-    Whether it is on its way, and what it was refused with last.
+    `is_over` once there is an `answer` or a `failure`, or nobody wants either any more. Whether it was sent, and what
+    it was refused with last.
     """
 
     selection: Selection
-    future: asyncio.Future[Answer | None]
+    on_answer: OnAnswer
     until: float
+    is_over: bool = False
+    answer: Answer | None = None
+    failure: StoreUnavailableError | None = None
     is_sent: bool = False
     refusal: RefusedError | None = None
-    failure: StoreUnavailableError | None = None
 
-    def fail(self, failure: StoreUnavailableError) -> None:
-        """Tells who waits that there will be no answer."""
-        self.failure = failure
-        self.future.set_result(None)
+    def end(self, answer: Answer | None, failure: StoreUnavailableError | None) -> None:
+        """Tells who has asked."""
+        self.is_over = True
+        self.answer, self.failure = answer, failure
+        self.on_answer(self)
 
 
 class PoolClient:
@@ -107,10 +112,10 @@ class PoolClient:
         staying: dict[str, str | int] = {"now_ms": 0, "worker": worker, "lease_ms": lease_ms}
         self._select = Prepared(self._scripts["select"], self._keys(worker), staying)
         self._settle = Prepared(self._scripts["settle"], self._keys(worker), staying)
-        self._asked: list[_Asked] = []
-        self._refused: list[_Asked] = []
+        self._asked: list[Asked] = []
+        self._refused: list[Asked] = []
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiting: deque[_Asked] = deque()
+        self._waiting: deque[Asked] = deque()
         """All that were asked, in that order, until they are answered and the next look at the deadlines."""
         self._deadline: asyncio.TimerHandle | None = None
         self._flush_scheduled = False
@@ -196,34 +201,50 @@ class PoolClient:
 
     # -- selections and settles ----------------------------------------------------------------------------------------
 
-    async def select(self, selection: Selection) -> Answer:
-        """The script's answer to one selection, waited for at most the deadline.
+    def ask(self, selection: Selection, on_answer: OnAnswer) -> Asked:
+        """Asks for one selection; `on_answer` is called with its end within the deadline, never before this returns.
 
-        A selection that is given up (deadline, lost connection, cancelled caller) is settled as abandoned: should Redis
-        have made the pick all the same, what it holds is given back.
+        A selection that is given up (deadline, lost connection, `give_up`) is settled as abandoned: should Redis have
+        made the pick all the same, what it holds is given back.
         """
         link, loop = self._link, self._loop
         if loop is None:  # Looking it up is a system call, before Python 3.12.
             loop = self._loop = asyncio.get_running_loop()
         if not link.is_up and not link.is_moving:
             raise StoreUnavailableError(f"Redis is away: {link.failure}")
-        asked = _Asked(selection, loop.create_future(), loop.time() + self._deadline_s)
+        asked = Asked(selection, on_answer, loop.time() + self._deadline_s)
         self._asked.append(asked)
         self._waiting.append(asked)
         if self._deadline is None:
             self._deadline = loop.call_at(asked.until, self._end_waiting)
         if not self._flush_scheduled:
             self._flush_soon(is_alone=not self.local.in_flight)
+        return asked
+
+    def give_up(self, asked: Asked) -> None:
+        """Whoever has asked wants no pick any more, or not the one that was made."""
+        asked.is_over = True
+        if asked.failure is None:
+            self._abandon(asked.selection)
+
+    async def select(self, selection: Selection) -> Answer:
+        """The script's answer to one selection, waited for at most the deadline; it is given up with its caller."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def on_answer(asked: Asked) -> None:
+            if not waiter.done():
+                waiter.set_result(None)
+
+        asked = self.ask(selection, on_answer)
         try:
-            answer = await asked.future
+            await waiter
         except asyncio.CancelledError:
-            if asked.failure is None:
-                self._abandon(selection)
+            self.give_up(asked)
             raise
-        if answer is None:
+        if asked.answer is None:
             assert asked.failure is not None, "without an answer there is a reason"
             raise asked.failure
-        return answer
+        return asked.answer
 
     def _end_waiting(self) -> None:
         """Fails what has waited for the deadline, and looks again when the next one is over.
@@ -233,9 +254,9 @@ class PoolClient:
         self._deadline = None
         waiting, loop = self._waiting, asyncio.get_running_loop()
         now = loop.time()
-        while waiting and (waiting[0].future.done() or waiting[0].until <= now):
+        while waiting and (waiting[0].is_over or waiting[0].until <= now):
             asked = waiting.popleft()
-            if asked.future.done():
+            if asked.is_over:
                 continue
             if asked.is_sent:
                 self._link.late()
@@ -243,7 +264,7 @@ class PoolClient:
                 failure = "Redis did not answer in time"
             else:
                 failure = f"Redis is away: {self._link.failure}"
-            asked.fail(asked.refusal or StoreUnavailableError(failure))
+            asked.end(None, asked.refusal or StoreUnavailableError(failure))
         if waiting:
             self._deadline = loop.call_at(waiting[0].until, self._end_waiting)
 
@@ -330,8 +351,8 @@ class PoolClient:
             **more,
         }
 
-    def _send_selections(self, asked: Sequence[_Asked]) -> None:
-        asked = [one for one in asked if not one.future.done()]
+    def _send_selections(self, asked: Sequence[Asked]) -> None:
+        asked = [one for one in asked if not one.is_over]
         if not asked:
             return
         rest: list[str | int] = []
@@ -343,7 +364,7 @@ class PoolClient:
         command = self._select.command({"epoch": epoch, "position": position}, rest, pins)
         self._link.post_call(self._select.script, command, functools.partial(self._on_selected, asked))
 
-    def _on_selected(self, asked: Sequence[_Asked], reply: Any) -> None:
+    def _on_selected(self, asked: Sequence[Asked], reply: Any) -> None:
         if isinstance(reply, Exception):
             self._on_refused(asked, reply)
             return
@@ -351,10 +372,10 @@ class PoolClient:
         self._saw(epoch, position, lost)
         # As many answers as were asked for, and the pool's place behind them.
         for one, answer in zip(asked, reply, strict=False):
-            if not one.future.done():
-                one.future.set_result(_decoded(answer))
+            if not one.is_over:
+                one.end(_decoded(answer), None)
 
-    def _on_refused(self, asked: Sequence[_Asked], exc: Exception) -> None:
+    def _on_refused(self, asked: Sequence[Asked], exc: Exception) -> None:
         if is_noscript(exc):
             # Nothing was run, so asking again is safe; once more at most, since the source goes along.
             self._link.forget(self._select.script)
@@ -363,7 +384,7 @@ class PoolClient:
         elif not (isinstance(exc, RefusedError) and self._keep(asked, exc)):
             self._fail(asked, _store_error(exc))
 
-    def _keep(self, asked: Sequence[_Asked], refusal: RefusedError) -> bool:
+    def _keep(self, asked: Sequence[Asked], refusal: RefusedError) -> bool:
         """Holds selections that were not executed until they can be asked again; False when that is no use."""
         if refusal.then is Then.AGAIN:
             if not self._refused:
@@ -383,13 +404,13 @@ class PoolClient:
         self._refused.clear()
         self._schedule_flush()
 
-    def _fail(self, asked: Sequence[_Asked], exc: StoreUnavailableError) -> None:
+    def _fail(self, asked: Sequence[Asked], exc: StoreUnavailableError) -> None:
         may_have_run = exc.may_have_run if isinstance(exc, RefusedError) else True
         for one in asked:
-            if not one.future.done():
+            if not one.is_over:
                 if may_have_run:
                     self._abandon(one.selection)
-                one.fail(exc)
+                one.end(None, exc)
 
     def _saw(self, epoch: int, position: int, lost: int) -> None:
         if (epoch, position) > self.seen:
