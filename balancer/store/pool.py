@@ -80,7 +80,12 @@ class Asked(msgspec.Struct, eq=False):
         """Tells who has asked."""
         self.is_over = True
         self.answer, self.failure = answer, failure
-        self.on_answer(self)
+        on_answer, self.on_answer = self.on_answer, _nobody  # Who has asked holds this: no cycle is left behind.
+        on_answer(self)
+
+
+def _nobody(asked: Asked) -> None:
+    """Hears of an end that was told already."""
 
 
 class PoolClient:
@@ -394,6 +399,10 @@ class PoolClient:
         for one, answer in zip(asked, reply, strict=False):
             if not one.is_over:
                 one.end(_decoded(answer), None)
+        # Replies come in the order of asking: those that are answered must not be kept until a deadline looks at them.
+        waiting = self._waiting
+        while waiting and waiting[0].is_over:
+            waiting.popleft()
 
     def _on_refused(self, asked: Sequence[Asked], exc: Exception) -> None:
         if is_noscript(exc):
