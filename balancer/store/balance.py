@@ -67,6 +67,8 @@ class Balance:
         self._numbers = itertools.count(1)
         self._draw = random.Random(secrets.randbits(128)).getrandbits  # A draw is no secret.
         self._cursors: dict[str, str] = {}
+        self._standing: dict[str, tuple[Directory, str, int]] = {}
+        """The partition and the revision of a rule, by its uuid, under a directory."""
         self._queues = Queues()
         self._probe: Probe | None = None
         self._probers: list[asyncio.Task[None]] = []
@@ -335,13 +337,20 @@ class Balance:
         only: str = "",
         excluded: tuple[str, ...] = (),
     ) -> Selection:
-        partition = keys.partition(rule.uuid)
+        directory = self.directory
+        standing = self._standing.get(rule.uuid)
+        if standing is None or standing[0] is not directory:
+            if len(self._standing) > len(directory.by_uuid):
+                self._standing.clear()  # Rules that are gone.
+            standing = directory, keys.partition(rule.uuid), directory.snapshot.rule_revision(rule.uuid)
+            self._standing[rule.uuid] = standing
+        _, partition, revision = standing
         is_pinned = bool(session) and rule.session_affinity > 0
         return Selection(
             number=number,
             rule=rule.uuid,
             partition=partition,
-            revision=self.directory.snapshot.rule_revision(rule.uuid),
+            revision=revision,
             draw=self._draw(32),
             reserved=reserved,
             deadline_ms=deadline_ms,

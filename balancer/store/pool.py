@@ -222,7 +222,7 @@ class PoolClient:
         made the pick all the same, what it holds is given back.
         """
         link, loop = self._link, self._loop
-        if loop is None:  # Looking it up is a system call, before Python 3.12.
+        if loop is None:
             loop = self._loop = asyncio.get_running_loop()
         if not link.is_up and not link.is_moving:
             raise StoreUnavailableError(f"Redis is away: {link.failure}")
@@ -336,7 +336,9 @@ class PoolClient:
     def _schedule_flush(self) -> None:
         if not self._flush_scheduled:
             self._flush_scheduled = True
-            asyncio.get_running_loop().call_soon(self._flush)
+            if self._loop is None:  # Looking it up is a system call, before Python 3.12.
+                self._loop = asyncio.get_running_loop()
+            self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flush_scheduled = False
