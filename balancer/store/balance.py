@@ -475,7 +475,8 @@ class Balance:
         pool = self._pool(pick.pool)
         pool.local.settled(entry)
         pool.settle(entry, is_alone=not pool.local.in_flight)
-        self._queues.settled(pick.pool, pick.service)
+        if self._queues:
+            self._queues.settled(pick.pool, pick.service)
 
     async def pick_held(
         self,

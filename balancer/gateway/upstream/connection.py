@@ -246,13 +246,11 @@ class Connection(asyncio.BufferedProtocol):
         if not self._fed and not self._has_head and not self._head_only:
             whole = read_whole(bytes(self._buffer[:nbytes]))
             if whole is not None:
-                headers, body = whole
-                self._is_complete = self._keeps_alive = True
-                answer.begin(200, headers, len(body))
-                if body:
-                    answer.receive(body)
-                if self._answer is answer:
-                    self._finish(answer)
+                self._answer = None
+                answer.complete(*whole)
+                self._keeps_alive = True
+                self._give_back()
+                answer.tell()
                 return
         self._fed += nbytes
         try:
@@ -293,7 +291,11 @@ class Connection(asyncio.BufferedProtocol):
     def _finish(self, answer: Answer) -> None:
         self._answer = None
         answer.end()
-        self.resume()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._is_held_back:
+            self.resume()
         if self._first is not None:
             self._first(self)
             self._first = None
