@@ -19,9 +19,9 @@ from balancer.dialects import Headers
 from balancer.dialects.headers import NOT_DOWN, OURS, client_timeout_s
 from balancer.dialects.paths import Route
 from balancer.domain import Outcome
-from balancer.errors import BalancerError, StoreUnavailableError
+from balancer.errors import BalancerError
 from balancer.gateway.attempts import Attempt
-from balancer.gateway.forwarding import Begun, Forwarder, deadline_ms, reserved
+from balancer.gateway.forwarding import Begun, Forwarder, reserved
 from balancer.gateway.handlers import Handlers
 from balancer.gateway.lane import Lane, request_of
 from balancer.gateway.lane_head import Head
@@ -185,16 +185,14 @@ class Way(msgspec.Struct, eq=False):
     def ask(self) -> bool:
         """Asks for the pick; False, with nothing done, where only the ordinary way can."""
         plan, express = self.plan, self.express
-        try:
-            self.asked = express.balance.begin(
-                plan.rule,
-                reserved=reserved(plan, self.peek, self.body),
-                deadline_ms=deadline_ms(plan, 0),
-                session=session_of(plan.rule, self.head.first, self.peek),
-                on_answer=self._on_answer,
-            )
-        except StoreUnavailableError:
-            return False
+        rule = plan.rule
+        self.asked = express.balance.begin(
+            rule,
+            reserved=reserved(plan, self.peek, self.body),
+            deadline_ms=plan.deadline_ms,
+            session=session_of(rule, self.head.first, self.peek) if rule.session_affinity else "",
+            on_answer=self._on_answer,
+        )
         if self.asked is None:
             return False
         express.opened()

@@ -160,8 +160,8 @@ class Balance:
         return directory
 
     def snapshot(self) -> Directory:
-        """The configuration that stands, for the gateway."""
-        return self.directory
+        """The configuration that stands, for the gateway. Raises as `directory`."""
+        return self._follower.directory or self.directory
 
     @property
     def is_ready(self) -> bool:
@@ -337,7 +337,7 @@ class Balance:
         only: str = "",
         excluded: tuple[str, ...] = (),
     ) -> Selection:
-        directory = self.directory
+        directory = self._follower.directory or self.directory
         standing = self._standing.get(rule.uuid)
         if standing is None or standing[0] is not directory:
             if len(self._standing) > len(directory.by_uuid):
@@ -375,7 +375,7 @@ class Balance:
         it, never before this returns.
         """
         pool = self._pools.get(rule.pool)
-        if pool is None or not pool.is_up or self._queues.has_line(rule):
+        if pool is None or not pool.is_up or (self._queues and self._queues.has_line(rule)):
             return None
         number = next(self._numbers)
         return pool.ask(self._selection(rule, number, reserved, deadline_ms, session), on_answer)
