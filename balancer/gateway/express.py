@@ -127,7 +127,18 @@ class Express:
         given = head.first.get("x-request-id", "")
         request_id = request_id_of(given) if given else new_request_id()
         way = Way(self, lane, approach, route, head, body, peek, plan, is_last, time.monotonic(), request_id)
-        return way if way.ask() else None
+        rule = plan.rule
+        way.asked = self.balance.begin(
+            rule,
+            reserved(plan, peek, body) if plan.needs_estimate else 0,
+            plan.deadline_ms,
+            session_of(rule, head.first, peek) if rule.session_affinity else "",
+            way.picked,
+        )
+        if way.asked is None:
+            return None
+        self.opened()
+        return way
 
     def _approach(self, head: Head) -> _Approach:
         request = request_of(head, b"", "")
@@ -182,22 +193,6 @@ class Way(msgspec.Struct, eq=False):
     select_s: float = 0.0
     overhead_s: float = 0.0
     attempt_s: float = 0.0
-
-    def ask(self) -> bool:
-        """Asks for the pick; False, with nothing done, where only the ordinary way can."""
-        plan, express = self.plan, self.express
-        rule = plan.rule
-        self.asked = express.balance.begin(
-            rule,
-            reserved=reserved(plan, self.peek, self.body),
-            deadline_ms=plan.deadline_ms,
-            session=session_of(rule, self.head.first, self.peek) if rule.session_affinity else "",
-            on_answer=self._on_answer,
-        )
-        if self.asked is None:
-            return False
-        express.opened()
-        return True
 
     def cancel(self) -> None:
         """The client has left: what was picked for it is settled, and its answer ended."""
@@ -269,7 +264,7 @@ class Way(msgspec.Struct, eq=False):
 
     # -- callbacks -----------------------------------------------------------------------------------------------------
 
-    def _on_answer(self, asked: Asked) -> None:
+    def picked(self, asked: Asked) -> None:
         """Sends the request to the service that was picked."""
         try:
             if not self._send(asked):
@@ -315,7 +310,10 @@ class Way(msgspec.Struct, eq=False):
         try:
             answer = self.answer
             assert answer is not None, "it is what there is news of"
-            if answer.has_failed or (answer.status and not self._settle(answer)):
+            if answer.status == 200 and not answer.has_failed:
+                if not self._settle(answer):
+                    self._go_on()
+            elif answer.status or answer.has_failed:
                 self._go_on()
         except Exception as exc:  # noqa: BLE001 - as above.
             self._fail(exc)
@@ -324,8 +322,6 @@ class Way(msgspec.Struct, eq=False):
         attempt, sent = self.attempt, self.sent
         assert attempt is not None, "an answer is of an attempt"
         assert sent is not None, "which was sent"
-        if answer.status != 200:
-            return False
         body = answer.whole()
         if body is None:
             if answer.is_over or answer.held_bytes > _WHOLE_BYTES or "json" not in described(answer.headers)[0]:
