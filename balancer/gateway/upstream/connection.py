@@ -51,6 +51,7 @@ class Connection(asyncio.BufferedProtocol):
         "_is_broken",
         "_is_chunked",
         "_is_complete",
+        "_is_fresh",
         "_is_held_back",
         "_is_paused",
         "_keeps_alive",
@@ -97,8 +98,9 @@ class Connection(asyncio.BufferedProtocol):
         self._expect(head_only=False)
 
     def _expect(self, *, head_only: bool) -> None:
-        """An answer is to come."""
+        """An answer is to come; `_is_fresh` until something of it has been read."""
         self._head_only = head_only
+        self._is_fresh = True
         self._fed = 0
         self._has_head = self._is_complete = self._is_chunked = self._keeps_alive = False
         self._length: int | None = None
@@ -179,7 +181,8 @@ class Connection(asyncio.BufferedProtocol):
             return False
         self.idle_since = math.inf
         self._answer = answer
-        self._expect(head_only=head_only)
+        if not self._is_fresh or head_only != self._head_only:
+            self._expect(head_only=head_only)
         if len(body) <= _LARGE_BYTES:
             transport.write(head + body)
         else:
@@ -252,6 +255,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._give_back()
                 answer.tell()
                 return
+        self._is_fresh = False
         self._fed += nbytes
         try:
             self._parser.feed_data(self._buffer[:nbytes])
