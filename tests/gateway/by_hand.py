@@ -85,7 +85,7 @@ async def read_all(answer: UpstreamResponse, body: Body) -> None:
 async def pump_all(answer: UpstreamResponse, body: Body) -> None:
     """The body by `pump`, every part taken."""
 
-    def take(part: bytes) -> bool:
+    def take(part: bytes, framed: bytes = b"", /) -> bool:
         body.extend(part)
         return True
 
@@ -96,7 +96,7 @@ async def pump_some(answer: UpstreamResponse, body: Body) -> None:
     """The body by `pump`, where every second part is refused at first."""
     is_willing = False
 
-    def take(part: bytes) -> bool:
+    def take(part: bytes, framed: bytes = b"", /) -> bool:
         nonlocal is_willing
         is_willing = not is_willing
         if is_willing:
@@ -109,7 +109,7 @@ async def pump_some(answer: UpstreamResponse, body: Body) -> None:
 
 async def pump_and_read(answer: UpstreamResponse, body: Body) -> None:
     """The body by `pump` and `read` in turns: what is refused comes back, and the next part is read."""
-    while part := await answer.pump(lambda _: False):
+    while part := await answer.pump(lambda *_: False):
         body.extend(part)
         part = await answer.read()
         if not part:

@@ -6,6 +6,7 @@ It outlives its connection: that goes back to its pool as soon as the answer's l
 from __future__ import annotations
 
 import asyncio
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from balancer.dialects import Headers
@@ -29,9 +30,9 @@ class Answer:
         "_error",
         "_first_at",
         "_has_begun",
+        "_heard_at",
         "_held",
         "_is_over",
-        "_limit",
         "_loop",
         "_request",
         "_take",
@@ -50,10 +51,10 @@ class Answer:
         self._connection: Connection | None = None
         self._deadline = sent_at + request.timeout_s
         self._first_at = min(sent_at + request.timeouts.headers_s, self._deadline)
-        self._limit = ""
         self._chunks: list[bytes] = []
         self._held = 0
         self._has_begun = False
+        self._heard_at = 0.0
         self._is_over = False
         self._error: UpstreamError | None = None
         self._take: Take | None = None
@@ -138,10 +139,7 @@ class Answer:
         connection = self._connection
         assert connection is not None, "an answer without a connection is over, or has failed"
         timeouts = self._request.timeouts
-        if self._has_begun:
-            self._limit, limit_s = "idle_s", timeouts.idle_s
-        else:
-            self._limit, limit_s = "first_byte_s", timeouts.first_byte_s
+        limit_s = timeouts.idle_s if self._has_begun else timeouts.first_byte_s
         connection.arm(min(self._loop.time() + limit_s, self._deadline))
 
     async def _more(self) -> bytes:
@@ -167,11 +165,16 @@ class Answer:
         self.status, self.headers, self.length = status, headers, length
         self._wake()
 
-    def receive(self, chunk: bytes) -> None:
-        """A part of its body has come."""
-        self._has_begun = True
+    @property
+    def due_at(self) -> float:
+        """When what comes next must be there, since something was taken last."""
+        return min(self._heard_at + self._request.timeouts.idle_s, self._deadline)
+
+    def receive(self, chunk: bytes, framed: bytes = b"") -> None:
+        """A part of its body has come; `framed`: the same with its framing, where that is plain."""
         take = self._take
         if take is None:
+            self._has_begun = True
             self._chunks.append(chunk)
             self._held += len(chunk)
             if self._held > _HELD_BYTES and self._connection is not None:
@@ -180,15 +183,20 @@ class Answer:
             return
         waiter = self._waiter
         try:
-            if take(chunk):
-                if self._connection is not None:
-                    self._arm()
+            if take(chunk, framed):
+                if self._has_begun:
+                    self._heard_at = monotonic()  # The timer looks at it when it goes off.
+                else:
+                    self._has_begun = True
+                    if self._connection is not None:
+                        self._arm()
                 return
         except Exception as exc:  # noqa: BLE001  # It is raised where `pump` is awaited.
             self._take = None
             if waiter is not None and not waiter.done():
                 waiter.set_exception(exc)
             return
+        self._has_begun = True
         self._take = None
         self._wake(chunk)
 
@@ -209,7 +217,9 @@ class Answer:
         """Nothing came before the limit."""
         self._connection = None
         if self.status:
-            limit = "timeout" if self._loop.time() >= self._deadline else self._limit
+            limit = "idle_s" if self._has_begun else "first_byte_s"
+            if self._loop.time() >= self._deadline:
+                limit = "timeout"
             self._error = UpstreamTimeoutError(f"{self._request.provider} was silent for too long ({limit})")
         else:
             self._error = self.unanswered()

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import httptools
 
+from balancer.gateway.upstream.chunks import data_of
+
 if TYPE_CHECKING:
     from balancer.gateway.upstream.answer import Answer
 
@@ -46,6 +48,8 @@ class Connection(asyncio.BufferedProtocol):
         "_has_head",
         "_head_only",
         "_headers",
+        "_is_at_chunk",
+        "_is_between_chunks",
         "_is_broken",
         "_is_chunked",
         "_is_complete",
@@ -99,6 +103,7 @@ class Connection(asyncio.BufferedProtocol):
         self._head_only = head_only
         self._fed = 0
         self._has_head = self._is_complete = self._is_chunked = self._keeps_alive = False
+        self._is_at_chunk = self._is_between_chunks = False
         self._length: int | None = None
         self._fault = ""
 
@@ -156,10 +161,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def _on_timer(self) -> None:
         self._timer, self._timer_at = None, math.inf
-        if self._loop.time() < self._due_at:
-            self.arm(self._due_at)
-            return
         answer = self._answer
+        due_at = self._due_at if answer is None else max(self._due_at, answer.due_at)
+        if self._loop.time() < due_at:
+            self.arm(due_at)
+            return
         if answer is None:
             if self.idle_since != math.inf:
                 self.drop()
@@ -237,13 +243,30 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Reads what was received, and hands what it holds of a body on as one chunk."""
+        part = self._buffer[:nbytes]
+        if self._is_between_chunks:
+            self.data_received(bytes(part))
+        else:
+            self._read(part)
+
+    def data_received(self, data: bytes) -> None:
+        """The same where the loop brings the bytes along."""
+        if self._is_between_chunks and self._answer is not None:
+            part = data_of(data)
+            if part is not None:
+                # Behind whole chunks the parser would stand where it stands.
+                self._answer.receive(part, data)
+                return
+        self._read(data)
+
+    def _read(self, data: bytes | memoryview) -> None:
         answer = self._answer
         if answer is None:
             self.drop()  # Nobody has asked: a late 408, or a second answer.
             return
-        self._fed += nbytes
+        self._fed += len(data)
         try:
-            self._parser.feed_data(self._buffer[:nbytes])
+            self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             self._fault = "switched protocols, which it was not asked for"
         except httptools.HttpParserError as exc:
@@ -251,6 +274,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._keeps_alive = False
             else:
                 self._fault = f"sent what is no HTTP: {exc}"
+        self._is_between_chunks = self._is_at_chunk and data[-2:] == b"\r\n"
         parts = self._parts
         if parts:
             self._fed = 0
@@ -336,6 +360,7 @@ class Connection(asyncio.BufferedProtocol):
         self._fed = 0
         if self._head_only or status in (204, 304):
             self._length, self._is_chunked, self._is_complete = 0, False, True
+        self._is_at_chunk = self._is_chunked
         answer = self._answer
         if answer is not None and not self._fault:
             answer.begin(status, tuple(headers), self._length)
@@ -346,6 +371,14 @@ class Connection(asyncio.BufferedProtocol):
             self._keeps_alive = False
         elif not self._fault:
             self._parts.append(part)
+
+    def on_chunk_header(self) -> None:
+        """A chunk's size is known."""
+        self._is_at_chunk = False
+
+    def on_chunk_complete(self) -> None:
+        """A chunk is whole: the next one's size is to come, unless this was the last."""
+        self._is_at_chunk = True
 
     def on_message_complete(self) -> None:
         """The answer is whole; one of 1xx is none yet."""
