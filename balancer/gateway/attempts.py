@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+from balancer import log
 from balancer.domain import Outcome, Pick, Provider, Rule, Usage
 from balancer.metrics import Metrics
+from balancer.store.pool import Asked
 
 
 class Balance(Protocol):
@@ -21,8 +23,9 @@ class Balance(Protocol):
         excluded: tuple[str, ...] = (),
         session: str = "",
         only: str = "",
+        begun: Asked | None = None,
     ) -> tuple[Pick, Rule]:
-        """The pick, and the rule as it stood at the pick."""
+        """The pick, and the rule as it stood at the pick; `begun` was asked already, and has brought none."""
 
     def settle(
         self,
@@ -103,6 +106,17 @@ class Attempt:
             stream_us=stream_us,
         )
         self._metrics.settled(self.pick, outcome, self.usage, now - self._started)
+
+    def log(self, request_id: str) -> None:
+        """Writes for somebody who looks for it how it ended."""
+        if log.is_debugging():
+            log.debug(
+                "attempt",
+                request=request_id,
+                decision=self.pick.decision,
+                service=self.pick.service,
+                outcome=self.outcome,
+            )
 
     async def settle_before_last_byte(self, outcome: Outcome, cooldown_ms: int = 0) -> None:
         """Settles, and returns when the client may be sent the rest: the settle is on its way before it."""

@@ -289,6 +289,8 @@ class Connection(asyncio.BufferedProtocol):
             self._finish(answer)
         elif self._fed > _HEAD_BYTES:
             self.fail("sent a head that is too long")
+        elif answer.on_news is not None:
+            answer.on_news()
 
     def eof_received(self) -> None:
         """The end of an answer that does not say where it ends."""
