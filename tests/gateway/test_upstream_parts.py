@@ -191,7 +191,7 @@ async def test_parts_that_came_together_are_taken_at_once(connections: Connectio
     receive(connection, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
     await answer.opened(connection)
     taken: list[bytes] = []
-    pumping = asyncio.ensure_future(answer.pump(lambda chunk: not taken.append(chunk)))  # type: ignore[func-returns-value]
+    pumping = asyncio.ensure_future(answer.pump(lambda chunk, _=b"": not taken.append(chunk)))  # type: ignore[func-returns-value]
     await asyncio.sleep(0)
     receive(connection, b"1\r\na\r\n2\r\nbc\r\n3\r\ndef\r\n")
     assert taken == [b"abcdef"]

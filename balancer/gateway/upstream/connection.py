@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import select
 import ssl
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import httptools
 
+from balancer.gateway.polling import Loop, Readers
 from balancer.gateway.upstream.chunks import data_of
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ _HEAD_BYTES = 64 * 1024
 """The longest head; as much may stand between two parts of a body in chunks, and behind the last."""
 _HEADERS = 256
 _PART_BYTES = 256 * 1024
+_READ_BYTES = 64 * 1024
 _LARGE_BYTES = 2**20
 """A body beyond this goes out in parts, so that one large prompt neither doubles memory nor holds up the loop."""
 
@@ -42,6 +45,7 @@ class Connection(asyncio.BufferedProtocol):
         "_buffer",
         "_due_at",
         "_fault",
+        "_fd",
         "_fed",
         "_first",
         "_freed",
@@ -62,6 +66,7 @@ class Connection(asyncio.BufferedProtocol):
         "_parser",
         "_parts",
         "_poll",
+        "_readers",
         "_rest",
         "_timer",
         "_timer_at",
@@ -94,6 +99,8 @@ class Connection(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = self._due_at = math.inf
         self._parser = httptools.HttpResponseParser(self)
+        self._fd = -1
+        self._readers: Readers | None = None
         self._headers: list[tuple[str, str]] = []
         self._parts: list[bytes] = []
         self._expect(head_only=False)
@@ -112,6 +119,10 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It can be written to; again when TLS was started on it."""
         self.transport = transport  # type: ignore[assignment]
+        sock = transport.get_extra_info("socket")
+        if isinstance(self._loop, Loop) and sock is not None and transport.get_extra_info("sslcontext") is None:
+            self._fd, self._readers = sock.fileno(), self._loop.readers
+            self._readers[self._fd] = self._on_readable
 
     @property
     def is_usable(self) -> bool:
@@ -128,6 +139,7 @@ class Connection(asyncio.BufferedProtocol):
     def drop(self) -> None:
         """Ends it; nobody waits for an answer on it any more."""
         self._is_broken = True
+        self._leave_to_loop()
         self._answer = self._rest = None
         if self.transport is not None:
             self.transport.abort()
@@ -135,6 +147,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
         self._is_broken = True
+        self._leave_to_loop()
         self._rest = None
         if self._timer is not None:
             self._timer.cancel()
@@ -236,6 +249,32 @@ class Connection(asyncio.BufferedProtocol):
             self._is_held_back = False
             if not self.transport.is_closing():
                 self.transport.resume_reading()
+
+    def _leave_to_loop(self) -> None:
+        """Lets the loop see for itself what there is to be read."""
+        if self._readers is not None:
+            self._readers.pop(self._fd, None)
+            self._readers = None
+
+    def _on_readable(self) -> None:
+        """Reads in the loop's stead."""
+        if self._is_held_back:
+            return
+        try:
+            data = os.read(self._fd, _READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.fail("")
+            return
+        if not data:
+            self._leave_to_loop()
+            return
+        try:
+            self.data_received(data)
+        except Exception as exc:  # noqa: BLE001  # As the loop does.
+            self._loop.call_exception_handler({"message": "an answer could not be read", "exception": exc})
+            self.fail("")
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """What is received comes here."""
@@ -386,6 +425,12 @@ class Connection(asyncio.BufferedProtocol):
         """The answer is whole; one of 1xx is none yet."""
         if self._has_head:
             self._is_complete = True
+
+
+class BroughtConnection(Connection, asyncio.Protocol):
+    """The same for a loop that brings what it has read along cheaper than it reads into a buffer: uvloop."""
+
+    __slots__ = ()
 
 
 _LENGTH, _CODING, _CONNECTION = 1, 2, 3
