@@ -15,9 +15,9 @@ class Take(Protocol):
     """Takes a part of a body at once, in the callback that received it."""
 
     def __call__(self, chunk: bytes, framed: bytes = b"", /) -> bool:
-        """False, with nothing done, where it cannot. `framed`: the same as chunks of HTTP, if it came so, spelt plainly.
+        """False, with nothing done, where it cannot.
 
-        Plainly means that whoever reads it, reads the same; it can be sent on as it is.
+        `framed`: the same in chunks of HTTP, if it came so, and spelt so plainly that all read it alike.
         """
 
 

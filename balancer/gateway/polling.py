@@ -7,6 +7,7 @@ runs them in its next turn: two microseconds, which is as much as all that is do
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import select
 import selectors
@@ -51,10 +52,8 @@ class Poller(selectors.BaseSelector):
     def unregister(self, fileobj: Any) -> selectors.SelectorKey:
         """Waits for nothing any more."""
         key = self._keys.pop(_fd_of(fileobj))
-        try:
+        with contextlib.suppress(OSError):  # It was closed before.
             self._epoll.unregister(key.fd)
-        except OSError:
-            pass  # It was closed before.
         return key
 
     def modify(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
