@@ -19,6 +19,7 @@ import httptools
 
 from balancer.gateway.polling import Loop, Readers
 from balancer.gateway.upstream.chunks import data_of
+from balancer.gateway.upstream.whole import read_whole
 
 if TYPE_CHECKING:
     from balancer.gateway.upstream.answer import Answer
@@ -57,6 +58,7 @@ class Connection(asyncio.BufferedProtocol):
         "_is_broken",
         "_is_chunked",
         "_is_complete",
+        "_is_fresh",
         "_is_held_back",
         "_is_paused",
         "_keeps_alive",
@@ -106,8 +108,9 @@ class Connection(asyncio.BufferedProtocol):
         self._expect(head_only=False)
 
     def _expect(self, *, head_only: bool) -> None:
-        """An answer is to come."""
+        """An answer is to come; `_is_fresh` until something of it has been read."""
         self._head_only = head_only
+        self._is_fresh = True
         self._fed = 0
         self._has_head = self._is_complete = self._is_chunked = self._keeps_alive = False
         self._is_at_chunk = self._is_between_chunks = False
@@ -196,7 +199,8 @@ class Connection(asyncio.BufferedProtocol):
             return False
         self.idle_since = math.inf
         self._answer = answer
-        self._expect(head_only=head_only)
+        if not self._is_fresh or head_only != self._head_only:
+            self._expect(head_only=head_only)
         if len(body) <= _LARGE_BYTES:
             transport.write(head + body)
         else:
@@ -303,6 +307,16 @@ class Connection(asyncio.BufferedProtocol):
         if answer is None:
             self.drop()  # Nobody has asked: a late 408, or a second answer.
             return
+        if not self._fed and not self._has_head and not self._head_only:
+            whole = read_whole(bytes(data))
+            if whole is not None:
+                self._answer = None
+                answer.complete(*whole)
+                self._keeps_alive = True
+                self._give_back()
+                answer.tell()
+                return
+        self._is_fresh = False
         self._fed += len(data)
         try:
             self._parser.feed_data(data)
@@ -343,7 +357,11 @@ class Connection(asyncio.BufferedProtocol):
     def _finish(self, answer: Answer) -> None:
         self._answer = None
         answer.end()
-        self.resume()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._is_held_back:
+            self.resume()
         if self._first is not None:
             self._first(self)
             self._first = None
