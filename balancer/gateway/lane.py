@@ -15,6 +15,7 @@ from balancer.gateway.lane_head import MAX_HEAD_BYTES, Head, Repeat, is_beginnin
 from balancer.gateway.lane_stream import LaneStream
 from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
 from balancer.gateway.request_ids import request_id_of
+from balancer.polling import DirectReader, read_directly
 
 _RECEIVED = memoryview(bytearray(262144))
 _WAITING_BYTES = 65536
@@ -129,6 +130,7 @@ class Lane(asyncio.BufferedProtocol):
         "_lanes",
         "_missing",
         "_news_left",
+        "_reader",
         "_repeat",
         "_waiting",
         "is_held_up",
@@ -158,6 +160,7 @@ class Lane(asyncio.BufferedProtocol):
         """What is remembered of the client's head, for as long as that is."""
         self._repeat: Repeat | None = None
         self._news_left = _NEWS
+        self._reader: DirectReader | None = None
         self._drained: asyncio.Future[None] | None = None
 
     # -- the transport's side ------------------------------------------------------------------------------------------
@@ -165,6 +168,7 @@ class Lane(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begins to wait for the first request."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods only.
+        self._reader = read_directly(transport, self._receive)
         self._lanes.open.add(self)
         if self._lanes.is_closing:
             # Accepted before the listener was closed, and in a TLS handshake until now.
@@ -173,6 +177,7 @@ class Lane(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancels what is being answered: nobody is left to read it."""
         self.transport = None
+        self._leave_to_loop()
         self._lanes.open.discard(self)
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
@@ -197,12 +202,15 @@ class Lane(asyncio.BufferedProtocol):
         return _RECEIVED
 
     def buffer_updated(self, nbytes: int) -> None:
+        """Takes what the transport has put there."""
+        self._receive(bytes(_RECEIVED[:nbytes]))
+
+    def _receive(self, data: bytes) -> None:
         """Takes what came of this request, or of the next."""
         transport = self.transport
         if transport is None or transport.is_closing():
             # TLS gives what came behind the last request to a protocol that has closed.
             return
-        data = bytes(_RECEIVED[:nbytes])
         if self.work is not None:
             self._waiting += data
             if len(self._waiting) > _WAITING_BYTES and not self._is_reading_paused:
@@ -342,6 +350,7 @@ class Lane(asyncio.BufferedProtocol):
         assert transport is not None, "open"
         assert not self.is_held_up, "an answer ends when the client's buffer has room"
         self._resume_reading()
+        self._leave_to_loop()
         self.transport = None
         self._waiting = b""
         self._lanes.open.discard(self)
@@ -349,6 +358,11 @@ class Lane(asyncio.BufferedProtocol):
         transport.set_protocol(protocol)
         protocol.connection_made(transport)
         protocol.data_received(data)
+
+    def _leave_to_loop(self) -> None:
+        if self._reader is not None:
+            self._reader.leave()
+            self._reader = None
 
     # -- the answer's and the owner's side -----------------------------------------------------------------------------
 
