@@ -39,5 +39,5 @@ for at = 4, #ARGV do
   service.is_changed = true
   record_event(pool, 'clear', {'service', id, 'before', before, 'after', counters_text(service, counters)})
 end
-close_pool(pool, services_key, changed_fields(state), {partitions_key}, true)
+close_pool(pool, services_key, changed_fields(state), partitions_key, nil, true)
 return {'cleared', #ARGV - 3, pool.epoch, pool.position, pool.lost}

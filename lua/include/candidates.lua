@@ -13,18 +13,19 @@ local function service_line(id, is_active, window, weight, tier, rpm, tpm, in_fl
   return {
     id = id, is_active = is_active, window = window + 0, weight = weight + 0, tier = tier + 0, rpm = rpm + 0,
     tpm = tpm + 0, in_flight = in_flight + 0, cost = cost + 0, looked_at_by = false, status = '', wait = false,
+    has_limits = rpm ~= '0' or tpm ~= '0' or in_flight ~= '0',
   }
 end
 
 -- The line at that place of the text, and where the next begins; nil at the end.
-local function line_at(text, at)
+local function line_at(text, at) -- apart: reading
   local id, active, window, weight, tier, rpm, tpm, in_flight, cost, following = string.match(text, SERVICE_LINE, at)
   if not id then return nil end
   return service_line(id, active == '1', window, weight, tier, rpm, tpm, in_flight, cost), following
 end
 
 -- The numbers of that id's line, from its `active` on, and where the next line begins; nil without one.
-local function find_numbers(text, id)
+local function find_numbers(text, id) -- apart: reading
   local start, at = '\n' .. id .. '\t', 1
   while true do
     local _, to = string.find(text, start, at, true)
@@ -36,14 +37,14 @@ local function find_numbers(text, id)
 end
 
 -- The line of that id, nil without one.
-local function line_of(text, id)
+local function line_of(text, id) -- apart: reading
   local at = find_numbers(text, id)
   if not at then return nil end
   local active, window, weight, tier, rpm, tpm, in_flight, cost = string.match(text, NUMBERS_OF_LINE, at)
   return service_line(id, active == '1', window, weight, tier, rpm, tpm, in_flight, cost)
 end
 
-local function parse_services(text)
+local function parse_services(text) -- apart: reading
   local list, count = {}, 0
   local line, at = line_at(text, 2)
   while line do
@@ -66,20 +67,20 @@ local function current_text(line)
 end
 
 -- The rest of what a tactic sees.
-local function complete_view(view, load_all, services_text, lines_of)
+local function complete_view(view) -- apart: reading
   function view.is_candidate(line)
     return view.may_serve(line)
   end
 
   -- All services, in the rule's order.
   function view.list()
-    return lines_of(view.part)
+    return view.lines_of(view.part)
   end
 
   -- Calls visit(line) for each candidate in the rule's order.
   function view.each(visit)
-    local lines, may_serve = lines_of(view.part), view.may_serve
-    load_all(view.part)
+    local lines, may_serve = view.lines_of(view.part), view.may_serve
+    view.load_all(view.part)
     for i = 1, #lines do
       local line = lines[i]
       if may_serve(line) then visit(line) end
@@ -89,7 +90,7 @@ local function complete_view(view, load_all, services_text, lines_of)
   -- The candidates, the first after the service of that id first and itself last, cyclically, given to visit until it
   -- returns true.
   function view.each_after(id, visit)
-    local text = services_text(view.part)
+    local text = view.services_text(view.part)
     local _, at = find_numbers(text, id)
     local has_turned, is_first = not at, true
     at = at or 2
@@ -98,7 +99,7 @@ local function complete_view(view, load_all, services_text, lines_of)
       if line then
         view.found = line
         if view.may_serve(line) and visit(line) then return end
-        if is_first then load_all(view.part) end
+        if is_first then view.load_all(view.part) end
         if has_turned and line.id == id then return end
         at, is_first = following, false
       elseif has_turned then
@@ -135,9 +136,7 @@ end
 -- which is a service of the partition, `may_serve(line)` says whether it is a candidate, `state_of(line)` gives its
 -- state, `counts(line)` its window requests and tokens (reserved ones included). `load_all(part)` makes ready to look
 -- at all of them. What is not needed while the cursor stays is made when it is asked for.
-local function new_view(state_of, counts, load_all, services_text, lines_of)
-  local view = {state_of = state_of, counts = counts, part = false, may_serve = false, found = false}
-
+local function new_view(view)
   -- True when the cursor's service may be picked. Reads no other.
   function view.has_cursor()
     local current = view.part.current
@@ -145,11 +144,11 @@ local function new_view(state_of, counts, load_all, services_text, lines_of)
   end
 
   function view.cursor_counts()
-    return counts(view.part.current)
+    return view.counts(view.part.current)
   end
 
   return setmetatable(view, {__index = function(_, name)
-    complete_view(view, load_all, services_text, lines_of)
+    complete_view(view)
     return rawget(view, name)
   end})
 end

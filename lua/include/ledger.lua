@@ -9,7 +9,7 @@ local ledger_counters = {
 }
 
 -- A service as an event of settle, reap or health tells it.
-local function event_text(service)
+local function event_text(service) -- apart: rare
   return counters_text(service, ledger_counters)
 end
 
@@ -21,12 +21,13 @@ local function read_holding(text)
   if not reserved then return nil end
   return {
     reserved = reserved + 0, deadline = deadline + 0, probe = probe + 0, id = id, is_lost = false,
-    meters_service = meters == '1' or meters == '3', meters_provider = meters == '2' or meters == '3',
+    is_metered = meters ~= '0', meters_service = meters == '1' or meters == '3',
+    meters_provider = meters == '2' or meters == '3',
   }
 end
 
 -- What was counted as lost: `l reserved reaped_ms position id`; nil for any other text.
-local function read_lost(text)
+local function read_lost(text) -- apart: rare
   local reserved, reaped_ms, position, id = string.match(text, '^l (%d+) (%d+) (%d+) (.+)$')
   if not reserved then return nil end
   return {reserved = reserved + 0, reaped_ms = reaped_ms + 0, position = position + 0, id = id, is_lost = true}
@@ -72,8 +73,8 @@ local function count_lost(service, holding, now)
   add_minute_tokens(service, holding, holding.reserved, now)
 end
 
--- Takes back count_lost: the worker was only late. What was cleared in between is not there to be taken back.
-local function uncount_lost(service, lost)
+-- Takes back what was counted as lost: the worker was only late. What was cleared in between is not there to be taken back.
+local function uncount_lost(service, lost) -- apart: rare
   if lost.position <= service.cleared then return end
   service.requests = service.requests - 1
   service.lost = service.lost - 1

@@ -5,7 +5,7 @@ local LIMIT_NEVER = -1
 local LIMIT_UNKNOWN_MS = 1000
 
 -- The longer of two waits; nil is none, LIMIT_NEVER the longest.
-local function longer(a, b)
+local function longer(a, b) -- apart: rare
   if a == LIMIT_NEVER or b == LIMIT_NEVER then return LIMIT_NEVER end
   if a and b then return math.max(a, b) end
   return a or b

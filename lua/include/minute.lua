@@ -15,14 +15,14 @@ local function parse_minute(text)
 end
 
 -- Its steps, `step requests tokens` joined by `;`, the oldest first.
-local function steps_text(minute)
+local function steps_text(minute) -- apart: rare
   if minute.step < 0 then return '' end
   local last = string.format('%d %d %d', minute.step, minute.requests, minute.tokens)
   return string.sub(minute.older .. ';' .. last, 2)
 end
 
 -- Begins another step behind the last.
-local function begin_step(minute, step)
+local function begin_step(minute, step) -- apart: rare
   if minute.step >= 0 then minute.older = ';' .. steps_text(minute) end
   minute.older_requests = minute.older_requests + minute.requests
   minute.older_tokens = minute.older_tokens + minute.tokens
@@ -30,7 +30,7 @@ local function begin_step(minute, step)
 end
 
 -- The minute without the steps that no longer count; those of the future count as now.
-local function roll_minute(steps, current)
+local function roll_minute(steps, current) -- apart: rare
   local minute = parse_minute('')
   for step, requests, tokens in string.gmatch(steps, '(%d+) (%d+) (%d+)') do
     step = math.min(step, current)
@@ -73,12 +73,12 @@ local function minute_text(used)
 end
 
 -- The steps that are kept, as an event tells them.
-local function kept_steps(used)
+local function kept_steps(used) -- apart: rare
   return steps_text(used.is_counted and used.minute or parse_minute(used.minute_text))
 end
 
 -- Ms until `excess` more requests (or tokens) no longer count.
-local function minute_wait(minute, is_tokens, excess, now)
+local function minute_wait(minute, is_tokens, excess, now) -- apart: rare
   local gone = 0
   for step, requests, tokens in string.gmatch(steps_text(minute), '(%d+) (%d+) (%d+)') do
     gone = gone + (is_tokens and tokens or requests)

@@ -66,12 +66,12 @@ local function serving_tier(part)
   return part.tier >= 0 and part.tier or part.top
 end
 
-local function of_tier(may_serve, tier)
+local function of_tier(may_serve, tier) -- apart: rare
   return function(line) return line.tier == tier and may_serve(line) end
 end
 
 -- The least tier of those that may serve, nil without one, and whether one of `tier` may.
-local function least_tier(part, may_serve, tier)
+local function least_tier(part, may_serve, tier) -- apart: rare
   local least, has_tier = nil, false
   for _, line in ipairs(lines_of(part)) do
     if may_serve(line) then

@@ -21,8 +21,10 @@ local function parse_service(text)
     in_flight = in_flight + 0, reserved = reserved + 0, picks = picks + 0, cooldown = cooldown + 0,
     first_token = first_token + 0, per_token = per_token + 0, measured = measured + 0,
     windows = parse_windows(windows), minute_text = minute, minute = false, is_counted = false,
-    breaker_text = breaker, breaker = false,
-    meter = false, is_changed = false, is_rolled = false,
+    breaker_text = breaker, breaker = false, meter = false, is_changed = false, is_rolled = false,
+    -- The totals; all zeros where they were not asked for, and then they are not written either.
+    has_totals = false, requests = 0, failures = 0, input = 0, output = 0, cached = 0, cache_creation = 0,
+    reasoning = 0, lost = 0, lost_tokens = 0, abandoned = 0, last_used = 0, cleared = 0,
   }
 end
 
@@ -32,7 +34,7 @@ local function parse_totals(service, text)
   service.requests, service.failures, service.input, service.output = requests + 0, failures + 0, input + 0, output + 0
   service.cached, service.cache_creation, service.reasoning = cached + 0, cache_creation + 0, reasoning + 0
   service.lost, service.lost_tokens, service.abandoned = lost + 0, lost_tokens + 0, abandoned + 0
-  service.last_used, service.cleared = last_used + 0, cleared + 0
+  service.last_used, service.cleared, service.has_totals = last_used + 0, cleared + 0, true
 end
 
 local function parse_meter(text, provider_text)
@@ -44,30 +46,52 @@ local function parse_meter(text, provider_text)
   }
 end
 
--- Reads those of the services that have not been read, and `more` fields of the hash, whose values come back first.
-local function load_services(pool_services, ids, more)
-  local fields, missing, services = more or {}, {}, pool_services.services
-  local at = #fields
-  for _, id in ipairs(ids) do
+-- Notes the fields of those services that have not been read, and behind them what else is read of each. A provider
+-- of several is read once: with the service that stands in its place until then.
+local function ask_for(pool_services, ids, has_totals, fields, missing)
+  local services, meters = pool_services.services, pool_services.meters
+  for i = 1, #ids do
+    local id = ids[i]
     if not services[id] then
       local provider, count = provider_of(id), #fields
-      services[id], missing[#missing + 1] = {provider = provider}, id
-      fields[count + 1], fields[count + 2] = 'service:' .. id, 'provider:' .. provider
-      fields[count + 3] = 'meter:' .. provider
-      if pool_services.has_totals then fields[count + 4] = 'totals:' .. id end
+      services[id], missing[#missing + 1] = provider, id
+      fields[count + 1] = 'service:' .. id
+      if has_totals then
+        count = count + 1
+        fields[count + 1] = 'totals:' .. id
+      end
+      if not meters[provider] then
+        meters[provider] = id
+        fields[count + 2], fields[count + 3] = 'provider:' .. provider, 'meter:' .. provider
+      end
     end
   end
+  return #missing
+end
+
+-- Reads those of the services that have not been read, and `more` fields of the hash, whose values come back first;
+-- of the `bare` services no totals.
+local function load_services(pool_services, ids, more, bare)
+  local fields, missing = more or {}, {}
+  local at = #fields + 1
+  local full = ask_for(pool_services, ids, pool_services.has_totals, fields, missing)
+  if bare then ask_for(pool_services, bare, false, fields, missing) end
   if #fields == 0 then return fields end
-  local values = redis.call('HMGET', pool_services.key, unpack(fields))
-  for _, id in ipairs(missing) do
-    local provider, service = services[id].provider, parse_service(values[at + 1] or NEW_SERVICE)
-    local meter = pool_services.meters[provider] or parse_meter(values[at + 3] or NEW_METER, values[at + 2] or '')
-    pool_services.meters[provider], services[id], service.meter = meter, service, meter
-    if pool_services.has_totals then
-      parse_totals(service, values[at + 4] or NEW_TOTALS)
+  local values, services, meters = redis.call('HMGET', pool_services.key, unpack(fields)), pool_services.services,
+    pool_services.meters
+  for i = 1, #missing do
+    local id = missing[i]
+    local provider, service = services[id], parse_service(values[at] or NEW_SERVICE)
+    services[id], at = service, at + 1
+    if i <= full and pool_services.has_totals then
+      parse_totals(service, values[at] or NEW_TOTALS)
       at = at + 1
     end
-    at = at + 3
+    if meters[provider] == id then
+      meters[provider] = parse_meter(values[at + 1] or NEW_METER, values[at] or '')
+      at = at + 2
+    end
+    service.meter = meters[provider]
   end
   return values
 end
@@ -97,7 +121,7 @@ local function changed_fields(pool_services)
         service.cooldown, service.first_token, service.per_token, service.measured)
         .. windows_text(service.windows) .. '|' .. minute_text(service) .. '|' .. breaker_text(service)
       count = count + 2
-      if pool_services.has_totals then
+      if service.has_totals then
         set[count + 1] = 'totals:' .. id
         set[count + 2] = string.format('%d %d %d %d %d %d %d %d %d %d %d %d', service.requests, service.failures,
           service.input, service.output, service.cached, service.cache_creation, service.reasoning, service.lost,
@@ -117,7 +141,7 @@ local function changed_fields(pool_services)
 end
 
 -- The named counters as an event tells them, joined by blanks; then windows, minute and breaker, behind a `|` each.
-local function counters_text(service, names)
+local function counters_text(service, names) -- apart: rare
   local values = {}
   for i, name in ipairs(names) do values[i] = whole(service[name]) end
   return table.concat(values, ' ') .. '|' .. windows_text(service.windows) .. '|' .. kept_steps(service)
