@@ -27,6 +27,7 @@ from balancer.gateway.handlers import Handlers, Recalled
 from balancer.gateway.matching import Plans
 from balancer.gateway.messages import ClientRequest, Take, UpstreamRequest
 from balancer.metrics import Metrics
+from balancer.store.pool import Asked
 from balancer.store.registry import Directory, Snapshot, directory_of
 
 _ROUNDS = 5
@@ -87,6 +88,7 @@ class _Balance:
         excluded: tuple[str, ...] = (),
         session: str = "",
         only: str = "",
+        begun: Asked | None = None,
     ) -> tuple[Pick, Rule]:
         self._number += 1
         pick = Pick(

@@ -61,9 +61,9 @@ _FROM_UPSTREAM = frozenset(
     ]
 )
 _NOT_UP = HOP_BY_HOP | _FROM_CLIENT
-_NOT_DOWN = HOP_BY_HOP | _FROM_UPSTREAM
-_OURS = "x-balancer-"
-_OURS_OR_FORWARDED = (_OURS, "x-forwarded-")
+NOT_DOWN = HOP_BY_HOP | _FROM_UPSTREAM
+OURS = "x-balancer-"
+_OURS_OR_FORWARDED = (OURS, "x-forwarded-")
 _LIST_NOTHING = ("keep-alive", "close")
 _SECONDS = re.compile(r"[0-9]+(?:\.[0-9]*)?")
 
@@ -97,12 +97,12 @@ def response_headers(upstream: Headers) -> Headers:
     listed, kept = [], []
     for pair in upstream:
         name = pair[0].lower()
-        if name in _NOT_DOWN:
+        if name in NOT_DOWN:
             if name == "connection" and pair[1] not in _LIST_NOTHING:
                 listed.append(pair[1])
         elif name == "x-request-id":
             kept.append(("x-upstream-request-id", pair[1]))
-        elif not name.startswith(_OURS):
+        elif not name.startswith(OURS):
             kept.append(pair)
     return tuple(_unlisted(kept, listed) if listed else kept)
 

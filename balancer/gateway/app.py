@@ -15,6 +15,7 @@ from balancer import log
 from balancer.config import Settings
 from balancer.domain import Provider
 from balancer.errors import StoreUnavailableError
+from balancer.gateway.express import Express
 from balancer.gateway.forwarding import Forwarder
 from balancer.gateway.front import Front
 from balancer.gateway.front_server import BACKLOG, QUIET, Answer, Server, Site, drop_server_header
@@ -60,12 +61,12 @@ class Gateway:
         self.balance = Balance(url, settings, self._events())
         self._upstream = UpstreamClient(settings.upstream_connections, settings.upstream_ca_file)
         providers = _Providers(self.balance, Credentials(sealer))
-        plans = Plans(self.balance.snapshot)
-        forwarder = Forwarder(
+        self._plans = plans = Plans(self.balance.snapshot)
+        self._forwarder = Forwarder(
             self.balance, providers, self._upstream, self.metrics, plans, decision_headers=settings.decision_headers
         )
         self._probe = HealthProbe(providers, self._upstream)
-        self._handlers = Handlers(settings, self.balance, forwarder, self.metrics, plans)
+        self._handlers = Handlers(settings, self.balance, self._forwarder, self.metrics, plans)
         self._runners: list[web.BaseRunner] = []
         self._ticker: asyncio.Task[None] | None = None
         self._is_draining = False
@@ -104,7 +105,20 @@ class Gateway:
     async def _serve_data(self, listener: socket.socket, *, with_metrics: bool) -> None:
         server = Server(self._front(with_metrics=with_metrics).answer)
         if self._settings.fast_lane:
-            server.lanes = Lanes(self._counted, server, self._settings.max_body_bytes, lambda: self._is_draining)
+            lanes = Lanes(self._counted, server, self._settings.max_body_bytes, lambda: self._is_draining)
+            express = Express(
+                self._handlers,
+                self._forwarder,
+                self.balance,
+                self._upstream,
+                self._plans,
+                self.metrics,
+                opened=self._opened,
+                closed=self._closed,
+                decision_headers=self._settings.decision_headers,
+            )
+            lanes.begin = express.begin
+            server.lanes = lanes
         runner = web.ServerRunner(server, shutdown_timeout=_SHUTDOWN_S)
         await runner.setup()
         self._runners.append(runner)
@@ -174,14 +188,20 @@ class Gateway:
         return app
 
     async def _counted(self, request: ClientRequest, stream: ClientStream) -> None:
-        self._open_requests += 1
-        self._idle.clear()
+        self._opened()
         try:
             await self._handlers.handle(request, stream)
         finally:
-            self._open_requests -= 1
-            if not self._open_requests:
-                self._idle.set()
+            self._closed()
+
+    def _opened(self) -> None:
+        self._open_requests += 1
+        self._idle.clear()
+
+    def _closed(self) -> None:
+        self._open_requests -= 1
+        if not self._open_requests:
+            self._idle.set()
 
     async def _healthz(self, request: web.BaseRequest) -> web.Response:
         return _json(200, {"status": "alive"})

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+from balancer import log
 from balancer.domain import Outcome, Pick, Provider, Rule, Usage
 from balancer.metrics import Metrics
+from balancer.store.pool import Asked
 
 
 class Balance(Protocol):
@@ -21,8 +23,9 @@ class Balance(Protocol):
         excluded: tuple[str, ...] = (),
         session: str = "",
         only: str = "",
+        begun: Asked | None = None,
     ) -> tuple[Pick, Rule]:
-        """The pick, and the rule as it stood at the pick."""
+        """The pick, and the rule as it stood at the pick; `begun` was asked already, and has brought none."""
 
     def settle(
         self,
@@ -84,8 +87,12 @@ class Attempt:
 
     def settle(self, outcome: Outcome, cooldown_ms: int = 0) -> None:
         """Settles the attempt with the usage known by now; only the first call counts."""
-        if self.outcome is not None:
-            return
+        if self.outcome is None:
+            duration_s = self.end(outcome, cooldown_ms)
+            self._metrics.settled(self.pick, outcome, self.usage, duration_s)
+
+    def end(self, outcome: Outcome, cooldown_ms: int = 0) -> float:
+        """Settles the attempt, which was not, for somebody who counts it for the metrics; how long it took."""
         self.outcome = outcome
         now = time.perf_counter()
         first_token_us = stream_us = 0
@@ -102,7 +109,18 @@ class Attempt:
             first_token_us=first_token_us,
             stream_us=stream_us,
         )
-        self._metrics.settled(self.pick, outcome, self.usage, now - self._started)
+        return now - self._started
+
+    def log(self, request_id: str) -> None:
+        """Writes for somebody who looks for it how it ended."""
+        if log.is_debugging():
+            log.debug(
+                "attempt",
+                request=request_id,
+                decision=self.pick.decision,
+                service=self.pick.service,
+                outcome=self.outcome,
+            )
 
     async def settle_before_last_byte(self, outcome: Outcome, cooldown_ms: int = 0) -> None:
         """Settles, and returns when the client may be sent the rest: the settle is on its way before it."""

@@ -17,7 +17,7 @@ import msgspec
 from balancer import bodies, log
 from balancer.dialects.headers import client_timeout_s, response_headers
 from balancer.dialects.paths import Route
-from balancer.domain import Outcome, Pick, Rule, Timeouts
+from balancer.domain import Outcome, Pick, Rule
 from balancer.errors import (
     BalancerError,
     ConfigurationError,
@@ -31,8 +31,9 @@ from balancer.gateway.attempts import Attempt, Balance, Providers
 from balancer.gateway.course import Course
 from balancer.gateway.deadlines import Deadlines
 from balancer.gateway.events import Remember
-from balancer.gateway.matching import Plan, Plans
+from balancer.gateway.matching import SELECT_S, Plan, Plans
 from balancer.gateway.messages import (
+    BegunResponse,
     ClientGoneError,
     ClientRequest,
     ClientStream,
@@ -40,19 +41,18 @@ from balancer.gateway.messages import (
     UpstreamRequest,
     UpstreamResponse,
 )
-from balancer.gateway.opening import READ_AHEAD_S, Opening, described, says_error
+from balancer.gateway.opening import Opening, described, opening_s, says_error
 from balancer.gateway.outgoing import Outgoing, Preparer, with_model
 from balancer.gateway.relay import Relay
 from balancer.gateway.telling import decision_headers, incomplete, send_error
 from balancer.metrics import Metrics
 from balancer.sessions import session_of
+from balancer.store.pool import Asked
 from balancer.usage import usage_of
 
 _DEADLINE_MARGIN_S = 30.0
 """Beyond the provider's timeout: when it has passed, the attempt cannot be alive any more."""
 
-_SELECT_S = 30.0
-"""More than a selection takes beside the time in its queue: Redis has its deadline, and so has a new configuration."""
 _CLIENT_MARGIN_S = 1.0
 _WARN_INTERVAL_S = 10.0
 
@@ -63,16 +63,17 @@ _UNLIMITED: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
 class Clock:
     """How long a request may still take, counted from its arrival over all attempts."""
 
-    def __init__(self, request: ClientRequest, deadlines: Deadlines) -> None:
+    def __init__(self, request: ClientRequest, deadlines: Deadlines, began: float | None = None) -> None:
+        """`began`: when it arrived, of the monotonic clock; now unless it is given."""
         self._deadlines = deadlines
-        self._began = time.monotonic()
+        self.began = time.monotonic() if began is None else began
         patience_s = client_timeout_s(request.first)
-        self._client_at = self._began + patience_s if patience_s is not None else None
+        self._client_at = self.began + patience_s if patience_s is not None else None
 
     @property
     def elapsed_s(self) -> float:
         """Since the request's arrival."""
-        return time.monotonic() - self._began
+        return time.monotonic() - self.began
 
     def left_s(self, timeout_s: float) -> float:
         """Until the whole request's limit, or the client's own if that is earlier."""
@@ -100,8 +101,25 @@ class Clock:
         stream.give_until(time.monotonic() + timeout_s + _CLIENT_MARGIN_S)
 
     def _ends_at(self, timeout_s: float) -> float:
-        ends_at = self._began + timeout_s
+        ends_at = self.began + timeout_s
         return ends_at if self._client_at is None else min(ends_at, self._client_at)
+
+
+class Begun(msgspec.Struct, frozen=True, kw_only=True):
+    """What was begun of a request without a task, and is gone on with from there.
+
+    `asked` has brought no pick; or an `attempt` is under way: its request was not sent, or `answer` has come of it. An
+    `error` is a fault of ours, after which the client is only told.
+    """
+
+    rule: Rule
+    peek: bodies.Peek
+    clock: Clock
+    asked: Asked | None = None
+    attempt: Attempt | None = None
+    outgoing: Outgoing | None = None
+    answer: BegunResponse | None = None
+    error: Exception | None = None
 
 
 class _Errand(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,26 +160,38 @@ class Forwarder:
         self._balance = balance
         self._plans = plans
         self._deadlines = Deadlines()
-        self._preparer = Preparer(providers)
+        self.preparer = Preparer(providers)
         self._upstream = upstream
         self._metrics = metrics
         self._decision_headers = decision_headers
         self._warned_at = 0.0
 
     async def forward(
-        self, request: ClientRequest, route: Route, course: Course, peek: bodies.Peek, stream: ClientStream
+        self,
+        request: ClientRequest,
+        route: Route,
+        course: Course,
+        peek: bodies.Peek,
+        stream: ClientStream,
+        begun: Begun | None = None,
     ) -> Outcome:
         """Picks, sends and relays until the client has its answer, be it the last failure; the outcome of that.
 
         Raises BalancerError when nothing was sent to the client yet.
         """
-        clock = Clock(request, self._deadlines)
+        if begun is not None and begun.error is not None:
+            raise begun.error
+        clock = begun.clock if begun else Clock(request, self._deadlines)
         errand = _Errand(request=request, route=route, peek=peek, course=course, stream=stream, clock=clock)
         failure: _Failure | None = None
         refusal: NoServiceError | None = None
         while True:
+            first, begun = begun, None
             try:
-                pick, rule = await self._select(errand)
+                if first is not None and first.attempt is not None:
+                    attempt = first.attempt
+                else:
+                    attempt = await self._pick(errand, first.asked if first else None)
             except NoServiceError as exc:
                 refusal = refusal or exc
                 if course.fall_back():
@@ -171,8 +201,8 @@ class Forwarder:
                 if failure is None:
                     raise
                 break
-            course.picked(pick.service, rule)
-            ended = await self._attempt(errand, Attempt(self._balance, self._metrics, rule, pick))
+            course.picked(attempt.pick.service, attempt.rule)
+            ended = await self._attempt(errand, attempt, first)
             if isinstance(ended, Outcome):
                 return ended
             failure = ended
@@ -199,7 +229,7 @@ class Forwarder:
         if asked:
             body = with_model(body, request.header("content-type"), asked=asked, model=service_id.partition(":")[2])
         needs_plain = bool(rule.response_model)
-        outgoing = self._preparer.request(request, route, service_id, body, needs_plain=needs_plain)
+        outgoing = self.preparer.request(request, route, service_id, body, needs_plain=needs_plain)
         relay = Relay(
             request_id=request.request_id,
             route=route,
@@ -212,7 +242,7 @@ class Forwarder:
         clock = Clock(request, self._deadlines)
         try:
             clock.limit(stream, outgoing.request.timeout_s)
-            with clock.until_first_byte(most_s=_opening_s(outgoing.request.timeouts)):
+            with clock.until_first_byte(most_s=opening_s(outgoing.request.timeouts)):
                 answer = Opening(await self._upstream.send(outgoing.request))
                 await answer.look(route.dialect.name, _now_ms())
             await relay.run(answer)
@@ -220,9 +250,18 @@ class Forwarder:
             if answer is not None:
                 await answer.close()
 
+    def clock(self, request: ClientRequest, began: float) -> Clock:
+        """How long a request may still take that arrived then."""
+        return Clock(request, self._deadlines, began)
+
     # -- select --------------------------------------------------------------------------------------------------------
 
-    async def _select(self, errand: _Errand) -> tuple[Pick, Rule]:
+    async def _pick(self, errand: _Errand, asked: Asked | None) -> Attempt:
+        pick, rule = await self._select(errand, asked)
+        self._metrics.picked(pick)
+        return Attempt(self._balance, self._metrics, rule, pick)
+
+    async def _select(self, errand: _Errand, asked: Asked | None) -> tuple[Pick, Rule]:
         course, clock, request = errand.course, errand.clock, errand.request
         rule = course.rule
         plan = self._plans.of(rule)
@@ -231,14 +270,15 @@ class Forwarder:
         if elapsed_s >= plan.shortest_s:
             late = tuple(s.id for s in rule.services if plan.timeouts_s[s.provider] <= elapsed_s)
         try:
-            with clock.until_first_byte(plan.longest_s, most_s=_SELECT_S + rule.queue_timeout_ms / 1000):
+            with clock.until_first_byte(plan.longest_s, most_s=SELECT_S + rule.queue_timeout_ms / 1000):
                 return await self._balance.select(
                     rule,
-                    reserved=_reserved(plan, errand.peek, request.body),
-                    deadline_ms=round((max(plan.longest_s - elapsed_s, 0) + _DEADLINE_MARGIN_S) * 1000),
+                    reserved=reserved(plan, errand.peek, request.body),
+                    deadline_ms=deadline_ms(plan, elapsed_s),
                     excluded=tuple(dict.fromkeys((*course.tried, *late))),
                     session="" if course.only else session_of(rule, request.first, errand.peek),
                     only=course.only,
+                    begun=asked,
                 )
         except NoServiceError as exc:
             if not course.only:
@@ -248,27 +288,23 @@ class Forwarder:
 
     # -- one attempt ---------------------------------------------------------------------------------------------------
 
-    async def _attempt(self, errand: _Errand, attempt: Attempt) -> Outcome | _Failure:
+    async def _attempt(self, errand: _Errand, attempt: Attempt, begun: Begun | None) -> Outcome | _Failure:
         """Sends, and relays the answer, unless it is a failure after which the course goes on, or none has come."""
         pick, stream = attempt.pick, errand.stream
-        self._metrics.picked(pick)
         answer: Opening | None = None
         try:
             clock, course = errand.clock, errand.course
-            elapsed_s = clock.elapsed_s
-            outgoing = self._preparer.generation(
-                errand.request,
-                errand.route,
-                errand.peek,
-                pick.service,
-                needs_plain=bool(course.response_model),
-                elapsed_s=elapsed_s,
-            )
-            if course.attempts == 1:
-                self._metrics.overhead_s(elapsed_s)
+            if begun is not None and begun.outgoing is not None:
+                outgoing = begun.outgoing
+            else:
+                outgoing = self._outgoing(errand, pick)
             clock.limit(stream, outgoing.request.timeout_s)
-            with clock.until_first_byte(most_s=_opening_s(outgoing.request.timeouts)):
-                response = await self._upstream.send(outgoing.request)
+            with clock.until_first_byte(most_s=opening_s(outgoing.request.timeouts)):
+                if begun is not None and begun.answer is not None:
+                    response: UpstreamResponse = begun.answer
+                    begun.answer.begun()
+                else:
+                    response = await self._upstream.send(outgoing.request)
                 body = response.whole()
                 if body is None or not _is_plain(response, body, errand):
                     answer = Opening(response)
@@ -299,15 +335,22 @@ class Forwarder:
             attempt.settle(Outcome.FAILED)
             if answer is not None:
                 await answer.close()
-            if log.is_debugging():
-                log.debug(
-                    "attempt",
-                    request=errand.request.request_id,
-                    decision=pick.decision,
-                    service=pick.service,
-                    outcome=attempt.outcome,
-                )
+            attempt.log(errand.request.request_id)
         return attempt.outcome or Outcome.FAILED
+
+    def _outgoing(self, errand: _Errand, pick: Pick) -> Outgoing:
+        elapsed_s, course = errand.clock.elapsed_s, errand.course
+        outgoing = self.preparer.generation(
+            errand.request,
+            errand.route,
+            errand.peek,
+            pick.service,
+            needs_plain=bool(course.response_model),
+            elapsed_s=elapsed_s,
+        )
+        if course.attempts == 1:
+            self._metrics.overhead_s(elapsed_s)
+        return outgoing
 
     def _without_answer(self, errand: _Errand, attempt: Attempt, error: BalancerError) -> _Failure:
         """Settles an attempt that has brought no answer."""
@@ -364,13 +407,18 @@ def _is_plain(response: UpstreamResponse, body: bytes, errand: _Errand) -> bool:
     return "json" in kind and not coding and body.startswith(b"{") and not says_error(body)
 
 
-def _reserved(plan: Plan, peek: bodies.Peek, body: bytes) -> int:
+def reserved(plan: Plan, peek: bodies.Peek, body: bytes) -> int:
     """The tokens that the request holds while it is in flight."""
     if not plan.needs_estimate:
         return 0
     tactic = plan.rule.lb_tactic
     most_output = peek.most_output if tactic.reserve == "full" else 0
     return min(bodies.estimate_tokens(body) + most_output, tactic.reserve_cap)
+
+
+def deadline_ms(plan: Plan, elapsed_s: float) -> int:
+    """The time after which an attempt counts as lost, picked when so much of the request's was over."""
+    return round((max(plan.longest_s - elapsed_s, 0) + _DEADLINE_MARGIN_S) * 1000)
 
 
 def _held(answer: Opening, verdict: Verdict, relay: Relay, outgoing: UpstreamRequest, errand: _Errand) -> _Failure:
@@ -381,11 +429,6 @@ def _held(answer: Opening, verdict: Verdict, relay: Relay, outgoing: UpstreamReq
         await relay.run(answer)
 
     return _Failure(verdict=verdict, outcome=verdict.outcome, tell=tell)
-
-
-def _opening_s(timeouts: Timeouts) -> float:
-    """More than an answer's opening takes: its limits, one after the other, and what is read ahead of a stream."""
-    return timeouts.headers_s + timeouts.first_byte_s + timeouts.idle_s + READ_AHEAD_S
 
 
 def _too_late() -> DeadlineError:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import time
+from collections.abc import Mapping
 from typing import Protocol
 from urllib.parse import unquote
 
@@ -32,7 +33,7 @@ from balancer.errors import (
     UnknownResponseError,
 )
 from balancer.gateway.course import Course
-from balancer.gateway.forwarding import Forwarder
+from balancer.gateway.forwarding import Begun, Forwarder
 from balancer.gateway.matching import Directory, Plans, serving, standing_in
 from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
 from balancer.gateway.telling import incomplete, send_error
@@ -40,6 +41,7 @@ from balancer.metrics import Metrics
 
 _NAMES_SHOWN = 20
 _ID_SHOWN = 100
+_PLAIN = ("", "identity")
 
 
 class Recalled(Protocol):
@@ -80,9 +82,9 @@ class Handlers:
         # Digests are of one length, so that comparing them tells nothing of a token.
         self._tokens = tuple(_digest(token) for token in settings.client_tokens)
 
-    async def handle(self, request: ClientRequest, stream: ClientStream) -> None:
-        """Answers the request on the stream."""
-        began = time.perf_counter()
+    async def handle(self, request: ClientRequest, stream: ClientStream, begun: Begun | None = None) -> None:
+        """Answers the request on the stream, from its start or from where it was `begun`."""
+        began = begun.clock.began if begun else time.monotonic()
         first = request.first
         speaks_anthropic = "anthropic-version" in first or "x-api-key" in first
         wanted = route(request.method, request.path, speaks_anthropic=speaks_anthropic)
@@ -102,14 +104,14 @@ class Handlers:
                 await self._forwarder.forward_uncounted(request, wanted, rule, service, stream, asked="")
                 outcome = Outcome.SUCCESS
                 return
-            rule, peek = self._match(request, wanted)
+            rule, peek = (begun.rule, begun.peek) if begun else self._match(request, wanted)
             if wanted.kind == "count_tokens":
                 service = self._current_service(rule)
                 await self._forwarder.forward_uncounted(request, wanted, rule, service, stream, asked=peek.model)
                 outcome = Outcome.SUCCESS
             else:
                 course = await self._course(rule, peek, wanted)
-                outcome = await self._forwarder.forward(request, wanted, course, peek, stream)
+                outcome = await self._forwarder.forward(request, wanted, course, peek, stream, begun)
         except ConfigurationError as exc:
             outcome = Outcome.FAILED
             await send_error(dialect, incomplete(exc), request, stream)
@@ -130,7 +132,22 @@ class Handlers:
             await send_error(dialect, BalancerError("internal error"), request, stream)
         finally:
             scenario = wanted.scenario if wanted else ""
-            self._metrics.request(scenario, rule.uuid if rule else "", outcome, time.perf_counter() - began)
+            self._metrics.request(scenario, rule.uuid if rule else "", outcome, time.monotonic() - began)
+
+    def may_pass(self, head: ClientRequest) -> Route | None:
+        """The route of a request for a model with this head, when nothing in that speaks against it; else None.
+
+        What does, `handle` tells.
+        """
+        first = head.first
+        wanted = route(head.method, head.path, speaks_anthropic="anthropic-version" in first or "x-api-key" in first)
+        if wanted is None or wanted.kind != "generation" or not _is_json(first):
+            return None
+        try:
+            self._authenticate(head)
+        except UnauthorizedError:
+            return None
+        return wanted
 
     def dialect_of(self, path: str) -> Dialect:
         """The dialect in which an error on any path is told."""
@@ -226,9 +243,9 @@ class Handlers:
         content_type = request.header("content-type").lower()
         if content_type.startswith("multipart/form-data"):
             return bodies.peek_form(request.body, request.header("content-type"))
-        if content_type and not (content_type.startswith("application/json") or "+json" in content_type):
+        if not _is_json_type(content_type):
             raise ContentTypeError("expected Content-Type: application/json or multipart/form-data")
-        if request.header("content-encoding").lower() not in ("", "identity"):
+        if request.header("content-encoding").lower() not in _PLAIN:
             raise ContentTypeError("request bodies with a Content-Encoding are not read")
         if not request.body:
             raise RequestError("the request has no body")
@@ -239,6 +256,16 @@ class Handlers:
         services = [service.id for service in self._plans.of(rule).usable]
         cursor = self._source.cursor(rule)
         return cursor if cursor in services else services[0]
+
+
+def _is_json_type(content_type: str) -> bool:
+    return not content_type or content_type.startswith("application/json") or "+json" in content_type
+
+
+def _is_json(first: Mapping[str, str]) -> bool:
+    """True for a head whose body can be nothing else."""
+    is_plain = first.get("content-encoding", "").lower() in _PLAIN
+    return is_plain and _is_json_type(first.get("content-type", "").lower())
 
 
 def _unknown_model(model: str, scenario: str, names: list[str]) -> UnknownModelError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Final, cast
+from typing import Final, Protocol, cast
 
 from balancer import log
 from balancer.gateway.lane_head import MAX_HEAD_BYTES, Head, Repeat, is_beginning, read_head, repeat_of
@@ -29,6 +29,16 @@ SLOW_S = 60.0
 """For a whole head, and between two parts of a body."""
 
 Handle = Callable[[ClientRequest, ClientStream], Awaitable[None]]
+
+
+class Work(Protocol):
+    """What answers a request."""
+
+    def cancel(self) -> object:
+        """Ends it: nobody is left to read the answer."""
+
+
+Begin = Callable[["Lane", Head, bytes, bool], Work | None]
 
 
 class Lanes:
@@ -54,6 +64,10 @@ class Lanes:
         self.open: set[Lane] = set()
         self.is_closing = False
         self._idle_s, self._slow_s, self._sweep_s = idle_s, slow_s, sweep_s
+        self._working: set[Lane] = set()
+        self._all_done: asyncio.Future[None] | None = None
+        self.begin: Begin | None = None
+        """Answers a usual request without a task; None for one that `handle` answers."""
         self.now = self.loop.time()
         """The time of the last sweep: near enough for limits that are many sweeps long."""
         self._sweeper = self.loop.call_later(sweep_s, self._sweep)
@@ -83,13 +97,25 @@ class Lanes:
         """Ends all connections; those that are being answered get that long."""
         self.close_idle()
         self._sweeper.cancel()
-        tasks = [lane.task for lane in self.open if lane.task is not None]
-        if tasks:
-            await asyncio.wait(tasks, timeout=timeout_s)
+        await self._wait_for_answers(timeout_s)
         for lane in list(self.open):
             lane.break_off()
-        if tasks:
-            await asyncio.wait(tasks, timeout=timeout_s)
+        await self._wait_for_answers(timeout_s)
+
+    def works(self, lane: Lane) -> None:
+        """Notes that a lane answers a request."""
+        self._working.add(lane)
+
+    def rests(self, lane: Lane) -> None:
+        """Notes that it has done so."""
+        self._working.discard(lane)
+        if self._all_done is not None and not self._working and not self._all_done.done():
+            self._all_done.set_result(None)
+
+    async def _wait_for_answers(self, timeout_s: float) -> None:
+        if self._working:
+            self._all_done = self.loop.create_future()
+            await asyncio.wait([self._all_done], timeout=timeout_s)
 
 
 class Lane(asyncio.BufferedProtocol):
@@ -107,9 +133,10 @@ class Lane(asyncio.BufferedProtocol):
         "_waiting",
         "is_held_up",
         "is_in_request",
+        "kept",
         "since",
-        "task",
         "transport",
+        "work",
     )
 
     def __init__(self, lanes: Lanes) -> None:
@@ -120,13 +147,15 @@ class Lane(asyncio.BufferedProtocol):
         """When it fell silent, or when its head or the last part of its body came."""
         self.is_in_request = False
         """True from a request's first byte to its last."""
-        self.task: asyncio.Task[None] | None = None
+        self.work: Work | None = None
         """What answers the request, None between requests."""
         self._waiting = b""
         self._head: Head | None = None
         self._chunks: list[bytes] = []
         self._missing = 0
         self._is_reading_paused = False
+        self.kept: object = None
+        """What is remembered of the client's head, for as long as that is."""
         self._repeat: Repeat | None = None
         self._news_left = _NEWS
         self._drained: asyncio.Future[None] | None = None
@@ -147,8 +176,8 @@ class Lane(asyncio.BufferedProtocol):
         self._lanes.open.discard(self)
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
-        if self.task is not None:
-            self.task.cancel()
+        if self.work is not None:
+            self.work.cancel()
 
     def pause_writing(self) -> None:
         """Holds the answer up."""
@@ -174,7 +203,7 @@ class Lane(asyncio.BufferedProtocol):
             # TLS gives what came behind the last request to a protocol that has closed.
             return
         data = bytes(_RECEIVED[:nbytes])
-        if self.task is not None:
+        if self.work is not None:
             self._waiting += data
             if len(self._waiting) > _WAITING_BYTES and not self._is_reading_paused:
                 self._is_reading_paused = True
@@ -243,42 +272,56 @@ class Lane(asyncio.BufferedProtocol):
         self._answer(head, body)
 
     def _answer(self, head: Head, body: bytes) -> None:
-        """Starts the task that answers a request."""
+        """Starts what answers a request."""
         lanes = self._lanes
-        request_id = request_id_of(head.first.get("x-request-id", ""))
-        request = ClientRequest(
-            method="POST",
-            path=head.path,
-            query=head.query,
-            headers=head.headers,
-            body=body,
-            request_id=request_id,
-            first=head.first,
-        )
         is_last = head.is_last or lanes.is_closing or lanes.is_draining()
-        stream = LaneStream(self, lanes.loop, request_id, is_last=is_last)
         self.is_in_request = False
-        self.task = asyncio.Task(self._run(request, stream), loop=lanes.loop, name="request")
+        lanes.works(self)
+        if lanes.begin is not None:
+            self.work = lanes.begin(self, head, body, is_last)
+            if self.work is not None:
+                return
+        request = request_of(head, body, request_id_of(head.first.get("x-request-id", "")))
+        stream = self.stream(request.request_id, is_last=is_last)
+        self.work = task = self.task(request, stream, lambda: lanes.handle(request, stream))
+        task.add_done_callback(self._never_begun)
 
-    async def _run(self, request: ClientRequest, stream: LaneStream) -> None:
+    def stream(self, request_id: str, *, is_last: bool) -> LaneStream:
+        """The way back for an answer."""
+        return LaneStream(self, self._lanes.loop, request_id, is_last=is_last)
+
+    def task(
+        self, request: ClientRequest, stream: LaneStream, answer: Callable[[], Awaitable[None]]
+    ) -> asyncio.Task[None]:
+        """A task that answers a request on its stream."""
+        return asyncio.Task(self._run(request, stream, answer), loop=self._lanes.loop, name="request")
+
+    def _never_begun(self, task: asyncio.Task[None]) -> None:
+        """Of a task that is cancelled before its first step nothing is run."""
+        if self.work is task:
+            self.work = None
+            self._lanes.rests(self)
+
+    async def _run(self, request: ClientRequest, stream: LaneStream, answer: Callable[[], Awaitable[None]]) -> None:
         try:
-            await self._lanes.handle(request, stream)
+            await answer()
         except ClientGoneError:
             pass
         except Exception as exc:  # noqa: BLE001 - a task's root: it is logged, and the worker lives.
             log.error("a request failed in the gateway", exc=exc, request=request.request_id)
         finally:
-            self.task = None
-            self._go_on(stream)
+            self.answered(is_whole=stream.is_ended, is_last=stream.is_last)
 
-    def _go_on(self, stream: LaneStream) -> None:
+    def answered(self, *, is_whole: bool, is_last: bool) -> None:
         """Takes up the next request, if there is one and the answer to the last was whole."""
+        self.work = None
+        self._lanes.rests(self)
         transport = self.transport
         if transport is None or transport.is_closing():
             return
-        if not stream.is_ended:
+        if not is_whole:
             transport.abort()
-        elif stream.is_last or self._lanes.is_closing:
+        elif is_last or self._lanes.is_closing:
             transport.close()
         else:
             self.since = self._lanes.now
@@ -320,15 +363,29 @@ class Lane(asyncio.BufferedProtocol):
         """Keeps no head for a client that is silent: there may be many, and credentials are in it."""
         self._repeat = None
         self._news_left = _NEWS
+        self.kept = None
 
     def close_unless_answering(self) -> None:
         """Closes the connection if no answer is on its way."""
-        if self.task is None and self.transport is not None:
+        if self.work is None and self.transport is not None:
             self.transport.close()
 
     def break_off(self) -> None:
-        """Breaks the connection, and with it the answer; the task that gives it is cancelled."""
-        if self.task is not None:
-            self.task.cancel()
+        """Breaks the connection, and with it the answer; what gives it is cancelled."""
+        if self.work is not None:
+            self.work.cancel()
         if self.transport is not None:
             self.transport.abort()
+
+
+def request_of(head: Head, body: bytes, request_id: str) -> ClientRequest:
+    """A request out of its parts."""
+    return ClientRequest(
+        method="POST",
+        path=head.path,
+        query=head.query,
+        headers=head.headers,
+        body=body,
+        request_id=request_id,
+        first=head.first,
+    )

@@ -17,7 +17,7 @@ _BODILESS = frozenset([*range(100, 200), 204, 304])
 # Framing is ours to say, and what serves here is nobody's business.
 _OURS = frozenset(["content-length", "transfer-encoding", "server"])
 # All but these may stand in a header (RFC 9110 §5.5).
-_CONTROLS = bytes([*range(9), *range(10, 32), 127])
+CONTROLS = bytes([*range(9), *range(10, 32), 127])
 
 _dated = 0
 _date = ""
@@ -183,18 +183,18 @@ def answer_head(status: int, headers: Headers, length: int | None, request_id: s
         if length != 0 and "content-type" not in names:
             lines.append("Content-Type: application/octet-stream")
     if "date" not in names:
-        lines.append(f"Date: {_now()}")
+        lines.append(f"Date: {date()}")
     if is_last and "connection" not in names:
         lines.append("Connection: close")
     lines.append("\r\n")
     head = "\r\n".join(lines).encode("utf-8", "ignore")
     # Two for each line end that we wrote.
-    if len(head) - len(head.translate(None, _CONTROLS)) != 2 * len(lines):
+    if len(head) - len(head.translate(None, CONTROLS)) != 2 * len(lines):
         raise ValueError("a control character in a header of the answer")
     return head
 
 
-def _now() -> str:
+def date() -> str:
     """The date of this second, as headers give it (RFC 9110 §5.6.7)."""
     global _dated, _date
     now = int(time.time())

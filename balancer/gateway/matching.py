@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, get_args
 
 from balancer.domain import DEFAULT_TIMEOUT_S, ApiStyle, Provider, Rule, Service
+from balancer.gateway.opening import opening_s
 from balancer.store.calls import needs_estimate
+
+SELECT_S = 30.0
+"""More than a selection takes beside the time in its queue: Redis has its deadline, and so has a new configuration."""
 
 
 class Directory(Protocol):
@@ -67,7 +71,17 @@ def standing_in(rule: Rule, find: Callable[[str], Rule | None]) -> Iterator[Rule
 class Plan:
     """What a rule's requests have in common as long as the configuration stands, found out once."""
 
-    __slots__ = ("foreign", "longest_s", "needs_estimate", "rule", "shortest_s", "timeouts_s", "usable")
+    __slots__ = (
+        "foreign",
+        "is_usual",
+        "longest_s",
+        "needs_estimate",
+        "patience_s",
+        "rule",
+        "shortest_s",
+        "timeouts_s",
+        "usable",
+    )
 
     def __init__(self, directory: Directory, rule: Rule) -> None:
         self.rule = rule
@@ -84,6 +98,11 @@ class Plan:
         self.shortest_s = min(self.timeouts_s.values(), default=DEFAULT_TIMEOUT_S)
         self.needs_estimate = rule.lb_tactic.reserve != "none" or needs_estimate(rule, directory.provider)
         """True when a request holds tokens while it is in flight; a limit of tokens always wants to know them."""
+        openings = [opening_s(p.timeouts) for s in self.usable if (p := directory.provider(s.provider))]
+        self.patience_s = SELECT_S + rule.queue_timeout_ms / 1000 + max(openings, default=0.0)
+        """More than passes until the first byte: who waits so long needs no limit of its own."""
+        self.is_usual = bool(self.usable) and not rule.response_model and not rule.strict_settle
+        """True when an answer may pass as it is, and be sent when its settle is."""
 
 
 class Plans:
@@ -93,12 +112,27 @@ class Plans:
         self._snapshot = snapshot
         self._directory: Directory | None = None
         self._plans: dict[str, Plan] = {}
+        self._matching: dict[tuple[str, str], Plan] = {}
+
+    def matching(self, scenario: str, model: str) -> Plan | None:
+        """The plan of a scenario's rule for a model, None without one. Raises as `of`."""
+        directory = self._snapshot()
+        if directory is self._directory:
+            plan = self._matching.get((scenario, model))
+            if plan is not None:
+                return plan
+        rule = directory.rule(scenario, model)
+        if rule is None:
+            return None
+        plan = self.of(rule)
+        self._matching[scenario, model] = plan
+        return plan
 
     def of(self, rule: Rule) -> Plan:
         """The rule's plan. Raises StoreUnavailableError before the first configuration is known."""
         directory = self._snapshot()
         if directory is not self._directory:
-            self._directory, self._plans = directory, {}
+            self._directory, self._plans, self._matching = directory, {}, {}
         plan = self._plans.get(rule.uuid)
         if plan is None or plan.rule is not rule:
             plan = self._plans[rule.uuid] = Plan(directory, rule)

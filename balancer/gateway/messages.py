@@ -136,6 +136,13 @@ class UpstreamResponse(Protocol):
         """Gives the connection back if the answer was read to its end, else ends it."""
 
 
+class BegunResponse(UpstreamResponse, Protocol):
+    """An answer that was watched as it came, and is now read."""
+
+    def begun(self) -> None:
+        """Hands over to who reads. Raises UpstreamError where the answer has not even headers."""
+
+
 class Upstream(Protocol):
     """Sends requests to upstreams."""
 

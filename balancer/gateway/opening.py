@@ -10,7 +10,7 @@ import contextlib
 import re
 
 from balancer.dialects import Headers
-from balancer.domain import ApiStyle, Outcome
+from balancer.domain import ApiStyle, Outcome, Timeouts
 from balancer.encoding import DecodeError, Decoder, decoded
 from balancer.errors import UpstreamAnswerError, UpstreamError
 from balancer.failures import Verdict, classify, classify_error_event
@@ -178,6 +178,11 @@ class Opening:
         event = parser.finish()
         self.is_empty = event is None or not event.data
         return event
+
+
+def opening_s(timeouts: Timeouts) -> float:
+    """More than an answer's opening takes: its limits, one after the other, and what is read ahead of a stream."""
+    return timeouts.headers_s + timeouts.first_byte_s + timeouts.idle_s + READ_AHEAD_S
 
 
 def says_error(body: bytes) -> bool:

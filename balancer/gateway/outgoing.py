@@ -34,7 +34,7 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
     hides_usage: bool = False
 
 
-class _Account:
+class Account:
     """A provider with its credentials as they were last resolved, and what follows from them."""
 
     def __init__(
@@ -83,7 +83,7 @@ class Preparer:
 
     def __init__(self, providers: Providers) -> None:
         self._providers = providers
-        self._accounts: dict[str, _Account] = {}
+        self._accounts: dict[str, Account] = {}
 
     def provider(self, service_id: str) -> Provider:
         """The provider of a service. Raises NoServiceError when it is gone."""
@@ -122,6 +122,21 @@ class Preparer:
         outgoing, mask = self._made(provider, request, route, service_id, body, is_plain, provider.timeout - elapsed_s)
         return Outgoing(request=outgoing, mask=mask, hides_usage=hides_usage)
 
+    def account(self, service_id: str) -> Account:
+        """The account that serves, as it is now. Raises NoServiceError, ConfigurationError."""
+        return self._account(self.provider(service_id))
+
+    def common(self, client: ClientRequest, route: Route, service_id: str, account: Account) -> Outgoing | None:
+        """What goes upstream of every request with this head, without a body; None where that is more than the body.
+
+        `account` is the service's.
+        """
+        provider = account.provider
+        outgoing, mask = self._made(provider, client, route, service_id, b"", False, provider.timeout)
+        if len(outgoing.more) != 1:
+            return None
+        return Outgoing(request=msgspec.structs.replace(outgoing, more=()), mask=mask)
+
     def request(
         self, request: ClientRequest, route: Route, service_id: str, body: bytes, *, needs_plain: bool
     ) -> Outgoing:
@@ -155,7 +170,7 @@ class Preparer:
         )
         return outgoing, account.mask
 
-    def _account(self, provider: Provider) -> _Account:
+    def _account(self, provider: Provider) -> Account:
         """The provider with its credentials, which are resolved again after a second: they may be in a file."""
         account, now = self._accounts.get(provider.uuid), time.monotonic()
         if account is not None and account.provider is provider and now - account.looked_at < _LOOK_AGAIN_S:
@@ -164,7 +179,7 @@ class Preparer:
         own, query = self._providers.headers(provider), self._providers.query(provider)
         proxy_url = self._providers.proxy_url(provider)
         if account is None or account.provider is not provider or account.resolved != (token, own, query, proxy_url):
-            account = self._accounts[provider.uuid] = _Account(provider, token, own, query, proxy_url)
+            account = self._accounts[provider.uuid] = Account(provider, token, own, query, proxy_url)
         account.looked_at = now
         account.forget(now)
         return account

@@ -39,14 +39,18 @@ def retry_after(error: BalancerError) -> Headers:
 
 def decision_headers(pick: Pick, attempts: int) -> Headers:
     """What tells a client where its request went."""
-    service = pick.service.encode("ascii", "backslashreplace").decode()
     degraded = (("x-balancer-degraded", "store"),) if pick.is_local else ()
     return (
         ("x-balancer-decision", pick.decision),
-        ("x-balancer-service", service),
+        ("x-balancer-service", header_text(pick.service)),
         ("x-balancer-attempts", str(attempts)),
         *degraded,
     )
+
+
+def header_text(text: str) -> str:
+    """The text as a header can hold it."""
+    return text.encode("ascii", "backslashreplace").decode()
 
 
 def incomplete(error: ConfigurationError) -> BalancerError:

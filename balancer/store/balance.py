@@ -22,7 +22,7 @@ from balancer.store import holds, keys, spill
 from balancer.store.connection import Commands
 from balancer.store.history import Send
 from balancer.store.local import ASIDE
-from balancer.store.pool import PoolClient, PoolEvents
+from balancer.store.pool import Answer, Asked, OnAnswer, PoolClient, PoolEvents
 from balancer.store.prober import Probe, Probed, Prober, probed
 from balancer.store.queue import Queues
 from balancer.store.registry import Directory, Follower, Registry, kept_file
@@ -249,6 +249,7 @@ class Balance:
         session: str = "",
         only: str = "",
         holder: str = "",
+        begun: Asked | None = None,
     ) -> Coroutine[Any, Any, tuple[Pick, Rule]]:
         """The pick for a rule, and the rule as it stood at the pick: an edit in between is followed.
 
@@ -259,12 +260,16 @@ class Balance:
         While Redis is away, a rule with `on_store_loss: local` is picked for by this worker alone (see `local`), but
         not for a `holder`: any worker must be able to settle that.
 
+        `begun` is what has come of `begin`, where that was no pick: it is gone on from there.
+
         Raises NoServiceError when no service may serve, or the rule is gone, RateLimitedError when that passes;
         StoreUnavailableError when Redis does not answer in time.
         """
 
         def ask() -> Coroutine[Any, Any, tuple[Pick, Rule]]:
-            return self._select(rule, reserved, deadline_ms, excluded, session, only, holder)
+            nonlocal begun
+            first, begun = begun, None
+            return self._select(rule, reserved, deadline_ms, excluded, session, only, holder, first)
 
         return self._queues.wait(rule, only, ask) if rule.queue_timeout_ms and not excluded else ask()
 
@@ -277,36 +282,26 @@ class Balance:
         session: str,
         only: str,
         holder: str,
+        begun: Asked | None,
     ) -> tuple[Pick, Rule]:
         current: Rule | None = rule
         for _ in range(_TRIES):
             if current is None or not current.active:
                 raise NoServiceError(f"rule {rule.uuid} is no longer there")
-            directory = self.directory
-            partition = keys.partition(current.uuid)
-            is_pinned = bool(session) and current.session_affinity > 0
-            selection = Selection(
-                number=1 if holder else next(self._numbers),
-                rule=current.uuid,
-                partition=partition,
-                revision=directory.snapshot.rule_revision(current.uuid),
-                draw=self._draw(32),
-                reserved=reserved,
-                deadline_ms=deadline_ms,
-                session=keys.session(partition, session) if is_pinned else "",
-                affinity_ms=current.session_affinity * 1000 if is_pinned else 0,
-                only=only,
-                excluded=excluded,
-            )
             pool = self._pool(current.pool)
             goes_on_alone = current.on_store_loss == "local" and not holder
+            if begun is not None:
+                selection = begun.selection
+            else:
+                number = 1 if holder else next(self._numbers)
+                selection = self._selection(current, number, reserved, deadline_ms, session, only, excluded)
             try:
-                if not (pool.was_up or pool.is_missed):  # The first request to a pool comes before its connection.
-                    await pool.wait_until_up(self._settings.redis_deadline_ms / 1000)
-                started = time.perf_counter()
-                answer = await (pool.select_held(holder, selection) if holder else pool.select(selection))
-                self._events.selected(pool.pool, time.perf_counter() - started)
+                if begun is not None:
+                    answer, begun = begun.result(), None
+                else:
+                    answer = await self._ask(pool, selection, holder)
             except StoreUnavailableError as exc:
+                begun = None
                 if not goes_on_alone:
                     raise
                 return self._picked_alone(current, selection, exc), current
@@ -329,6 +324,65 @@ class Balance:
                     raise StoreUnavailableError("Redis answered too late")
             current = self.directory.by_uuid.get(rule.uuid)
         raise StoreUnavailableError(f"rule {rule.uuid} changes faster than a selection can be made")
+
+    def _selection(
+        self,
+        rule: Rule,
+        number: int,
+        reserved: int,
+        deadline_ms: int,
+        session: str,
+        only: str = "",
+        excluded: tuple[str, ...] = (),
+    ) -> Selection:
+        partition = keys.partition(rule.uuid)
+        is_pinned = bool(session) and rule.session_affinity > 0
+        return Selection(
+            number=number,
+            rule=rule.uuid,
+            partition=partition,
+            revision=self.directory.snapshot.rule_revision(rule.uuid),
+            draw=self._draw(32),
+            reserved=reserved,
+            deadline_ms=deadline_ms,
+            session=keys.session(partition, session) if is_pinned else "",
+            affinity_ms=rule.session_affinity * 1000 if is_pinned else 0,
+            only=only,
+            excluded=excluded,
+        )
+
+    async def _ask(self, pool: PoolClient, selection: Selection, holder: str) -> Answer:
+        if not (pool.was_up or pool.is_missed):  # The first request to a pool comes before its connection.
+            await pool.wait_until_up(self._settings.redis_deadline_ms / 1000)
+        began = time.monotonic()
+        answer = await (pool.select_held(holder, selection) if holder else pool.select(selection))
+        self._events.selected(pool.pool, time.monotonic() - began)
+        return answer
+
+    def begin(self, rule: Rule, *, reserved: int, deadline_ms: int, session: str, on_answer: OnAnswer) -> Asked | None:
+        """Asks for the pick of a first attempt. None, with nothing asked, where that is for `select` to do.
+
+        That is while Redis is away, or others wait in the rule's queue. `on_answer` is called with what has come of
+        it, never before this returns.
+        """
+        pool = self._pools.get(rule.pool)
+        if pool is None or not pool.is_up or self._queues.has_line(rule):
+            return None
+        number = next(self._numbers)
+        return pool.ask(self._selection(rule, number, reserved, deadline_ms, session), on_answer)
+
+    def finish(self, rule: Rule, asked: Asked) -> Pick | None:
+        """The pick that has come of `begin`, None where none has: then `select` goes on from there."""
+        answer = asked.answer
+        if answer is None or answer[0] != "pick":
+            return None
+        pick = self._picked(rule, asked.selection, answer)
+        self._pool(rule.pool).local.picked(pick, asked.selection)
+        return pick
+
+    def give_up(self, rule: Rule, asked: Asked) -> None:
+        """Nobody waits any more for what `begin` has asked."""
+        self._pool(rule.pool).give_up(asked)
 
     def _picked_alone(self, rule: Rule, selection: Selection, loss: StoreUnavailableError) -> Pick:
         """This worker's own pick, under a new name: of the one that was asked for, Redis may have made something."""
@@ -462,6 +516,10 @@ class Balance:
             stream_us=stream_us,
         )
         return await (await self._up(hold.pool)).settle_held(hold.worker, entry, kept_ms)
+
+    def when_flushed(self, pool: str, then: Callable[[], None]) -> None:
+        """Calls it once everything settled before has been written to Redis' socket: at once, or later in this tick."""
+        self._pool(pool).when_flushed(then)
 
     async def flushed(self, pool: str) -> None:
         """Returns once everything settled before has been written to Redis' socket.

@@ -61,12 +61,20 @@ class Asked(msgspec.Struct, eq=False):
 
     selection: Selection
     on_answer: OnAnswer
+    asked_at: float
     until: float
     is_over: bool = False
     answer: Answer | None = None
     failure: StoreUnavailableError | None = None
     is_sent: bool = False
     refusal: RefusedError | None = None
+
+    def result(self) -> Answer:
+        """The answer. Raises the failure."""
+        if self.answer is None:
+            assert self.failure is not None, "without an answer there is a reason"
+            raise self.failure
+        return self.answer
 
     def end(self, answer: Answer | None, failure: StoreUnavailableError | None) -> None:
         """Tells who has asked."""
@@ -119,6 +127,7 @@ class PoolClient:
         """All that were asked, in that order, until they are answered and the next look at the deadlines."""
         self._deadline: asyncio.TimerHandle | None = None
         self._flush_scheduled = False
+        self._behind_flush: list[Callable[[], None]] = []
         self._retry: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._given_up: set[asyncio.Task[None]] = set()
@@ -212,7 +221,7 @@ class PoolClient:
             loop = self._loop = asyncio.get_running_loop()
         if not link.is_up and not link.is_moving:
             raise StoreUnavailableError(f"Redis is away: {link.failure}")
-        asked = Asked(selection, on_answer, loop.time() + self._deadline_s)
+        asked = Asked(selection, on_answer, time.monotonic(), loop.time() + self._deadline_s)
         self._asked.append(asked)
         self._waiting.append(asked)
         if self._deadline is None:
@@ -241,10 +250,7 @@ class PoolClient:
         except asyncio.CancelledError:
             self.give_up(asked)
             raise
-        if asked.answer is None:
-            assert asked.failure is not None, "without an answer there is a reason"
-            raise asked.failure
-        return asked.answer
+        return asked.result()
 
     def _end_waiting(self) -> None:
         """Fails what has waited for the deadline, and looks again when the next one is over.
@@ -286,6 +292,13 @@ class PoolClient:
         """True when all that was queued is written to the socket, or waits for a socket."""
         return not self._flush_scheduled
 
+    def when_flushed(self, then: Callable[[], None]) -> None:
+        """Calls it once all that was queued before is written to the socket: at once, or behind this tick's write."""
+        if self._flush_scheduled:
+            self._behind_flush.append(then)
+        else:
+            then()
+
     async def flushed(self) -> None:
         """Returns once all that was queued before is written to the socket: the next turn of the loop at the latest."""
         if self._flush_scheduled:
@@ -322,6 +335,13 @@ class PoolClient:
 
     def _flush(self) -> None:
         self._flush_scheduled = False
+        self._write_out()
+        if self._behind_flush:
+            behind, self._behind_flush = self._behind_flush, []
+            for then in behind:
+                then()
+
+    def _write_out(self) -> None:
         if self._link.is_connected and self._retry is None:
             for batch in self.outbox.take():
                 self._send_batch(batch)

@@ -57,6 +57,10 @@ class Queues:
         """How many wait."""
         return sum(len(line.waiting) for line in self._lines.values())
 
+    def has_line(self, rule: Rule) -> bool:
+        """True when somebody waits for the rule, whichever service of it serves."""
+        return bool(self._lines) and (rule.uuid, "") in self._lines
+
     async def wait(self, rule: Rule, only: str, ask: Callable[[], Awaitable[_T]]) -> _T:
         """What `ask` returns once it is no longer refused for a limit, for up to the rule's `queue_timeout_ms`.
 

@@ -6,6 +6,7 @@ It outlives its connection: that goes back to its pool as soon as the answer's l
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from balancer.dialects import Headers
@@ -38,6 +39,7 @@ class Answer:
         "_waiter",
         "headers",
         "length",
+        "on_news",
         "status",
     )
 
@@ -45,6 +47,8 @@ class Answer:
         self.status = 0
         self.headers: Headers = ()
         self.length: int | None = None
+        self.on_news: Callable[[], None] | None = None
+        """Called, instead of a reader that waits, when something has come, or will not come any more."""
         self._request = request
         self._loop = loop
         self._connection: Connection | None = None
@@ -69,7 +73,7 @@ class Answer:
     @property
     def is_awaited(self) -> bool:
         """True while somebody waits for what comes next."""
-        return self._waiter is not None
+        return self._waiter is not None or self.on_news is not None
 
     async def opened(self, connection: Connection) -> None:
         """Waits for the headers. Raises UpstreamError, and leaves no connection behind when it is cancelled."""
@@ -79,12 +83,44 @@ class Answer:
         if self._error is not None and not self.status:
             raise self._error
 
+    def watch(self, connection: Connection, on_news: Callable[[], None]) -> None:
+        """Lets somebody who does not wait hear of all that comes, until `on_news` is None again."""
+        self.on_news = on_news
+        connection.arm(self._first_at)
+
+    def expect_more(self) -> None:
+        """Limits the wait for the rest of the body."""
+        self._arm()
+
+    def begun(self) -> None:
+        """Hands over to a reader. Raises UpstreamError where the answer has not even headers."""
+        self.on_news = None
+        if self._error is not None and not self.status:
+            raise self._error
+
+    @property
+    def is_over(self) -> bool:
+        """True when all of it has come."""
+        return self._is_over
+
+    @property
+    def has_failed(self) -> bool:
+        """True when it will not come to its end."""
+        return self._error is not None
+
+    @property
+    def held_bytes(self) -> int:
+        """How much of its body has come and was not read."""
+        return self._held
+
     def whole(self) -> bytes | None:
         """The body, if all of it has come and nothing was read yet; it can still be read."""
         chunks = self._chunks
-        if not self._is_over or len(chunks) != 1 or len(chunks[0]) != self.length:
+        if not self._is_over or not chunks:
             return None
-        return chunks[0]
+        if len(chunks) > 1:
+            chunks[:] = [b"".join(chunks)]
+        return chunks[0] if self.length is None or len(chunks[0]) == self.length else None
 
     async def read(self) -> bytes:
         """The next bytes as they came, b"" at the end."""
@@ -196,7 +232,10 @@ class Answer:
         """All of it has come; the connection is somebody else's from now on."""
         self._is_over = True
         self._connection = None
-        self._wake()
+        if self.on_news is not None:
+            self.on_news()
+        else:
+            self._wake()
 
     def fail(self, what: str = "") -> None:
         """It will not come to its end; `what` is wrong with it, unless it just broke off."""
@@ -221,6 +260,10 @@ class Answer:
         return UpstreamTimeoutError(f"{self._request.provider} did not answer in time ({limit})")
 
     def _wake(self, chunk: bytes = b"") -> None:
+        if self.on_news is not None:
+            if self._error is not None:
+                self.on_news()
+            return
         self._take = None
         waiter = self._waiter
         if waiter is not None and not waiter.done():

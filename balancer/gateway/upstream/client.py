@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections.abc import Callable
+
+import msgspec
 
 from balancer.errors import UpstreamError, UpstreamTimeoutError
 from balancer.gateway.messages import UpstreamRequest, UpstreamResponse
@@ -11,7 +14,7 @@ from balancer.gateway.upstream.answer import Answer
 from balancer.gateway.upstream.connection import Connection
 from balancer.gateway.upstream.dialing import Dialer
 from balancer.gateway.upstream.pool import Pool
-from balancer.gateway.upstream.request import Heads, Origin, Targets
+from balancer.gateway.upstream.request import Heads, Origin, Targets, head_of
 from balancer.gateway.upstream.socks import SocksUpstream
 from balancer.gateway.upstream.tls import client_context
 from balancer.gateway.upstream.tunnel import ProxyRefusedError
@@ -19,6 +22,14 @@ from balancer.gateway.upstream.tunnel import ProxyRefusedError
 _BUFFER_BYTES = 64 * 1024
 _CLOSING = "the gateway is closing its connections to upstreams"
 _CUT_OFF = "was cut off: the gateway is closing its connections"
+
+
+class Prepared(msgspec.Struct, frozen=True, kw_only=True):
+    """What many requests have in common: where they go, and how their head begins. `request` has no body."""
+
+    request: UpstreamRequest
+    origin: Origin
+    head: bytes
 
 
 class UpstreamClient:
@@ -59,6 +70,35 @@ class UpstreamClient:
                 connection, is_new = await self._another(pool, target.origin, answer, request, again=True)
         await answer.opened(connection)
         return answer
+
+    def prepared(self, request: UpstreamRequest) -> Prepared | None:
+        """What requests that differ in `more` and the body alone have in common; None for one that only `send` sends.
+
+        Raises UpstreamError for one that cannot be sent.
+        """
+        if request.proxy_url.startswith("socks"):
+            return None
+        target = self._targets.of(request.url, request.proxy_url)
+        return Prepared(request=request, origin=target.origin, head=head_of(request, target, request.headers))
+
+    def begin(
+        self, prepared: Prepared, lines: bytes, body: bytes, began_at: float, on_news: Callable[[], None]
+    ) -> Answer | None:
+        """Sends a request on an idle connection; `on_news` is called when something of its answer is there.
+
+        None, with nothing sent, where no idle connection is left. `lines` are the last of its head, the empty one
+        included. The time for the whole request counts from `began_at`, of the loop's clock.
+        """
+        pool = self._pools.get(prepared.origin)
+        if pool is None:
+            return None
+        answer = Answer(prepared.request, pool.loop, began_at)
+        while (connection := pool.take()) is not None:
+            if connection.ask(answer, prepared.head + lines, body, head_only=False):
+                answer.watch(connection, on_news)
+                return answer
+            connection.drop()  # It has ended unseen.
+        return None
 
     async def close(self) -> None:
         """Closes all connections."""

@@ -124,12 +124,12 @@ class Heads:
     def of(self, request: UpstreamRequest, target: Target) -> bytes:
         """The request's head. Raises UpstreamError that names the header which cannot be sent."""
         if not request.more:
-            return _head_of(request, target, request.headers) + _end_of(request, ())
+            return head_of(request, target, request.headers) + _end_of(request, ())
         headers, method = request.headers, request.method
         kept = self._kept.get(id(headers))
         if kept is not None and kept[0] is headers and kept[1] is target and kept[2] == method:
             return kept[3] + _end_of(request, request.more)
-        head = _head_of(request, target, headers)
+        head = head_of(request, target, headers)
         if len(self._kept) >= _HEADS_KEPT:
             self._kept.clear()
         self._kept[id(headers)] = headers, target, method, head
@@ -147,8 +147,8 @@ def _end_of(request: UpstreamRequest, headers: Headers) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-def _head_of(request: UpstreamRequest, target: Target, headers: Headers) -> bytes:
-    """The first line, and those of these headers."""
+def head_of(request: UpstreamRequest, target: Target, headers: Headers) -> bytes:
+    """The first line, and those of these headers. Raises UpstreamError that names the header which cannot be sent."""
     method = request.method
     if method not in _METHODS and not _TOKEN.fullmatch(method):
         raise UpstreamError("the request's method is none")

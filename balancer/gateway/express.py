@@ -1,0 +1,466 @@
+"""The express way of the lane: the usual request, from its last byte to its answer's, in a few callbacks and no task.
+
+Usual is a JSON request for a model that is no stream, of a rule whose pool answers, to an upstream with an idle
+connection, and a JSON answer without an error. At whatever else happens the ordinary way takes over, from where the
+request stands: what was picked, sent or answered until then is not done again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from balancer import bodies, log
+from balancer.bodies import Peek
+from balancer.dialects import Headers
+from balancer.dialects.headers import NOT_DOWN, OURS, client_timeout_s
+from balancer.dialects.paths import Route
+from balancer.domain import Outcome
+from balancer.errors import BalancerError, StoreUnavailableError
+from balancer.gateway.attempts import Attempt
+from balancer.gateway.forwarding import Begun, Forwarder, deadline_ms, reserved
+from balancer.gateway.handlers import Handlers
+from balancer.gateway.lane import Lane, request_of
+from balancer.gateway.lane_head import Head
+from balancer.gateway.lane_stream import CONTROLS, date
+from balancer.gateway.masking import Mask
+from balancer.gateway.matching import Plan, Plans
+from balancer.gateway.messages import ClientRequest
+from balancer.gateway.opening import described, says_error
+from balancer.gateway.outgoing import Account, Outgoing
+from balancer.gateway.request_ids import request_id_of
+from balancer.gateway.telling import header_text
+from balancer.gateway.upstream import UpstreamClient
+from balancer.gateway.upstream.answer import Answer
+from balancer.gateway.upstream.client import Prepared
+from balancer.metrics import Metrics
+from balancer.sessions import session_of
+from balancer.store.balance import Balance
+from balancer.store.pool import Asked
+from balancer.usage import usage_of
+
+_KEPT_PATHS = ("/v1/responses",)
+"""What is asked for there goes on from answers, and is kept."""
+_LATE_S = 0.05
+"""What has taken so long to be picked for has less time left than its like."""
+_WHOLE_BYTES = 48 * 1024
+"""Of an answer beyond this a client might be too slow to take all at once."""
+_SERVICES_KEPT = 64
+
+
+class _Sent(msgspec.Struct, frozen=True, gc=False):
+    """What all requests with one head have in common on their way to a service."""
+
+    account: Account
+    outgoing: Outgoing
+    prepared: Prepared
+    telling: str
+    """The header that tells the client where its request went, empty when it is not told."""
+
+
+class _Approach:
+    """What a client's head says, found out once; `first` tells it from another. Without a `route` it is not for us."""
+
+    __slots__ = ("first", "patience_s", "request", "route", "sent")
+
+    def __init__(self, request: ClientRequest, route: Route | None, patience_s: float | None) -> None:
+        self.first = request.first
+        self.request = request
+        self.route = route
+        self.patience_s = patience_s
+        self.sent: dict[str, _Sent] = {}
+
+
+class Express:
+    """Begins what the lane gives it."""
+
+    def __init__(
+        self,
+        handlers: Handlers,
+        forwarder: Forwarder,
+        balance: Balance,
+        upstream: UpstreamClient,
+        plans: Plans,
+        metrics: Metrics,
+        *,
+        opened: Callable[[], None],
+        closed: Callable[[], None],
+        decision_headers: bool,
+    ) -> None:
+        """`opened` and `closed` are called for each request that is answered here."""
+        self.handlers = handlers
+        self.forwarder = forwarder
+        self.balance = balance
+        self.upstream = upstream
+        self.metrics = metrics
+        self.preparer = forwarder.preparer
+        self.opened = opened
+        self.closed = closed
+        self.decision_headers = decision_headers
+        self._plans = plans
+        self.loop = asyncio.get_running_loop()
+
+    def begin(self, lane: Lane, head: Head, body: bytes, is_last: bool) -> Way | None:
+        """Begins to answer a request; None for one that is for the ordinary way, from its start."""
+        approach = lane.kept
+        if not isinstance(approach, _Approach) or approach.first is not head.first:
+            approach = lane.kept = self._approach(head)
+        route = approach.route
+        transport = lane.transport
+        if route is None or transport is None or transport.get_write_buffer_size():
+            return None
+        try:
+            peek = bodies.peek(body)
+            plan = self._plans.matching(route.scenario, peek.model)
+        except BalancerError:
+            return None
+        if plan is None or peek.stream or not plan.is_usual or plan.foreign[route.dialect.name]:
+            return None
+        patience_s = approach.patience_s
+        if patience_s is not None and patience_s < plan.patience_s:
+            return None
+        way = Way(self, lane, approach, route, head, body, peek, plan, is_last)
+        return way if way.ask() else None
+
+    def _approach(self, head: Head) -> _Approach:
+        request = request_of(head, b"", "")
+        route = self.handlers.may_pass(request)
+        if route is not None and route.path in _KEPT_PATHS:
+            route = None
+        return _Approach(request, route, client_timeout_s(head.first))
+
+    def sent(self, approach: _Approach, route: Route, service: str) -> _Sent | None:
+        """How a request with that head goes to a service. Raises BalancerError."""
+        account = self.preparer.account(service)
+        sent = approach.sent.get(service)
+        if sent is not None and sent.account is account:
+            return sent
+        outgoing = self.preparer.common(approach.request, route, service, account)
+        prepared = self.upstream.prepared(outgoing.request) if outgoing is not None else None
+        if outgoing is None or prepared is None:
+            return None
+        if len(approach.sent) >= _SERVICES_KEPT:
+            approach.sent.clear()
+        telling = "" if not self.decision_headers else f"x-balancer-service: {header_text(service)}\r\n"
+        sent = approach.sent[service] = _Sent(account, outgoing, prepared, telling)
+        return sent
+
+
+class Way:
+    """One request on its way: `cancel` when its client has left."""
+
+    __slots__ = (
+        "_answer",
+        "_approach",
+        "_asked",
+        "_attempt",
+        "_attempt_s",
+        "_began",
+        "_body",
+        "_data",
+        "_express",
+        "_head",
+        "_is_last",
+        "_is_over",
+        "_lane",
+        "_outgoing",
+        "_overhead_s",
+        "_peek",
+        "_plan",
+        "_request_id",
+        "_route",
+        "_select_s",
+        "_sent",
+        "_task",
+    )
+
+    def __init__(
+        self,
+        express: Express,
+        lane: Lane,
+        approach: _Approach,
+        route: Route,
+        head: Head,
+        body: bytes,
+        peek: Peek,
+        plan: Plan,
+        is_last: bool,
+    ) -> None:
+        self._express = express
+        self._lane = lane
+        self._approach = approach
+        self._route = route
+        self._head = head
+        self._body = body
+        self._peek = peek
+        self._plan = plan
+        self._is_last = is_last
+        self._began = time.monotonic()
+        self._request_id = request_id_of(head.first.get("x-request-id", ""))
+        self._asked: Asked | None = None
+        self._attempt: Attempt | None = None
+        self._sent: _Sent | None = None
+        self._outgoing: Outgoing | None = None
+        self._answer: Answer | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._is_over = False
+        self._data = b""
+        self._select_s = self._overhead_s = self._attempt_s = 0.0
+
+    def ask(self) -> bool:
+        """Asks for the pick; False, with nothing done, where only the ordinary way can."""
+        plan, express = self._plan, self._express
+        try:
+            self._asked = express.balance.begin(
+                plan.rule,
+                reserved=reserved(plan, self._peek, self._body),
+                deadline_ms=deadline_ms(plan, 0),
+                session=session_of(plan.rule, self._head.first, self._peek),
+                on_answer=self._on_answer,
+            )
+        except StoreUnavailableError:
+            return False
+        if self._asked is None:
+            return False
+        express.opened()
+        return True
+
+    def cancel(self) -> None:
+        """The client has left: what was picked for it is settled, and its answer ended."""
+        if self._is_over:
+            return
+        if self._task is not None:
+            self._task.cancel()  # It has not begun: from then on it is the lane's work itself.
+        self._drop(Outcome.CANCELLED)
+        self._end(Outcome.CANCELLED, is_whole=False)
+
+    def _drop(self, outcome: Outcome) -> None:
+        """Settles what was picked, and ends its answer."""
+        if self._attempt is not None:
+            self._attempt.settle(outcome)
+        elif self._asked is not None:
+            self._express.balance.give_up(self._plan.rule, self._asked)
+        if self._answer is not None:
+            self._answer.on_news = None
+            self._answer.abandon("was cancelled")
+
+    def _count(self) -> None:
+        """Counts what was done so far of a request that does not go as usual to its end."""
+        attempt, metrics = self._attempt, self._express.metrics
+        if attempt is None:
+            return
+        metrics.select_s(attempt.pick.pool, self._select_s)
+        metrics.picked(attempt.pick)
+        if self._outgoing is not None:
+            metrics.overhead_s(self._overhead_s)
+        if self._attempt_s:
+            metrics.settled(attempt.pick, Outcome.SUCCESS, attempt.usage, self._attempt_s)
+
+    def _end(self, outcome: Outcome, *, is_whole: bool) -> None:
+        """The request is answered, or never will be."""
+        self._is_over = True
+        express = self._express
+        self._count()
+        express.metrics.request(self._route.scenario, self._plan.rule.uuid, outcome, time.monotonic() - self._began)
+        express.closed()
+        self._lane.answered(is_whole=is_whole, is_last=self._is_last)
+
+    def _go_on(self, error: Exception | None = None) -> None:
+        """Leaves the rest to the ordinary way."""
+        self._count()
+        if self._answer is not None:
+            self._answer.on_news = None
+        lane, express = self._lane, self._express
+        request = request_of(self._head, self._body, self._request_id)
+        stream = lane.stream(self._request_id, is_last=self._is_last)
+        begun = Begun(
+            rule=self._plan.rule,
+            peek=self._peek,
+            clock=express.forwarder.clock(request, self._began),
+            asked=self._asked,
+            attempt=self._attempt,
+            outgoing=self._outgoing,
+            answer=self._answer,
+            error=error,
+        )
+
+        async def resume() -> None:
+            lane.work = task
+            try:
+                await express.handlers.handle(request, stream, begun)
+            finally:
+                express.closed()
+
+        self._task = task = lane.task(request, stream, resume)
+
+    # -- callbacks -----------------------------------------------------------------------------------------------------
+
+    def _on_answer(self, asked: Asked) -> None:
+        """Sends the request to the service that was picked."""
+        try:
+            if not self._send(asked):
+                self._go_on()
+        except Exception as exc:  # noqa: BLE001 - a root: who calls has nothing to do with it; the ordinary way tells.
+            self._fail(exc)
+
+    def _fail(self, exc: Exception) -> None:
+        self._drop(Outcome.FAILED)
+        self._go_on(exc)
+
+    def _send(self, asked: Asked) -> bool:
+        express, plan = self._express, self._plan
+        pick = express.balance.finish(plan.rule, asked)
+        if pick is None:
+            return False
+        self._attempt = Attempt(express.balance, express.metrics, plan.rule, pick)
+        now = time.monotonic()
+        self._select_s = now - asked.asked_at
+        elapsed_s = self._overhead_s = now - self._began
+        if elapsed_s > _LATE_S:
+            return False
+        try:
+            sent = express.sent(self._approach, self._route, pick.service)
+        except BalancerError:
+            return False  # It comes again, and is told.
+        if sent is None:
+            return False
+        service = pick.service
+        model = service[service.index(":") + 1 :]
+        body = bodies.replace_model(self._body, model, known=self._peek.model)
+        lines = b"x-request-id: %b\r\nContent-Length: %d\r\n\r\n" % (self._request_id.encode("ascii"), len(body))
+        began_at = express.loop.time() - elapsed_s
+        self._answer = express.upstream.begin(sent.prepared, lines, body, began_at, self._on_news)
+        if self._answer is None:
+            return False
+        self._sent, self._outgoing = sent, sent.outgoing
+        return True
+
+    def _on_news(self) -> None:
+        """Settles when the whole answer has come."""
+        try:
+            answer = self._answer
+            assert answer is not None, "it is what there is news of"
+            if answer.has_failed or (answer.status and not self._settle(answer)):
+                self._go_on()
+        except Exception as exc:  # noqa: BLE001 - as above.
+            self._fail(exc)
+
+    def _settle(self, answer: Answer) -> bool:
+        attempt, sent = self._attempt, self._sent
+        assert attempt is not None, "an answer is of an attempt"
+        assert sent is not None, "which was sent"
+        if answer.status != 200:
+            return False
+        body = answer.whole()
+        if body is None:
+            if answer.is_over or answer.held_bytes > _WHOLE_BYTES or "json" not in described(answer.headers)[0]:
+                return False
+            answer.expect_more()
+            return True
+        if len(body) > _WHOLE_BYTES or not body.startswith(b"{") or says_error(body):
+            return False
+        pick = attempt.pick
+        telling = sent.telling and f"x-balancer-decision: {pick.decision}\r\n{sent.telling}x-balancer-attempts: 1\r\n"
+        head = answer_head(
+            answer.headers, telling, self._request_id, len(body), sent.outgoing.mask, is_last=self._is_last
+        )
+        if head is None:
+            return False
+        answer.on_news = None
+        attempt.usage = usage_of(body)
+        self._attempt_s = attempt.end(Outcome.SUCCESS)
+        self._data = head + body
+        self._express.balance.when_flushed(pick.pool, self._tell)
+        return True
+
+    def _tell(self) -> None:
+        """Sends the answer to the client."""
+        if self._is_over:
+            return
+        try:
+            attempt, transport = self._attempt, self._lane.transport
+            assert attempt is not None, "an answer is of an attempt"
+            attempt.log(self._request_id)
+            if transport is None or transport.is_closing():
+                self._end(Outcome.CANCELLED, is_whole=False)
+                return
+            transport.write(self._data)
+            self._arrive(attempt)
+        except Exception as exc:  # noqa: BLE001 - as above.
+            log.error("a request failed in the gateway", exc=exc, request=self._request_id)
+            self._lane.break_off()
+
+    def _arrive(self, attempt: Attempt) -> None:
+        """The client has its answer."""
+        self._is_over = True
+        express, pick = self._express, attempt.pick
+        express.metrics.answered(
+            (
+                (self._route.scenario, pick.pool, pick.rule, pick.service, pick.reason),
+                attempt.usage,
+                pick.is_switch,
+                self._select_s,
+                self._overhead_s,
+                self._attempt_s,
+                time.monotonic() - self._began,
+            )
+        )
+        express.closed()
+        self._lane.answered(is_whole=True, is_last=self._is_last)
+
+
+_DROPPED, _PLAIN, _TYPE, _UNUSUAL = range(4)
+_STARTS_KEPT = 1024
+_starts: dict[str, tuple[str, int]] = {}
+"""How a header's line begins that comes down, by its name as the upstream spells it; names recur."""
+
+
+def _start_of(name: str) -> tuple[str, int]:
+    lower = name.lower()
+    if lower == "connection" or lower == "content-encoding" or not lower.isascii():
+        start = ("", _UNUSUAL)
+    elif lower in NOT_DOWN or lower.startswith(OURS):
+        start = ("", _DROPPED)
+    elif lower == "x-request-id":
+        start = ("x-upstream-request-id: ", _PLAIN)
+    else:
+        start = (f"{name}: ", _TYPE if lower == "content-type" else _PLAIN)
+    if len(_starts) < _STARTS_KEPT:
+        _starts[name] = start
+    return start
+
+
+def answer_head(
+    headers: Headers, telling: str, request_id: str, length: int, mask: Mask, *, is_last: bool
+) -> bytes | None:
+    """The head of a JSON answer, by the rules of `dialects.headers.response_headers` and `lane_stream.answer_head`.
+
+    None for an answer that is no plain JSON, or whose head needs more than to be passed on.
+    """
+    parts = ["HTTP/1.1 200 OK\r\n"]
+    kind_of_body = ""
+    for name, value in headers:
+        start, kind = _starts.get(name) or _start_of(name)
+        if kind == _PLAIN:
+            parts += (start, value, "\r\n")
+        elif kind == _TYPE:
+            if kind_of_body:
+                return None
+            kind_of_body = value
+            parts += (start, value, "\r\n")
+        elif kind == _UNUSUAL and value != "keep-alive":
+            return None
+    if "json" not in kind_of_body.lower():
+        return None
+    lines = 5 + len(parts) // 3 + (3 if telling else 0) + is_last
+    closing = "Connection: close\r\n" if is_last else ""
+    parts.append(f"{telling}x-request-id: {request_id}\r\nContent-Length: {length}\r\nDate: {date()}\r\n{closing}\r\n")
+    text = "".join(parts)
+    if mask.shows_in_text(text):
+        return None
+    head = text.encode("utf-8", "ignore")
+    # All control characters in it must be the line ends that were meant.
+    return head if len(head) - len(head.translate(None, CONTROLS)) == 2 * lines else None
