@@ -34,7 +34,7 @@ def call_numbers(
     skips: bool = False,
     entries: int = 0,
 ) -> str:
-    """What tick is told of its call: the place that the worker has seen, and the batch, 0 for none, of so many entries."""
+    """What tick is told of its call: the place that the worker has seen, the batch (0: none) and how many entries."""
     return f"{now_ms} {seen[0]} {seen[1]} {lease_ms} {batch} {skips:d} {entries}"
 
 

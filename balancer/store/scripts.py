@@ -76,25 +76,19 @@ class Script(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Prepared:
-    """Calls of a script that differ in a few arguments only: the names are looked up once, not at each call."""
+    """Calls of a script that differ in their last arguments only: the names are looked up once, not at each call."""
 
     def __init__(self, script: Script, keys: Mapping[str, str], arguments: Mapping[str, str | int]) -> None:
-        """`arguments` are those that stay. Raises TypeError when a name is not one of the header."""
-        changing = [name for name in script.arguments if name not in arguments]
+        """`arguments` are those that stay, the first of the header. Raises TypeError when a name is not one of it."""
+        changing = script.arguments[len(arguments) :]
         script.command(keys, {**arguments, **dict.fromkeys(changing, 0)})
         self.script = script
         self._keys = tuple(keys[name] for name in script.keys)
-        self._arguments = [arguments.get(name, 0) for name in script.arguments]
-        self._places = {name: script.arguments.index(name) for name in changing}
+        self._arguments = tuple(arguments[name] for name in script.arguments[: len(arguments)])
 
-    def command(
-        self, changing: Mapping[str, str | int], rest: Sequence[str | int], rest_keys: Sequence[str] = ()
-    ) -> tuple[str | int, ...]:
-        """As Script.command, given all of the arguments that change. Raises KeyError for an argument that does not."""
-        arguments = self._arguments.copy()
-        for name, value in changing.items():
-            arguments[self._places[name]] = value
-        return (len(self._keys) + len(rest_keys), *self._keys, *rest_keys, *arguments, *rest)
+    def command(self, changing: Sequence[str | int], rest_keys: Sequence[str] = ()) -> tuple[str | int, ...]:
+        """As Script.command, given in their order the arguments that change, and behind them the rest."""
+        return (len(self._keys) + len(rest_keys), *self._keys, *rest_keys, *self._arguments, *changing)
 
 
 def folder(override: str = "") -> Path:
@@ -181,7 +175,12 @@ def _expand_folder(root: Path, name: str, done: set[str]) -> str:
         text = (root / "include" / name / f"{one}.lua").read_text(encoding="utf-8")
         if any(map(_INCLUDE.match, text.splitlines())):
             raise ConfigurationError(f"{name}/{one}.lua: what is included by its folder includes nothing")
-        lines += [f"  if name == '{one}' then", textwrap.indent(text.rstrip("\n"), "    "), f"    return {one}", "  end"]
+        lines += [
+            f"  if name == '{one}' then",
+            textwrap.indent(text.rstrip("\n"), "    "),
+            f"    return {one}",
+            "  end",
+        ]
     return "\n".join([*lines, "end"])
 
 
@@ -219,7 +218,7 @@ def _source(name: str, text: str) -> str:
         if piece.name:
             body = _renamed(piece.text, names, piece.apart)
             groups.setdefault(piece.apart, []).append(body)
-    made = [_FUNCTION_HEAD.sub(rf"\1 = function(", body).rstrip("\n") + ",\n" for body in groups.pop("", [])]
+    made = [_FUNCTION_HEAD.sub(r"\1 = function(", body).rstrip("\n") + ",\n" for body in groups.pop("", [])]
     for group, bodies in groups.items():
         fields = "\n".join(textwrap.wrap(", ".join(f"{n} = {n}" for n, apart in names.items() if apart == group), 110))
         made.append(
@@ -259,7 +258,9 @@ def _with_literals(pieces: list[_Piece]) -> list[_Piece]:
                 lines.append(line)
         return "".join(lines)
 
-    kept = [piece if piece.name else msgspec.structs.replace(piece, text=without_constants(piece.text)) for piece in pieces]
+    kept = [
+        piece if piece.name else msgspec.structs.replace(piece, text=without_constants(piece.text)) for piece in pieces
+    ]
     return [msgspec.structs.replace(piece, text=_CODE_WORD.sub(literal, piece.text)) for piece in kept]
 
 

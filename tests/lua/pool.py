@@ -79,9 +79,7 @@ class LuaPool:
         """What the script says to a batch (number 0: none) and selections."""
         rest = [argument for entry in entries for argument in entry_arguments(entry)]
         rest += [argument for selection in selections for argument in selection_arguments(selection)]
-        call = call_numbers(
-            now_ms=now_ms, seen=seen, lease_ms=lease_ms, batch=batch, skips=skip, entries=len(entries)
-        )
+        call = call_numbers(now_ms=now_ms, seen=seen, lease_ms=lease_ms, batch=batch, skips=skip, entries=len(entries))
         if selections:
             self._drop_pins(now_ms)
         pins = pin_keys(self.name, selections)
