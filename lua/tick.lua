@@ -27,7 +27,7 @@
 -- include: pool
 -- include: ledger
 -- include: limits
--- include: partition
+-- include: view
 -- include: tactic/*
 
 local RETRY_COST, PROMOTION_HOLD_MS, ABANDONED_MS = 1000, 60000, 60000
@@ -189,7 +189,7 @@ end
 
 -- What a minute counts of an attempt: what was reported; of one that was served and reported nothing, as when its
 -- client left, what it had reserved. Otherwise such clients would have no limit.
-local function minute_tokens(entry, holding)
+local function minute_tokens(entry, holding) -- apart: limits
   local tokens = entry.input + entry.output
   local is_served = entry.outcome == 'success' or entry.outcome == 'cancelled'
   return tokens == 0 and is_served and holding.reserved or tokens
@@ -240,15 +240,6 @@ local function state_of(line)
   if service then return service end
   load_services(call.state, {}, nil, {line.id})
   return call.state.services[line.id]
-end
-
--- Loads all services of a partition at once, for who looks at each.
-local function load_all(part)
-  if part.is_loaded then return end
-  local ids = {}
-  for i, line in ipairs(lines_of(part)) do ids[i] = line.id end
-  load_services(call.state, {}, nil, ids)
-  part.is_loaded = true
 end
 
 local function counts(line)
@@ -344,7 +335,7 @@ local function choose_in_tier(part) -- apart: special
   local tier, hold = serving_tier(part), part.hold
   local is_at_top = tier == part.top and part.current and part.current.tier == tier and is_candidate(part.current)
   if not is_at_top then
-    load_all(part)
+    load_all(call.state, part, lines_of(part))
     local least, has_tier = least_tier(part, is_candidate, tier)
     if not least then return nil end
     if least > tier then
@@ -445,7 +436,7 @@ end
 -- back, or why there is none.
 local function without_candidate(selection, rule, part) -- apart: special
   local open, has_active, within, wait, is_never = 0, false, {}, nil, true
-  load_all(part)
+  load_all(call.state, part, lines_of(part))
   for _, line in ipairs(lines_of(part)) do
     local status = status_of(line)
     has_active = has_active or status ~= 'inactive'
@@ -489,7 +480,7 @@ local function take(selection, rule, part, choice)
   local metered = count_pick(selection.reserved, line, service)
   local probe = choice.is_probe and send_probe(service, id) or '0'
   if choice.moves then
-    move_cursor(part, line)
+    if part.current ~= line then move_cursor(part, line) end
     part.streak, part.memory, part.is_changed = choice.streak, choice.memory, true
     part.tier, part.hold = choice.tier or part.tier, choice.hold or part.hold
   end
@@ -602,8 +593,7 @@ if is_applied then ids = find_holdings() end
 if selections[1] then
   open_rules()
   call.view = new_view({
-    part = false, may_serve = false, found = false, state_of = state_of, counts = counts, load_all = load_all,
-    services_text = services_text, lines_of = lines_of,
+    part = false, may_serve = false, found = false, state_of = state_of, counts = counts, state = call.state,
   })
 end
 local fields = load_services(call.state, ids, {'place', 'record', 'broken'}, call.cursors)

@@ -222,8 +222,8 @@ def _source(name: str, text: str) -> str:
     for group, bodies in groups.items():
         fields = "\n".join(textwrap.wrap(", ".join(f"{n} = {n}" for n, apart in names.items() if apart == group), 110))
         made.append(
-            f"{group} = function()\nlocal made = fn.{group}_made\nif made then return made end\n{''.join(bodies)}"
-            f"made = {{\n{fields},\n}}\nfn.{group}_made = made\nreturn made\nend,\n{group}_made = false,\n"
+            f"{group} = function()\n{''.join(bodies)}local made = {{\n{fields},\n}}\n"
+            f"fn.{group} = function() return made end\nreturn made\nend,\n"
         )
     return f"{declarations}local fn\nfn = {{\n{''.join(made)}}}\n{main}"
 

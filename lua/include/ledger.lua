@@ -46,7 +46,7 @@ local function add_window_tokens(service, input, output, now, age_ms)
 end
 
 -- Counts tokens in the minutes that the attempt was let through by.
-local function add_minute_tokens(service, holding, tokens, now)
+local function add_minute_tokens(service, holding, tokens, now) -- apart: limits
   if holding.meters_service then count_minute(service, now, 0, tokens) end
   if holding.meters_provider then count_minute(service.meter, now, 0, tokens) end
 end

@@ -4,7 +4,7 @@
 -- These are looked at only when another step begins.
 local MINUTE_STEP_MS, MINUTE_STEPS = 5000, 12
 
-local function parse_minute(text)
+local function parse_minute(text) -- apart: limits
   local older_requests, older_tokens, step, requests, tokens, older =
     string.match(text, '^(%d+) (%d+) (%d+) (%d+) (%d+)(.*)$')
   if not step then older_requests, older_tokens, step, requests, tokens, older = 0, 0, -1, 0, 0, '' end
@@ -44,7 +44,7 @@ end
 
 -- The minute of what is measured, a service or a meter, as it is now; read once a call. What is kept changes only when
 -- something is counted.
-local function minute_of(used, now)
+local function minute_of(used, now) -- apart: limits
   local minute = used.minute
   if minute then return minute end
   local current = math.floor(now / MINUTE_STEP_MS)
@@ -55,7 +55,7 @@ local function minute_of(used, now)
 end
 
 -- Counts more, and keeps no more of what no longer counts.
-local function count_minute(used, now, requests, tokens)
+local function count_minute(used, now, requests, tokens) -- apart: limits
   local minute = used.minute or minute_of(used, now)
   used.is_counted = true
   if requests + tokens > 0 then
@@ -64,9 +64,8 @@ local function count_minute(used, now, requests, tokens)
   end
 end
 
-local function minute_text(used)
-  if not used.is_counted then return used.minute_text end
-  local minute = used.minute
+-- The text of one in which something was counted.
+local function minute_text(minute) -- apart: limits
   if minute.step < 0 then return '' end
   return string.format('%d %d %d %d %d', minute.older_requests, minute.older_tokens, minute.step, minute.requests,
     minute.tokens) .. minute.older

@@ -45,23 +45,23 @@ local function partition_text(part)
 end
 
 -- All its services, as text and as lines; read when they are first asked for.
-local function services_text(part)
+local function services_text(part) -- apart: reading
   part.services_text = part.services_text or redis.call('HGET', part.key, 'services:' .. part.id) or ''
   return part.services_text
 end
 
-local function lines_of(part)
+local function lines_of(part) -- apart: reading
   part.lines = part.lines or parse_services(services_text(part))
   return part.lines
 end
 
-local function find_line(part, id)
+local function find_line(part, id) -- apart: reading
   if part.current and id == part.cursor then return part.current end
   return line_of(services_text(part), id)
 end
 
 -- The tier that serves; nil in a partition of one tier.
-local function serving_tier(part)
+local function serving_tier(part) -- apart: rare
   if part.top < 0 then return nil end
   return part.tier >= 0 and part.tier or part.top
 end
@@ -83,8 +83,6 @@ local function least_tier(part, may_serve, tier) -- apart: rare
 end
 
 -- Sets the cursor to a line.
-local function move_cursor(part, line)
-  if part.current ~= line then
-    part.cursor, part.current, part.line_text = line.id, line, current_text(line)
-  end
+local function move_cursor(part, line) -- apart: reading
+  part.cursor, part.current, part.line_text = line.id, line, current_text(line)
 end

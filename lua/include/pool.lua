@@ -52,15 +52,10 @@ local function open_pool(fields, decisions, seen_epoch, seen_position, now)
   return pool
 end
 
--- True when what was renewed at that time is to be renewed again: once a minute.
-local function is_stale(renewed, now)
-  return now - renewed >= RENEWED_MS or renewed > now
-end
-
 -- Writes the pool's place and what else has changed in the services' hash, and keeps all of the pool's keys from
 -- expiring; `leases_key` may be nil. `is_new` says that one of them may be new.
 local function close_pool(pool, services_key, set, partitions_key, leases_key, is_new)
-  local renews = is_stale(pool.renewed, pool.now)
+  local renews = pool.now - pool.renewed >= RENEWED_MS or pool.renewed > pool.now
   if renews then pool.renewed = pool.now end
   if renews or pool.is_changed then
     set[#set + 1] = 'place'

@@ -6,7 +6,7 @@
 -- only the ends of attempts do, `meter:<provider>` what a provider's limits are held against.
 
 local SERVICE = '^(-?%d+) (-?%d+) (-?%d+) (%d+) (%d+) (%d+) (%d+)|([^|]*)|([^|]*)|(.*)$'
-local NEW_SERVICE, NEW_TOTALS, NEW_METER = '0 0 0 0 0 0 0|||', '0 0 0 0 0 0 0 0 0 0 0 0', '0 0|'
+local NEW_SERVICE, NEW_TOTALS = '0 0 0 0 0 0 0|||', '0 0 0 0 0 0 0 0 0 0 0 0'
 local TOTALS = '^(-?%d+) (-?%d+) (-?%d+) (-?%d+) (-?%d+) (-?%d+) (-?%d+) (-?%d+) (-?%d+) (-?%d+) (-?%d+) (-?%d+)$'
 
 -- `key` is the hash; totals are read and written where they are asked for.
@@ -37,8 +37,10 @@ local function parse_totals(service, text)
   service.last_used, service.cleared, service.has_totals = last_used + 0, cleared + 0, true
 end
 
+-- A provider's meter; without limits it counts nothing.
 local function parse_meter(text, provider_text)
-  local in_flight, reserved, minute = string.match(text, '^(-?%d+) (-?%d+)|(.*)$')
+  local in_flight, reserved, minute = 0, 0, ''
+  if text then in_flight, reserved, minute = string.match(text, '^(-?%d+) (-?%d+)|(.*)$') end
   return {
     in_flight = in_flight + 0, reserved = reserved + 0, minute_text = minute, minute = false, is_counted = false,
     provider_text = provider_text, numbers = false, limits = false, is_changed = false,
@@ -88,7 +90,7 @@ local function load_services(pool_services, ids, more, bare)
       at = at + 1
     end
     if meters[provider] == id then
-      meters[provider] = parse_meter(values[at + 1] or NEW_METER, values[at] or '')
+      meters[provider] = parse_meter(values[at + 1], values[at] or '')
       at = at + 2
     end
     service.meter = meters[provider]
@@ -111,6 +113,10 @@ local function breaker_text(service)
   return text ~= '0 0 0 0 0 0 0 0 0' and text or ''
 end
 
+local function kept_minute(used)
+  return used.is_counted and minute_text(used.minute) or used.minute_text
+end
+
 -- The fields and values of what has changed.
 local function changed_fields(pool_services)
   local set, count = {}, 0
@@ -119,7 +125,7 @@ local function changed_fields(pool_services)
       set[count + 1] = 'service:' .. id
       set[count + 2] = string.format('%d %d %d %d %d %d %d|', service.in_flight, service.reserved, service.picks,
         service.cooldown, service.first_token, service.per_token, service.measured)
-        .. windows_text(service.windows) .. '|' .. minute_text(service) .. '|' .. breaker_text(service)
+        .. windows_text(service.windows) .. '|' .. kept_minute(service) .. '|' .. breaker_text(service)
       count = count + 2
       if service.has_totals then
         set[count + 1] = 'totals:' .. id
@@ -133,7 +139,7 @@ local function changed_fields(pool_services)
   for provider, meter in pairs(pool_services.meters) do
     if meter.is_changed then
       set[count + 1] = 'meter:' .. provider
-      set[count + 2] = string.format('%d %d|', meter.in_flight, meter.reserved) .. minute_text(meter)
+      set[count + 2] = string.format('%d %d|', meter.in_flight, meter.reserved) .. kept_minute(meter)
       count = count + 2
     end
   end
@@ -146,4 +152,13 @@ local function counters_text(service, names) -- apart: rare
   for i, name in ipairs(names) do values[i] = whole(service[name]) end
   return table.concat(values, ' ') .. '|' .. windows_text(service.windows) .. '|' .. kept_steps(service)
     .. '|' .. breaker_text(service)
+end
+
+-- Loads all services of a partition at once, for who looks at each.
+local function load_all(pool_services, part, lines) -- apart: reading
+  if part.is_loaded then return end
+  local ids = {}
+  for i = 1, #lines do ids[i] = lines[i].id end
+  load_services(pool_services, {}, nil, ids)
+  part.is_loaded = true
 end
