@@ -33,6 +33,9 @@
 local RETRY_COST, PROMOTION_HOLD_MS, ABANDONED_MS = 1000, 60000, 60000
 local CALL = '^(%d+) (%d+) (%d+) ([1-9]%d*) (%d+) ([01]) (%d+)$'
 local ENTRY = '^(%d+) ([%l_]+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$'
+-- What stands where in an entry, HOLDING being false for none.
+local SERVICE_ID, HOLDING, NUMBER, OUTCOME, AGE_MS, ENTRY_INPUT, ENTRY_OUTPUT = 1, 2, 3, 4, 5, 6, 7
+local ENTRY_CACHED, ENTRY_CREATION, ENTRY_REASONING, COOLDOWN_MS, FIRST_TOKEN_US, STREAM_US = 8, 9, 10, 11, 12, 13
 local SELECTION = '^([1-9]%d*) ([1-9]%d*) (%d+) (%d+) (%d+) (%d+) (%d+)$'
 local metered_text, pick_counters = {[0] = ' 0 ', ' 1 ', ' 2 ', ' 3 '}, {'in_flight', 'reserved', 'picks'}
 -- Whether an outcome is a failure, and what it says of the service: all others say nothing.
@@ -44,28 +47,26 @@ local verdicts = {success = 'success', unauthorized = 'failure', overloaded = 'f
 -- What the call is of. `texts` is what each name holds: false for nothing, '' for what this batch has taken away.
 -- `asked` is the selection that is being decided.
 local call = {
-  worker = ARGV[1], now = 0, batch = 0, pool = false, state = false, rules = {}, parts = {}, cursors = {}, entries = {},
+  now = 0, batch = 0, pool = false, state = false, rules = {}, parts = {}, entries = {},
   selections = {}, names = {'last'}, pins = 0, texts = {}, gone = {}, held = {}, asked = false, view = false,
 }
 
--- The entry out of its arguments, nil when they are malformed.
+-- The entry out of its arguments, an array; nil when they are malformed.
 local function read_entry(text, service)
   local number, outcome, age_ms, input, output, cached, cache_creation, reasoning, cooldown_ms, first_token_us,
     stream_us = string.match(text or '', ENTRY)
   if not number or is_failure[outcome] == nil then return nil end
+  if not service or (service == '' and outcome ~= 'abandoned') then return nil end
+  if string.byte(number) == 48 and number ~= '0' then return nil end
   age_ms, input, output, cached, cache_creation = age_ms + 0, input + 0, output + 0, cached + 0, cache_creation + 0
   reasoning, cooldown_ms, first_token_us = reasoning + 0, cooldown_ms + 0, first_token_us + 0
   stream_us = stream_us + 0
   local largest = math.max(number, age_ms, input, output, cached, cache_creation, reasoning, cooldown_ms,
     first_token_us, stream_us)
-  local has_spelling = string.byte(number) ~= 48 or number == '0'
-  if largest > MOST_WHOLE or not has_spelling or not service or (service == '' and outcome ~= 'abandoned') then
-    return nil
-  end
+  if largest > MOST_WHOLE then return nil end
   return {
-    number = number, service = service, outcome = outcome, age_ms = age_ms, input = input, output = output,
-    cached = cached, cache_creation = cache_creation, reasoning = reasoning, cooldown_ms = cooldown_ms,
-    first_token_us = first_token_us, stream_us = stream_us, holding = false,
+    service, false, number, outcome, age_ms, input, output, cached, cache_creation, reasoning, cooldown_ms,
+    first_token_us, stream_us,
   }
 end
 
@@ -100,7 +101,7 @@ local function read_parts(count)
   for i = 1, count do
     local entry = read_entry(ARGV[at], ARGV[at + 1])
     if not entry then return redis.error_reply('BALANCER tick: entry ' .. i .. ' is malformed') end
-    call.entries[i], call.names[i + 1], at = entry, entry.number, at + 2
+    call.entries[i], call.names[i + 1], at = entry, entry[NUMBER], at + 2
   end
   local taken = 0
   while at <= last do
@@ -117,101 +118,106 @@ local function read_parts(count)
   return nil
 end
 
--- Reads all rules and partitions that are asked for; the services that their cursors stand on are noted.
+-- Reads all rules and partitions that are asked for; the services that their cursors stand on.
 local function open_rules()
-  local fields, count = {}, 0
-  for i = 1, #call.selections do
-    local selection = call.selections[i]
+  local fields, count, cursors, selections, rules, parts = {}, 0, {}, call.selections, call.rules, call.parts
+  for i = 1, #selections do
+    local selection = selections[i]
     local rule, id = selection.rule, selection.partition
-    if not call.rules[rule] then
+    if not rules[rule] then
       count = count + 1
-      fields[count], call.rules[rule] = 'rule:' .. rule, count
+      fields[count], rules[rule] = 'rule:' .. rule, count
     end
-    if not call.parts[id] then
-      fields[count + 1], fields[count + 2], call.parts[id] = 'tactic:' .. id, 'partition:' .. id, count + 1
+    if not parts[id] then
+      fields[count + 1], fields[count + 2], parts[id] = 'tactic:' .. id, 'partition:' .. id, count + 1
       count = count + 2
     end
   end
   local values = redis.call('HMGET', KEYS[2], unpack(fields))
-  for rule, place in pairs(call.rules) do call.rules[rule] = parse_rule(values[place]) end
-  for id, place in pairs(call.parts) do
+  for rule, place in pairs(rules) do rules[rule] = parse_rule(values[place]) end
+  for id, place in pairs(parts) do
     local part = parse_partition(KEYS[2], id, values[place], values[place + 1])
-    if part.current then call.cursors[#call.cursors + 1] = part.cursor end
-    part.choose, call.parts[id] = tactic_named(part.tactic), part
+    if part.current then cursors[#cursors + 1] = part.cursor end
+    part.choose, parts[id] = tactic_named(part.tactic), part
   end
+  return cursors
 end
 
 -- == the end of attempts
 
 -- What each name holds that is settled, and the services to be read. A name that comes twice holds it once.
 local function find_holdings()
-  local ids = {}
-  for i = 1, #call.entries do
-    local entry = call.entries[i]
-    local number = entry.number
-    local text = call.texts[number]
+  local ids, count, entries, texts, gone = {}, 0, call.entries, call.texts, call.gone
+  for i = 1, #entries do
+    local entry = entries[i]
+    local number, id = entry[NUMBER], entry[SERVICE_ID]
+    local text = texts[number]
     local holding = text and (read_holding(text) or read_lost(text))
-    local id = entry.service
     if holding then
-      entry.holding, id, call.texts[number], call.gone[#call.gone + 1] = holding, holding.id, '', number
+      id, entry[HOLDING], entry[SERVICE_ID] = holding.id, holding, holding.id
+      texts[number], gone[#gone + 1] = '', number
     end
-    if id ~= '' then ids[#ids + 1] = id end
+    if id ~= '' then
+      count = count + 1
+      ids[count] = id
+    end
   end
   return ids
 end
 
 -- An attempt that was never sent: what it held is given back, or its name is remembered.
-local function abandon(entry, service) -- apart: special
+local function abandon(number, service) -- apart: special
   if service then
-    service.abandoned, service.is_changed = service.abandoned + 1, true
+    service.totals[ABANDONED], service.is_changed = service.totals[ABANDONED] + 1, true
   else
-    local text, count = string.format('x %d', call.now + ABANDONED_MS), #call.held
-    call.held[count + 1], call.held[count + 2], call.texts[entry.number] = entry.number, text, text
+    local text, held = string.format('x %d', call.now + ABANDONED_MS), call.held
+    held[#held + 1] = number
+    held[#held + 1], call.texts[number] = text, text
   end
 end
 
-local function count_usage(entry, service)
-  local age_ms, input, output, cooldown_ms = entry.age_ms, entry.input, entry.output, entry.cooldown_ms
-  service.requests = service.requests + 1
-  if is_failure[entry.outcome] then service.failures = service.failures + 1 end
-  service.input, service.output = service.input + input, service.output + output
-  service.cached = service.cached + entry.cached
-  service.cache_creation = service.cache_creation + entry.cache_creation
-  service.reasoning = service.reasoning + entry.reasoning
-  if call.now - age_ms > service.last_used then service.last_used = call.now - age_ms end
+local function count_usage(entry, service, outcome, age_ms)
+  local input, output, totals, now = entry[ENTRY_INPUT], entry[ENTRY_OUTPUT], service.totals, call.now
+  totals[REQUESTS] = totals[REQUESTS] + 1
+  if is_failure[outcome] then totals[FAILURES] = totals[FAILURES] + 1 end
+  totals[INPUT], totals[OUTPUT] = totals[INPUT] + input, totals[OUTPUT] + output
+  totals[CACHED] = totals[CACHED] + entry[ENTRY_CACHED]
+  totals[CACHE_CREATION] = totals[CACHE_CREATION] + entry[ENTRY_CREATION]
+  totals[REASONING] = totals[REASONING] + entry[ENTRY_REASONING]
+  if now - age_ms > totals[LAST_USED] + 0 then totals[LAST_USED] = now - age_ms end
   service.is_changed = true
-  add_window_tokens(service, input, output, call.now, age_ms)
-  if cooldown_ms > 0 then service.cooldown = math.max(service.cooldown, call.now - age_ms + cooldown_ms) end
-  if age_ms == 0 and entry.outcome == 'success' then
-    add_latency(service, entry.first_token_us, entry.stream_us, output, call.now)
+  add_window_tokens(service, input, output, now, age_ms)
+  local cooldown_ms = entry[COOLDOWN_MS]
+  if cooldown_ms > 0 then service.cooldown = math.max(service.cooldown, now - age_ms + cooldown_ms) end
+  if age_ms == 0 and outcome == 'success' then
+    add_latency(service, entry[FIRST_TOKEN_US], entry[STREAM_US], output, now)
   end
 end
 
 -- What a minute counts of an attempt: what was reported; of one that was served and reported nothing, as when its
 -- client left, what it had reserved. Otherwise such clients would have no limit.
 local function minute_tokens(entry, holding) -- apart: limits
-  local tokens = entry.input + entry.output
-  local is_served = entry.outcome == 'success' or entry.outcome == 'cancelled'
+  local tokens, outcome = entry[ENTRY_INPUT] + entry[ENTRY_OUTPUT], entry[OUTCOME]
+  local is_served = outcome == 'success' or outcome == 'cancelled'
   return tokens == 0 and is_served and holding.reserved or tokens
 end
 
-local function record_settle(entry, place, id, before, service) -- apart: special
+local function record_settle(entry, place, before, service) -- apart: special
   record_event(call.pool, 'settle', {
-    'worker', call.worker, 'number', entry.number, 'batch', whole(call.batch), 'place', place, 'service', id,
-    'outcome', entry.outcome, 'age_ms', whole(entry.age_ms), 'input', whole(entry.input),
-    'output', whole(entry.output), 'cached', whole(entry.cached), 'cache_creation', whole(entry.cache_creation),
-    'reasoning', whole(entry.reasoning), 'cooldown_ms', whole(entry.cooldown_ms),
-    'first_token_us', whole(entry.first_token_us), 'stream_us', whole(entry.stream_us), 'before', before,
-    'after', service and event_text(service) or '',
+    'worker', ARGV[1], 'number', entry[NUMBER], 'batch', whole(call.batch), 'place', place,
+    'service', entry[SERVICE_ID], 'outcome', entry[OUTCOME], 'age_ms', whole(entry[AGE_MS]),
+    'input', whole(entry[ENTRY_INPUT]), 'output', whole(entry[ENTRY_OUTPUT]), 'cached', whole(entry[ENTRY_CACHED]),
+    'cache_creation', whole(entry[ENTRY_CREATION]), 'reasoning', whole(entry[ENTRY_REASONING]),
+    'cooldown_ms', whole(entry[COOLDOWN_MS]), 'first_token_us', whole(entry[FIRST_TOKEN_US]),
+    'stream_us', whole(entry[STREAM_US]), 'before', before, 'after', service and event_text(service) or '',
   })
 end
 
 -- Applies the entry at a place of the batch.
 local function settle(entry, place)
-  local holding, id, outcome = entry.holding, entry.service, entry.outcome
-  if holding then id = holding.id end
+  local holding, id, outcome, age_ms, pool = entry[HOLDING], entry[SERVICE_ID], entry[OUTCOME], entry[AGE_MS], call.pool
   local service = call.state.services[id]
-  local before = advance(call.pool) and (service and event_text(service) or '')
+  local before = advance(pool) and (service and event_text(service) or '')
   local is_lost = holding and holding.is_lost
   if is_lost then
     uncount_lost(service, holding)
@@ -219,18 +225,18 @@ local function settle(entry, place)
     release(service, holding)
   end
   if outcome == 'abandoned' then
-    abandon(entry, service)
+    abandon(entry[NUMBER], service)
   else
-    count_usage(entry, service)
-    if holding and not is_lost and holding.is_metered and entry.age_ms < 60000 then
+    count_usage(entry, service, outcome, age_ms)
+    if holding and not is_lost and holding.is_metered and age_ms < 60000 then
       add_minute_tokens(service, holding, minute_tokens(entry, holding), call.now)
     end
   end
   if service and not is_lost then
-    local verdict = entry.age_ms == 0 and verdicts[outcome] or ''
-    settle_breaker(call.pool, service, id, provider_numbers(service), verdict, holding and holding.probe or 0)
+    local verdict = age_ms == 0 and verdicts[outcome] or ''
+    settle_breaker(pool, service, id, provider_numbers(service), verdict, holding and holding.probe or 0)
   end
-  if before then record_settle(entry, place, id, before, service) end
+  if before then record_settle(entry, place, before, service) end
 end
 
 -- == the picks
@@ -280,29 +286,25 @@ local function is_candidate(line)
   return status_of(line) == ''
 end
 
-local chosen = {
-  line = false, streak = 0, reason = '', memory = '', is_switch = 0, moves = false, pins = false, tier = false,
-  hold = false, by_tactic = true,
-}
-
--- Chooses by the partition's tactic among those that may serve: `chosen`, or nil when there is none. The first of them
--- counts as the cursor where there is none.
+-- Chooses by the partition's tactic among those that may serve: the line, streak, reason and memory, nil when there is
+-- none. The first of them counts as the cursor where there is none.
 local function choose(part, may_serve)
-  local cursor, current, was_streak = part.cursor, part.current, part.streak
-  call.view.part, call.view.may_serve, call.view.found = part, may_serve, false
+  local cursor, current, was_streak, view = part.cursor, part.current, part.streak, call.view
+  view.part, view.may_serve, view.found = part, may_serve, false
   if cursor == '' then
-    local first = call.view.after('')
+    local first = view.after('')
     if not first then return nil end
     part.cursor, part.current, part.streak = first.id, first, 0
   end
-  local id, streak, reason, memory = part.choose(part, call.view, call.asked.draw)
-  local found = call.view.found
-  local line = id and (found and found.id == id and found or find_line(part, id))
+  local id, streak, reason, memory = part.choose(part, view, call.asked.draw)
+  local found = view.found
+  local line = part.current
+  if id ~= part.cursor or not line then
+    line = id and (found and found.id == id and found or find_line(part, id))
+  end
   if cursor == '' then part.cursor, part.current, part.streak = cursor, current, was_streak end
   if not line then return nil end
-  chosen.line, chosen.streak, chosen.reason, chosen.memory = line, streak, reason, memory or part.memory
-  chosen.moves, chosen.pins, chosen.tier, chosen.hold = false, false, false, false
-  return chosen
+  return line, streak, reason, memory or part.memory
 end
 
 -- Counts a request on a service and its provider; which of their minutes counts it: 0 none, 1 the service's, 2 the
@@ -329,8 +331,8 @@ local function count_pick(reserved, line, service)
   return metered
 end
 
--- The tactic's choice among the candidates of the tier that serves now, with .tier and .hold. A lower one serves only
--- while no higher has a candidate, and for a minute at least.
+-- The tactic's choice among the candidates of the tier that serves now, and behind it tier and hold. A lower one serves
+-- only while no higher has a candidate, and for a minute at least.
 local function choose_in_tier(part) -- apart: special
   local tier, hold = serving_tier(part), part.hold
   local is_at_top = tier == part.top and part.current and part.current.tier == tier and is_candidate(part.current)
@@ -344,9 +346,8 @@ local function choose_in_tier(part) -- apart: special
       tier = least
     end
   end
-  local choice = choose(part, of_tier(is_candidate, tier))
-  if choice then choice.tier, choice.hold = tier, hold end
-  return choice
+  local line, streak, reason, memory = choose(part, of_tier(is_candidate, tier))
+  return line, streak, reason, memory, tier, hold
 end
 
 -- The first service in the rule's order whose half-open breaker nobody tries, nil without one.
@@ -385,7 +386,7 @@ local function record_pick(selection, part, fields, sample) -- apart: special
   local excluded = {}
   for other in pairs(selection.excluded or {}) do excluded[#excluded + 1] = other end
   local event = {
-    'worker', call.worker, 'number', selection.number, 'rule', selection.rule, 'partition', selection.partition,
+    'worker', ARGV[1], 'number', selection.number, 'rule', selection.rule, 'partition', selection.partition,
     'revision', whole(selection.revision), 'tactic', part.tactic, 'draw', whole(selection.draw),
     'reserved', whole(selection.reserved), 'deadline_ms', whole(call.now + selection.deadline_ms),
     'excluded', table.concat(excluded, '\n'), 'affinity_ms', whole(selection.affinity_ms), 'only', selection.only,
@@ -455,83 +456,79 @@ local function without_candidate(selection, rule, part) -- apart: special
   if part.refuses then return refuse(within) end
   local function may_serve(line) return within[line.id] ~= nil end
   if part.top >= 0 then may_serve = of_tier(may_serve, (least_tier(part, may_serve, -1))) end
-  local choice = choose(part, may_serve)
-  choice.reason, choice.streak, choice.is_switch = 'exhausted', part.streak, 0
-  return take(selection, rule, part, choice)
+  local line = choose(part, may_serve)
+  return take(selection, rule, part, line, 'exhausted', part.streak, 0)
 end
 
 local function pick_only(selection, rule, part) -- apart: special
   if selection.is_retry then return {'none', 'tried', 0} end
   local line = find_line(part, selection.only)
   if not line or status_of(line) ~= '' then return without_candidate(selection, rule, part) end
-  return take(selection, rule, part, {line = line, reason = 'pinned', streak = part.streak, is_switch = 0})
+  return take(selection, rule, part, line, 'pinned', part.streak, 0)
 end
 
--- Picks what was chosen: .line, .reason, .streak, .is_switch, .is_probe; .moves with .memory, .tier and .hold.
-local function take(selection, rule, part, choice)
-  local line, number = choice.line, selection.number
-  local id, service = line.id, state_of(line)
-  local is_recorded, before, sample = advance(call.pool), '', nil
+-- Picks what was chosen: counts it, and moves the cursor if there is a memory. `pins` says whether to pin the session.
+local function take(selection, rule, part, line, reason, streak, is_switch, memory, pins)
+  local id, number, pool, held = line.id, selection.number, call.pool, call.held
+  local service = state_of(line)
+  local is_recorded, before, sample = advance(pool), '', nil
   local cursor, streak_before = part.cursor, part.streak
   if is_recorded then
     before = counters_text(service, pick_counters)
-    sample = call.pool.record == 'sampled' and choice.by_tactic and seen_by_tactic(part) or {}
+    local is_by_tactic = reason ~= 'pinned' and reason ~= 'probe'
+    sample = pool.record == 'sampled' and is_by_tactic and seen_by_tactic(part) or {}
   end
   local metered = count_pick(selection.reserved, line, service)
-  local probe = choice.is_probe and send_probe(service, id) or '0'
-  if choice.moves then
+  local probe = reason == 'probe' and send_probe(service, id) or '0'
+  if memory then
     if part.current ~= line then move_cursor(part, line) end
-    part.streak, part.memory, part.is_changed = choice.streak, choice.memory, true
-    part.tier, part.hold = choice.tier or part.tier, choice.hold or part.hold
+    part.streak, part.memory, part.is_changed = streak, memory, true
   end
   local budget = rule.budget + (selection.is_retry and -RETRY_COST or rule.retry_permille)
   if budget > MOST_BUDGET then budget = MOST_BUDGET end
   if budget ~= rule.budget then rule.budget, rule.is_unused = budget, false end
-  local seq, at = rule.seq + 1, #call.held
+  local seq, at = rule.seq + 1, #held
   rule.seq, rule.is_changed = seq, true
-  local text = 'h ' .. selection.reserved_text .. string.format(' %d', call.now + selection.deadline_ms) .. metered_text[metered]
-    .. probe .. ' ' .. id
-  call.held[at + 1], call.held[at + 2], call.texts[number] = number, text, text
-  if choice.pins then redis.call('SET', selection.pin_key, id, 'PX', whole(selection.affinity_ms)) end
+  local text = 'h ' .. selection.reserved_text .. string.format(' %d', call.now + selection.deadline_ms)
+    .. metered_text[metered] .. probe .. ' ' .. id
+  held[at + 1], held[at + 2], call.texts[number] = number, text, text
+  if pins then redis.call('SET', selection.pin_key, id, 'PX', whole(selection.affinity_ms)) end
   if is_recorded then
     record_pick(selection, part, {
-      'service', id, 'reason', choice.reason, 'seq', whole(seq), 'cursor', cursor,
-      'streak_before', streak_before, 'streak', choice.streak, 'is_switch', choice.is_switch, 'meters', metered,
-      'before', before, 'after', counters_text(service, pick_counters),
+      'service', id, 'reason', reason, 'seq', whole(seq), 'cursor', cursor, 'streak_before', streak_before,
+      'streak', streak, 'is_switch', is_switch, 'meters', metered, 'before', before,
+      'after', counters_text(service, pick_counters),
     }, sample)
   end
-  return {'pick', id, choice.reason, seq, call.pool.epoch, call.pool.position, choice.streak, choice.is_switch}
+  return {'pick', id, reason, seq, pool.epoch, pool.position, streak, is_switch}
 end
 
 local function pick(selection, rule, part)
-  local is_retry, pin_key = selection.is_retry, selection.pin_key
+  local is_retry, pin_key, cursor = selection.is_retry, selection.pin_key, part.cursor
   if is_retry and rule.budget < RETRY_COST then return {'none', 'budget', 0} end
   if selection.only ~= '' then return pick_only(selection, rule, part) end
   if pin_key and not is_retry then
     local line = pinned(part, selection)
     if line then
-      local is_switch = part.cursor ~= '' and part.cursor ~= line.id and 1 or 0
-      return take(selection, rule, part,
-        {line = line, reason = 'pinned', streak = part.streak, is_switch = is_switch, pins = true})
+      local is_switch = cursor ~= '' and cursor ~= line.id and 1 or 0
+      return take(selection, rule, part, line, 'pinned', part.streak, is_switch, nil, true)
     end
   end
   if call.pool.broken ~= '' and not is_retry then
     local line = find_probe(part)
-    if line then
-      return take(selection, rule, part,
-        {line = line, reason = 'probe', streak = part.streak, is_switch = 0, is_probe = true})
-    end
+    if line then return take(selection, rule, part, line, 'probe', part.streak, 0) end
   end
-  local choice
-  if part.top < 0 then choice = choose(part, is_candidate) else choice = choose_in_tier(part) end
-  if not choice then return without_candidate(selection, rule, part) end
-  if is_retry then
-    choice.reason, choice.streak, choice.is_switch = 'retry', part.streak, 0
+  local line, streak, reason, memory, tier, hold
+  if part.top < 0 then
+    line, streak, reason, memory = choose(part, is_candidate)
   else
-    choice.is_switch = part.cursor ~= '' and part.cursor ~= choice.line.id and 1 or 0
-    choice.moves, choice.pins = true, pin_key and not selection.keeps_pin
+    line, streak, reason, memory, tier, hold = choose_in_tier(part)
   end
-  return take(selection, rule, part, choice)
+  if not line then return without_candidate(selection, rule, part) end
+  if is_retry then return take(selection, rule, part, line, 'retry', part.streak, 0) end
+  if tier then part.tier, part.hold = tier, hold end
+  local is_switch = cursor ~= '' and cursor ~= line.id and 1 or 0
+  return take(selection, rule, part, line, reason, streak, is_switch, memory, pin_key and not selection.keeps_pin)
 end
 
 -- True for a name that is in use, or was given up less than a minute ago; one call may have it twice.
@@ -587,16 +584,16 @@ last, renewed = last + 0, renewed + 0
 local is_gap = batch > last + 1 and skip == '0'
 if is_gap and not selections[1] then return {{'gap', last, 0, 0, 0}} end
 
-local now, is_applied, ids, answers = clock(now_arg + 0), batch > last and not is_gap, {}, {false}
+local now, is_applied, ids, cursors, answers = clock(now_arg + 0), batch > last and not is_gap, {}, nil, {false}
 call.now = now
 if is_applied then ids = find_holdings() end
 if selections[1] then
-  open_rules()
+  cursors = open_rules()
   call.view = new_view({
     part = false, may_serve = false, found = false, state_of = state_of, counts = counts, state = call.state,
   })
 end
-local fields = load_services(call.state, ids, {'place', 'record', 'broken'}, call.cursors)
+local fields = load_services(call.state, ids, {'place', 'record', 'broken'}, cursors)
 local pool = open_pool(fields, KEYS[5], epoch + 0, position + 0, now)
 call.pool = pool
 if is_applied then
@@ -608,7 +605,7 @@ for i = 1, #selections do answers[i + 1] = decide(selections[i]) end
 -- First of all what takes memory, so that a server that has none refuses all of it. The lease is written when a third
 -- of it has passed, and then the holdings are kept from expiring; a short one is written at once.
 local renews, is_new = now - renewed >= lease_ms / 3 or renewed > now or lease_ms < 1000, false
-if renews then is_new = redis.call('ZADD', KEYS[4], string.format('%d', now + lease_ms), call.worker) > 0 end
+if renews then is_new = redis.call('ZADD', KEYS[4], string.format('%d', now + lease_ms), ARGV[1]) > 0 end
 local set, held = changed_rules(), call.held
 if set[1] then is_new = redis.call('HSET', KEYS[2], unpack(set)) > 0 or is_new end
 close_pool(pool, KEYS[1], changed_fields(call.state), KEYS[2], KEYS[4], is_new)

@@ -10,7 +10,7 @@ local function parse_minute(text) -- apart: limits
   if not step then older_requests, older_tokens, step, requests, tokens, older = 0, 0, -1, 0, 0, '' end
   return {
     older_requests = older_requests + 0, older_tokens = older_tokens + 0, step = step + 0, requests = requests + 0,
-    tokens = tokens + 0, older = older, current = false,
+    tokens = tokens + 0, older = older, current = false, is_counted = false,
   }
 end
 
@@ -57,7 +57,7 @@ end
 -- Counts more, and keeps no more of what no longer counts.
 local function count_minute(used, now, requests, tokens) -- apart: limits
   local minute = used.minute or minute_of(used, now)
-  used.is_counted = true
+  minute.is_counted = true
   if requests + tokens > 0 then
     if minute.step ~= minute.current then begin_step(minute, minute.current) end
     minute.requests, minute.tokens = minute.requests + requests, minute.tokens + tokens
@@ -73,7 +73,8 @@ end
 
 -- The steps that are kept, as an event tells them.
 local function kept_steps(used) -- apart: rare
-  return steps_text(used.is_counted and used.minute or parse_minute(used.minute_text))
+  local minute = used.minute
+  return steps_text(minute and minute.is_counted and minute or parse_minute(used.minute_text))
 end
 
 -- Ms until `excess` more requests (or tokens) no longer count.

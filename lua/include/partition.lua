@@ -34,8 +34,7 @@ local function parse_partition(key, id, tactic_text, text)
   return {
     key = key, id = id, tactic = tactic, params_text = params_text, params = params, top = top + 0,
     refuses = refuses == '1', streak = streak + 0, tier = tier + 0, hold = hold + 0, cursor = cursor, line_text = line,
-    current = parse_current(cursor, line), memory = memory, services_text = false, lines = false, is_loaded = false,
-    is_changed = false,
+    current = parse_current(cursor, line), memory = memory, is_changed = false, choose = false,
   }
 end
 

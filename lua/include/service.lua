@@ -14,27 +14,19 @@ local function open_services(key, has_totals)
   return {key = key, has_totals = has_totals, services = {}, meters = {}}
 end
 
-local function parse_service(text)
+-- `totals` is an array, of texts for what has not changed, where they were asked for; false where they were not.
+local REQUESTS, FAILURES, INPUT, OUTPUT, CACHED, CACHE_CREATION = 1, 2, 3, 4, 5, 6
+local REASONING, LOST, LOST_TOKENS, ABANDONED, LAST_USED, CLEARED = 7, 8, 9, 10, 11, 12
+
+local function parse_service(text, totals)
   local in_flight, reserved, picks, cooldown, first_token, per_token, measured, windows, minute, breaker =
     string.match(text, SERVICE)
   return {
     in_flight = in_flight + 0, reserved = reserved + 0, picks = picks + 0, cooldown = cooldown + 0,
     first_token = first_token + 0, per_token = per_token + 0, measured = measured + 0,
-    windows = parse_windows(windows), minute_text = minute, minute = false, is_counted = false,
-    breaker_text = breaker, breaker = false, meter = false, is_changed = false, is_rolled = false,
-    -- The totals; all zeros where they were not asked for, and then they are not written either.
-    has_totals = false, requests = 0, failures = 0, input = 0, output = 0, cached = 0, cache_creation = 0,
-    reasoning = 0, lost = 0, lost_tokens = 0, abandoned = 0, last_used = 0, cleared = 0,
+    windows = parse_windows(windows), minute_text = minute, breaker_text = breaker, breaker = false, meter = false,
+    totals = totals, is_changed = false, is_rolled = false,
   }
-end
-
-local function parse_totals(service, text)
-  local requests, failures, input, output, cached, cache_creation, reasoning, lost, lost_tokens, abandoned, last_used,
-    cleared = string.match(text, TOTALS)
-  service.requests, service.failures, service.input, service.output = requests + 0, failures + 0, input + 0, output + 0
-  service.cached, service.cache_creation, service.reasoning = cached + 0, cache_creation + 0, reasoning + 0
-  service.lost, service.lost_tokens, service.abandoned = lost + 0, lost_tokens + 0, abandoned + 0
-  service.last_used, service.cleared, service.has_totals = last_used + 0, cleared + 0, true
 end
 
 -- A provider's meter; without limits it counts nothing.
@@ -42,7 +34,7 @@ local function parse_meter(text, provider_text)
   local in_flight, reserved, minute = 0, 0, ''
   if text then in_flight, reserved, minute = string.match(text, '^(-?%d+) (-?%d+)|(.*)$') end
   return {
-    in_flight = in_flight + 0, reserved = reserved + 0, minute_text = minute, minute = false, is_counted = false,
+    in_flight = in_flight + 0, reserved = reserved + 0, minute_text = minute,
     provider_text = provider_text, numbers = false, limits = false, is_changed = false,
     has_limits = provider_text ~= '' and string.sub(provider_text, 1, 6) ~= '0 0 0 ',
   }
@@ -83,12 +75,13 @@ local function load_services(pool_services, ids, more, bare)
     pool_services.meters
   for i = 1, #missing do
     local id = missing[i]
-    local provider, service = services[id], parse_service(values[at] or NEW_SERVICE)
-    services[id], at = service, at + 1
+    local provider, text, totals = services[id], values[at] or NEW_SERVICE, false
     if i <= full and pool_services.has_totals then
-      parse_totals(service, values[at] or NEW_TOTALS)
       at = at + 1
+      totals = {string.match(values[at] or NEW_TOTALS, TOTALS)}
     end
+    local service = parse_service(text, totals)
+    services[id], at = service, at + 1
     if meters[provider] == id then
       meters[provider] = parse_meter(values[at + 1], values[at] or '')
       at = at + 2
@@ -114,7 +107,8 @@ local function breaker_text(service)
 end
 
 local function kept_minute(used)
-  return used.is_counted and minute_text(used.minute) or used.minute_text
+  local minute = used.minute
+  return minute and minute.is_counted and minute_text(minute) or used.minute_text
 end
 
 -- The fields and values of what has changed.
@@ -127,11 +121,9 @@ local function changed_fields(pool_services)
         service.cooldown, service.first_token, service.per_token, service.measured)
         .. windows_text(service.windows) .. '|' .. kept_minute(service) .. '|' .. breaker_text(service)
       count = count + 2
-      if service.has_totals then
+      if service.totals then
         set[count + 1] = 'totals:' .. id
-        set[count + 2] = string.format('%d %d %d %d %d %d %d %d %d %d %d %d', service.requests, service.failures,
-          service.input, service.output, service.cached, service.cache_creation, service.reasoning, service.lost,
-          service.lost_tokens, service.abandoned, service.last_used, service.cleared)
+        set[count + 2] = string.format('%d %d %d %d %d %d %d %d %d %d %d %d', unpack(service.totals))
         count = count + 2
       end
     end
@@ -148,8 +140,13 @@ end
 
 -- The named counters as an event tells them, joined by blanks; then windows, minute and breaker, behind a `|` each.
 local function counters_text(service, names) -- apart: rare
-  local values = {}
-  for i, name in ipairs(names) do values[i] = whole(service[name]) end
+  local values, totals = {}, service.totals
+  local places = {
+    requests = REQUESTS, failures = FAILURES, input = INPUT, output = OUTPUT, cached = CACHED,
+    cache_creation = CACHE_CREATION, reasoning = REASONING, lost = LOST, lost_tokens = LOST_TOKENS,
+    abandoned = ABANDONED, last_used = LAST_USED, cleared = CLEARED,
+  }
+  for i, name in ipairs(names) do values[i] = whole(service[name] or totals[places[name]]) end
   return table.concat(values, ' ') .. '|' .. windows_text(service.windows) .. '|' .. kept_steps(service)
     .. '|' .. breaker_text(service)
 end
