@@ -82,7 +82,12 @@ class Asked(msgspec.Struct, eq=False):
         """Tells who has asked."""
         self.is_over = True
         self.answer, self.failure = answer, failure
-        self.on_answer(self)
+        on_answer, self.on_answer = self.on_answer, _nobody  # Who has asked holds this: no cycle is left behind.
+        on_answer(self)
+
+
+def _nobody(asked: Asked) -> None:
+    """Hears of an end that was told already."""
 
 
 class PoolClient:
@@ -215,23 +220,23 @@ class PoolClient:
     # -- selections and settles ----------------------------------------------------------------------------------------
 
     def ask(self, selection: Selection, on_answer: OnAnswer) -> Asked:
-        """Asks for one selection; `on_answer` is called with its end within the deadline, never before this returns.
+        """Asks for one selection, while Redis is up or the link moves; `on_answer` is called with its end.
+
+        That comes within the deadline, and never before this returns.
 
         A selection that is given up (deadline, lost connection, `give_up`) is settled as abandoned: should Redis have
         made the pick all the same, what it holds is given back.
         """
-        link, loop = self._link, self._loop
-        if loop is None:  # Looking it up is a system call, before Python 3.12.
+        loop = self._loop
+        if loop is None:
             loop = self._loop = asyncio.get_running_loop()
-        if not link.is_up and not link.is_moving:
-            raise StoreUnavailableError(f"Redis is away: {link.failure}")
         asked = Asked(selection, on_answer, time.monotonic(), loop.time() + self._deadline_s)
         self._asked.append(asked)
         self._waiting.append(asked)
         if self._deadline is None:
             self._deadline = loop.call_at(asked.until, self._end_waiting)
         if not self._flush_scheduled:
-            self._flush_soon(is_alone=not self.local.in_flight)
+            self._flush_soon()
         return asked
 
     def give_up(self, asked: Asked) -> None:
@@ -242,6 +247,8 @@ class PoolClient:
 
     async def select(self, selection: Selection) -> Answer:
         """The script's answer to one selection, waited for at most the deadline; it is given up with its caller."""
+        if not self._link.is_up and not self._link.is_moving:
+            raise StoreUnavailableError(f"Redis is away: {self._link.failure}")
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def on_answer(asked: Asked) -> None:
@@ -278,11 +285,11 @@ class PoolClient:
         if waiting:
             self._deadline = loop.call_at(waiting[0].until, self._end_waiting)
 
-    def settle(self, entry: Entry, *, is_alone: bool = False) -> None:
+    def settle(self, entry: Entry) -> None:
         """Queues an entry; it is written with the other commands of this tick, at once where there will be none."""
         self.outbox.add(entry)
         if not self._flush_scheduled:
-            self._flush_soon(is_alone=is_alone)
+            self._flush_soon()
         if self._spiller is None and self.outbox.is_full and time.monotonic() - self._full_warned_at > _WARN_S:
             self._full_warned_at = time.monotonic()
             log.warning(
@@ -322,12 +329,12 @@ class PoolClient:
     def _abandon(self, selection: Selection) -> None:
         self.settle(Entry(number=selection.number, service="", outcome=Outcome.ABANDONED))
 
-    def _flush_soon(self, *, is_alone: bool) -> None:
+    def _flush_soon(self) -> None:
         """Writes with the other commands of this tick; at once for a worker that has nothing else under way.
 
         That would only pay for another turn of its loop.
         """
-        if is_alone and self._link.is_idle:
+        if not self.local.in_flight and self._link.is_idle:
             self._flush()
         else:
             self._schedule_flush()
@@ -335,7 +342,9 @@ class PoolClient:
     def _schedule_flush(self) -> None:
         if not self._flush_scheduled:
             self._flush_scheduled = True
-            asyncio.get_running_loop().call_soon(self._flush)
+            if self._loop is None:  # Looking it up is a system call, before Python 3.12.
+                self._loop = asyncio.get_running_loop()
+            self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flush_scheduled = False
@@ -411,6 +420,10 @@ class PoolClient:
             for i, one in enumerate(asked, start=1):
                 if not one.is_over:
                     one.end(_decoded(reply[i]), None)
+            # Replies come in the order of asking: what is answered must not be kept until a deadline looks at it.
+            waiting = self._waiting
+            while waiting and waiting[0].is_over:
+                waiting.popleft()
             if generation is not None:
                 self._on_settled(generation, word, last)
         if self._asked and not self._flush_scheduled and self._link.is_connected:
@@ -422,8 +435,8 @@ class PoolClient:
             self._link.forget(self._tick.script)
             if generation == self.outbox.generation:
                 self._resend(None)
-            if asked:
-                self._send(None, [one for one in asked if not one.is_over])
+            if wanted := [one for one in asked if not one.is_over]:
+                self._send(None, wanted)
                 self._link.flush()
             return
         if generation is not None:
@@ -778,8 +791,8 @@ class PoolClient:
 def _decoded(answer: Answer) -> Answer:
     """An answer of select with its words as text."""
     if answer[0] == b"pick":  # Nearly always; the rest of it is numbers.
-        _, service, reason, *numbers = answer
-        return ["pick", service.decode(), reason.decode(), *numbers]
+        answer[0], answer[1], answer[2] = "pick", answer[1].decode(), answer[2].decode()
+        return answer
     return [item.decode() if type(item) is bytes else item for item in answer]
 
 
