@@ -246,6 +246,7 @@ class Way:
     def _end(self, outcome: Outcome, *, is_whole: bool) -> None:
         """The request is answered, or never will be."""
         self._is_over = True
+        self._asked = None  # It has our method: a request is freed when it is answered, not when garbage is looked for.
         express = self._express
         express.metrics.request(self._route.scenario, self._plan.rule.uuid, outcome, time.monotonic() - self._began)
         express.closed()
