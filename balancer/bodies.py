@@ -184,7 +184,7 @@ def estimate_tokens(body: bytes) -> int:
     A quarter of the bytes; a long run without spaces (base64 of an image or a file, 512 bytes or more) counts 1 000.
     """
     length, runs = len(body), 0
-    if _may_hold_run(body):
+    if length >= _RUN_BYTES and _may_hold_run(body):
         for part in body.split(b'"'):
             if len(part) >= _RUN_BYTES and b" " not in part and b"\\" not in part and part.isascii():
                 length -= len(part)

@@ -9,6 +9,7 @@ cursors, holdings) is read from Redis at the scrape, so that every worker tells 
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,6 +30,15 @@ BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 SHORT_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 FLUSH_S = 0.1
 """So long after it was counted the other workers know of it."""
+_KINDS = ("input", "output", "cached", "cache_creation", "reasoning")
+"""Of tokens, as a usage names them."""
+
+Passing = tuple[str, str, str, str, str]
+"""Scenario, pool, rule, service and the reason of the pick."""
+Passed = tuple[Passing, Usage | None, bool, float, float, float, float]
+"""A request that went as usual: its labels, its usage, whether the pick was a switch, and seconds: of the selection,
+until it was sent on, of the attempt, and of all."""
+
 _BREAKER_STATES = ("closed", "half_open", "open")
 
 
@@ -70,6 +80,8 @@ class Metrics:
             values.ValueClass = values.MultiProcessValue(lambda: slot)  # type: ignore[no-untyped-call]
         self._registry = registry = CollectorRegistry()
 
+        self.passed: list[Passed] = []
+        """The usual requests since the last flush."""
         self._tallies: list[Counts | Times] = []
         self._is_flushing = False
 
@@ -171,9 +183,36 @@ class Metrics:
             self._upstream_duration.observe((service,), duration_s)
         self._flush_soon()
 
+    def answered(self, passed: Passed) -> None:
+        """Counts all of a request that was picked for, settled and answered as usual, some time soon."""
+        self.passed.append(passed)
+        if not self._is_flushing:
+            self._flush_soon()
+
+    def _count_passed(self) -> None:
+        passed, self.passed = self.passed, []
+        groups: defaultdict[Passing, list[Passed]] = defaultdict(list)
+        for one in passed:
+            groups[one[0]].append(one)
+        for (scenario, pool, rule, service, reason), ones in groups.items():
+            _, usages, switches, select_s, overhead_s, attempt_s, request_s = zip(*ones, strict=True)
+            count = len(ones)
+            self.picks.pending[pool, rule, service, reason] += count
+            if switched := sum(switches):
+                self.switches.pending[pool, rule, reason] += switched
+            self.attempts.pending[pool, rule, service, Outcome.SUCCESS.value] += count
+            self.requests.pending[scenario, rule, Outcome.SUCCESS.value] += count
+            for kind in _KINDS:
+                if tokens := sum([getattr(usage, kind) for usage in usages if usage is not None]):
+                    self.tokens.pending[pool, rule, service, kind] += tokens
+            self._select.observe_all((pool,), select_s)
+            self._overhead.observe_all((), overhead_s)
+            self._upstream_duration.observe_all((service,), attempt_s)
+            self._request_duration.observe_all((scenario,), request_s)
+
     def _flush_soon(self) -> None:
-        if self._is_flushing or self._folder is None:
-            return  # Without a folder nobody reads but `exposition`.
+        if self._is_flushing:
+            return
         try:
             asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
         except RuntimeError:
@@ -184,6 +223,8 @@ class Metrics:
     def flush(self) -> None:
         """Lets all workers know what this one has counted."""
         self._is_flushing = False
+        if self.passed:
+            self._count_passed()
         for tally in self._tallies:
             tally.flush()
 
@@ -191,8 +232,7 @@ class Metrics:
 
     def exposition(self, pools: Iterable[PoolGauges], stores_up: Mapping[str, bool]) -> bytes:
         """The text that Prometheus reads: every worker's counters, and the gauges given."""
-        for tally in self._tallies:
-            tally.flush()
+        self.flush()
         registry = self._registry
         if self._folder is not None:
             registry = CollectorRegistry()

@@ -6,9 +6,9 @@ looked at each label and asked for the process' id: some 3 µs, ten times a requ
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from prometheus_client import Counter, Histogram
 from prometheus_client.metrics_core import Metric
@@ -52,6 +52,19 @@ class Times:
             pending = self._pending[labels] = [0.0] * (len(self._bounds_s) + 2)
         pending[bisect_left(self._bounds_s, seconds)] += 1
         pending[-1] += seconds
+
+    def observe_all(self, labels: Labels, seconds: Sequence[float]) -> None:
+        """Counts many durations of the same labels: for each it costs little more than sorting it in."""
+        pending = self._pending.get(labels)
+        if pending is None:
+            pending = self._pending[labels] = [0.0] * (len(self._bounds_s) + 2)
+        ordered, begin = sorted(seconds), 0
+        for i, bound_s in enumerate(self._bounds_s):
+            end = bisect_right(ordered, bound_s, begin)
+            pending[i] += end - begin
+            begin = end
+        pending[-2] += len(ordered) - begin
+        pending[-1] += sum(ordered)
 
     def flush(self) -> None:
         """Hands over what is pending."""

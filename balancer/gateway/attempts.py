@@ -87,8 +87,12 @@ class Attempt:
 
     def settle(self, outcome: Outcome, cooldown_ms: int = 0) -> None:
         """Settles the attempt with the usage known by now; only the first call counts."""
-        if self.outcome is not None:
-            return
+        if self.outcome is None:
+            duration_s = self.end(outcome, cooldown_ms)
+            self._metrics.settled(self.pick, outcome, self.usage, duration_s)
+
+    def end(self, outcome: Outcome, cooldown_ms: int = 0) -> float:
+        """Settles the attempt, which was not, for somebody who counts it for the metrics; how long it took."""
         self.outcome = outcome
         now = time.perf_counter()
         first_token_us = stream_us = 0
@@ -105,7 +109,7 @@ class Attempt:
             first_token_us=first_token_us,
             stream_us=stream_us,
         )
-        self._metrics.settled(self.pick, outcome, self.usage, now - self._started)
+        return now - self._started
 
     def log(self, request_id: str) -> None:
         """Writes for somebody who looks for it how it ended."""

@@ -157,6 +157,7 @@ class Way:
         "_approach",
         "_asked",
         "_attempt",
+        "_attempt_s",
         "_began",
         "_body",
         "_data",
@@ -166,10 +167,12 @@ class Way:
         "_is_over",
         "_lane",
         "_outgoing",
+        "_overhead_s",
         "_peek",
         "_plan",
         "_request_id",
         "_route",
+        "_select_s",
         "_sent",
         "_task",
     )
@@ -205,6 +208,7 @@ class Way:
         self._task: asyncio.Task[None] | None = None
         self._is_over = False
         self._data = b""
+        self._select_s = self._overhead_s = self._attempt_s = 0.0
 
     def ask(self) -> bool:
         """Asks for the pick; False, with nothing done, where only the ordinary way can."""
@@ -243,17 +247,31 @@ class Way:
             self._answer.on_news = None
             self._answer.abandon("was cancelled")
 
+    def _count(self) -> None:
+        """Counts what was done so far of a request that does not go as usual to its end."""
+        attempt, metrics = self._attempt, self._express.metrics
+        if attempt is None:
+            return
+        metrics.select_s(attempt.pick.pool, self._select_s)
+        metrics.picked(attempt.pick)
+        if self._outgoing is not None:
+            metrics.overhead_s(self._overhead_s)
+        if self._attempt_s:
+            metrics.settled(attempt.pick, Outcome.SUCCESS, attempt.usage, self._attempt_s)
+
     def _end(self, outcome: Outcome, *, is_whole: bool) -> None:
         """The request is answered, or never will be."""
         self._is_over = True
         self._asked = None  # It has our method: a request is freed when it is answered, not when garbage is looked for.
         express = self._express
+        self._count()
         express.metrics.request(self._route.scenario, self._plan.rule.uuid, outcome, time.monotonic() - self._began)
         express.closed()
         self._lane.answered(is_whole=is_whole, is_last=self._is_last)
 
     def _go_on(self, error: Exception | None = None) -> None:
         """Leaves the rest to the ordinary way."""
+        self._count()
         if self._answer is not None:
             self._answer.on_news = None
         lane, express = self._lane, self._express
@@ -298,10 +316,10 @@ class Way:
         pick = express.balance.finish(plan.rule, asked)
         if pick is None:
             return False
-        metrics = express.metrics
-        metrics.picked(pick)
-        self._attempt = Attempt(express.balance, metrics, plan.rule, pick)
-        elapsed_s = time.monotonic() - self._began
+        self._attempt = Attempt(express.balance, express.metrics, plan.rule, pick)
+        now = time.monotonic()
+        self._select_s = now - asked.asked_at
+        elapsed_s = self._overhead_s = now - self._began
         if elapsed_s > _LATE_S:
             return False
         try:
@@ -318,7 +336,6 @@ class Way:
         self._answer = express.upstream.begin(sent.prepared, lines, body, began_at, self._on_news)
         if self._answer is None:
             return False
-        metrics.overhead_s(elapsed_s)
         self._sent, self._outgoing = sent, sent.outgoing
         return True
 
@@ -355,7 +372,7 @@ class Way:
             return False
         answer.on_news = None
         attempt.usage = usage_of(body)
-        attempt.settle(Outcome.SUCCESS)
+        self._attempt_s = attempt.end(Outcome.SUCCESS)
         self._data = head + body
         self._express.balance.when_flushed(pick.pool, self._tell)
         return True
@@ -366,16 +383,34 @@ class Way:
             return
         try:
             attempt, transport = self._attempt, self._lane.transport
-            if log.is_debugging() and attempt is not None:
-                attempt.log(self._request_id)
+            assert attempt is not None, "an answer is of an attempt"
+            attempt.log(self._request_id)
             if transport is None or transport.is_closing():
                 self._end(Outcome.CANCELLED, is_whole=False)
                 return
             transport.write(self._data)
-            self._end(Outcome.SUCCESS, is_whole=True)
+            self._arrive(attempt)
         except Exception as exc:  # noqa: BLE001 - as above.
             log.error("a request failed in the gateway", exc=exc, request=self._request_id)
             self._lane.break_off()
+
+    def _arrive(self, attempt: Attempt) -> None:
+        """The client has its answer."""
+        self._is_over = True
+        express, pick = self._express, attempt.pick
+        express.metrics.answered(
+            (
+                (self._route.scenario, pick.pool, pick.rule, pick.service, pick.reason),
+                attempt.usage,
+                pick.is_switch,
+                self._select_s,
+                self._overhead_s,
+                self._attempt_s,
+                time.monotonic() - self._began,
+            )
+        )
+        express.closed()
+        self._lane.answered(is_whole=True, is_last=self._is_last)
 
 
 _DROPPED, _PLAIN, _TYPE, _UNUSUAL = range(4)

@@ -374,10 +374,7 @@ class Balance:
     def finish(self, rule: Rule, asked: Asked) -> Pick | None:
         """The pick that has come of `begin`, None where none has: then `select` goes on from there."""
         answer = asked.answer
-        if answer is None:
-            return None
-        self._events.selected(rule.pool, time.monotonic() - asked.asked_at)
-        if answer[0] != "pick":
+        if answer is None or answer[0] != "pick":
             return None
         pick = self._picked(rule, asked.selection, answer)
         self._pool(rule.pool).local.picked(pick, asked.selection)

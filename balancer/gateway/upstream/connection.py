@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import httptools
 
+from balancer.gateway.upstream.whole import read_whole
+
 if TYPE_CHECKING:
     from balancer.gateway.upstream.answer import Answer
 
@@ -241,6 +243,17 @@ class Connection(asyncio.BufferedProtocol):
         if answer is None:
             self.drop()  # Nobody has asked: a late 408, or a second answer.
             return
+        if not self._fed and not self._has_head and not self._head_only:
+            whole = read_whole(bytes(self._buffer[:nbytes]))
+            if whole is not None:
+                headers, body = whole
+                self._is_complete = self._keeps_alive = True
+                answer.begin(200, headers, len(body))
+                if body:
+                    answer.receive(body)
+                if self._answer is answer:
+                    self._finish(answer)
+                return
         self._fed += nbytes
         try:
             self._parser.feed_data(self._buffer[:nbytes])
