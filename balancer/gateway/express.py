@@ -330,7 +330,7 @@ class Way:
             return False
         service = pick.service
         model = service[service.index(":") + 1 :]
-        body = bodies.replace_model(self._body, model, known=self._peek.model)
+        body = bodies.replace_model(self._body, model, self._peek)
         lines = b"x-request-id: %b\r\nContent-Length: %d\r\n\r\n" % (self._request_id.encode("ascii"), len(body))
         began_at = express.loop.time() - elapsed_s
         self._answer = express.upstream.begin(sent.prepared, lines, body, began_at, self._on_news)
