@@ -72,7 +72,6 @@ class Gateway:
         self._is_draining = False
         self._open_requests = 0
         self._idle = asyncio.Event()
-        self._idle.set()
 
     def _events(self) -> BalanceEvents:
         metrics = self.metrics
@@ -146,7 +145,10 @@ class Gateway:
             for site in list(runner.sites):
                 await site.stop()
         try:
-            await asyncio.wait_for(self._idle.wait(), self._settings.drain_timeout_s)
+            async with asyncio.timeout(self._settings.drain_timeout_s):
+                while self._open_requests:
+                    self._idle.clear()
+                    await self._idle.wait()
         except TimeoutError:
             log.warning("open requests are broken off", requests=self._open_requests)
         for runner in self._runners:
@@ -196,11 +198,10 @@ class Gateway:
 
     def _opened(self) -> None:
         self._open_requests += 1
-        self._idle.clear()
 
     def _closed(self) -> None:
         self._open_requests -= 1
-        if not self._open_requests:
+        if self._is_draining and not self._open_requests:
             self._idle.set()
 
     async def _healthz(self, request: web.BaseRequest) -> web.Response:

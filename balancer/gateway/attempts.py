@@ -139,4 +139,4 @@ class Attempt:
 
 def _us(seconds: float) -> int:
     """Whole microseconds, at least 1: 0 would mean that nothing was measured."""
-    return max(1, round(seconds * 1_000_000))
+    return int(seconds * 1_000_000 + 0.5) or 1

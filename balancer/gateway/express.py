@@ -19,9 +19,9 @@ from balancer.dialects import Headers
 from balancer.dialects.headers import NOT_DOWN, OURS, client_timeout_s
 from balancer.dialects.paths import Route
 from balancer.domain import Outcome
-from balancer.errors import BalancerError, StoreUnavailableError
+from balancer.errors import BalancerError
 from balancer.gateway.attempts import Attempt
-from balancer.gateway.forwarding import Begun, Forwarder, deadline_ms, reserved
+from balancer.gateway.forwarding import Begun, Forwarder, reserved
 from balancer.gateway.handlers import Handlers
 from balancer.gateway.lane import Lane, request_of
 from balancer.gateway.lane_head import Head
@@ -30,8 +30,8 @@ from balancer.gateway.masking import Mask
 from balancer.gateway.matching import Plan, Plans
 from balancer.gateway.messages import ClientRequest
 from balancer.gateway.opening import described, says_error
-from balancer.gateway.outgoing import Account, Outgoing
-from balancer.gateway.request_ids import request_id_of
+from balancer.gateway.outgoing import LOOK_AGAIN_S, Account, Outgoing
+from balancer.gateway.request_ids import new_request_id, request_id_of
 from balancer.gateway.telling import header_text
 from balancer.gateway.upstream import UpstreamClient
 from balancer.gateway.upstream.answer import Answer
@@ -54,6 +54,7 @@ _SERVICES_KEPT = 64
 class _Sent(msgspec.Struct, frozen=True, gc=False):
     """What all requests with one head have in common on their way to a service."""
 
+    plan: Plan
     account: Account
     outgoing: Outgoing
     prepared: Prepared
@@ -122,7 +123,9 @@ class Express:
         patience_s = approach.patience_s
         if patience_s is not None and patience_s < plan.patience_s:
             return None
-        way = Way(self, lane, approach, route, head, body, peek, plan, is_last)
+        given = head.first.get("x-request-id", "")
+        request_id = request_id_of(given) if given else new_request_id()
+        way = Way(self, lane, approach, route, head, body, peek, plan, is_last, time.monotonic(), request_id)
         return way if way.ask() else None
 
     def _approach(self, head: Head) -> _Approach:
@@ -132,11 +135,13 @@ class Express:
             route = None
         return _Approach(request, route, client_timeout_s(head.first))
 
-    def sent(self, approach: _Approach, route: Route, service: str) -> _Sent | None:
-        """How a request with that head goes to a service. Raises BalancerError."""
-        account = self.preparer.account(service)
+    def sent(self, approach: _Approach, route: Route, plan: Plan, service: str, now: float) -> _Sent | None:
+        """How a request with that head goes to a service of the plan. Raises BalancerError."""
         sent = approach.sent.get(service)
-        if sent is not None and sent.account is account:
+        if sent is not None and sent.plan is plan and now - sent.account.looked_at < LOOK_AGAIN_S:
+            return sent
+        account = self.preparer.account(service)
+        if sent is not None and sent.plan is plan and sent.account is account:
             return sent
         outgoing = self.preparer.common(approach.request, route, service, account)
         prepared = self.upstream.prepared(outgoing.request) if outgoing is not None else None
@@ -145,146 +150,110 @@ class Express:
         if len(approach.sent) >= _SERVICES_KEPT:
             approach.sent.clear()
         telling = "" if not self.decision_headers else f"x-balancer-service: {header_text(service)}\r\n"
-        sent = approach.sent[service] = _Sent(account, outgoing, prepared, telling)
+        sent = approach.sent[service] = _Sent(plan, account, outgoing, prepared, telling)
         return sent
 
 
-class Way:
-    """One request on its way: `cancel` when its client has left."""
+class Way(msgspec.Struct, eq=False):
+    """One request on its way, and how far it has come: `cancel` when its client has left."""
 
-    __slots__ = (
-        "_answer",
-        "_approach",
-        "_asked",
-        "_attempt",
-        "_attempt_s",
-        "_began",
-        "_body",
-        "_data",
-        "_express",
-        "_head",
-        "_is_last",
-        "_is_over",
-        "_lane",
-        "_outgoing",
-        "_overhead_s",
-        "_peek",
-        "_plan",
-        "_request_id",
-        "_route",
-        "_select_s",
-        "_sent",
-        "_task",
-    )
-
-    def __init__(
-        self,
-        express: Express,
-        lane: Lane,
-        approach: _Approach,
-        route: Route,
-        head: Head,
-        body: bytes,
-        peek: Peek,
-        plan: Plan,
-        is_last: bool,
-    ) -> None:
-        self._express = express
-        self._lane = lane
-        self._approach = approach
-        self._route = route
-        self._head = head
-        self._body = body
-        self._peek = peek
-        self._plan = plan
-        self._is_last = is_last
-        self._began = time.monotonic()
-        self._request_id = request_id_of(head.first.get("x-request-id", ""))
-        self._asked: Asked | None = None
-        self._attempt: Attempt | None = None
-        self._sent: _Sent | None = None
-        self._outgoing: Outgoing | None = None
-        self._answer: Answer | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._is_over = False
-        self._data = b""
-        self._select_s = self._overhead_s = self._attempt_s = 0.0
+    express: Express
+    lane: Lane
+    approach: _Approach
+    route: Route
+    head: Head
+    body: bytes
+    peek: Peek
+    plan: Plan
+    is_last: bool
+    began: float
+    request_id: str
+    asked: Asked | None = None
+    """Until there is a pick."""
+    attempt: Attempt | None = None
+    sent: _Sent | None = None
+    """Once something was sent."""
+    answer: Answer | None = None
+    data: bytes = b""
+    task: asyncio.Task[None] | None = None
+    """Once the ordinary way has it."""
+    is_over: bool = False
+    select_s: float = 0.0
+    overhead_s: float = 0.0
+    attempt_s: float = 0.0
 
     def ask(self) -> bool:
         """Asks for the pick; False, with nothing done, where only the ordinary way can."""
-        plan, express = self._plan, self._express
-        try:
-            self._asked = express.balance.begin(
-                plan.rule,
-                reserved=reserved(plan, self._peek, self._body),
-                deadline_ms=deadline_ms(plan, 0),
-                session=session_of(plan.rule, self._head.first, self._peek),
-                on_answer=self._on_answer,
-            )
-        except StoreUnavailableError:
-            return False
-        if self._asked is None:
+        plan, express = self.plan, self.express
+        rule = plan.rule
+        self.asked = express.balance.begin(
+            rule,
+            reserved=reserved(plan, self.peek, self.body),
+            deadline_ms=plan.deadline_ms,
+            session=session_of(rule, self.head.first, self.peek) if rule.session_affinity else "",
+            on_answer=self._on_answer,
+        )
+        if self.asked is None:
             return False
         express.opened()
         return True
 
     def cancel(self) -> None:
         """The client has left: what was picked for it is settled, and its answer ended."""
-        if self._is_over:
+        if self.is_over:
             return
-        if self._task is not None:
-            self._task.cancel()  # It has not begun: from then on it is the lane's work itself.
+        if self.task is not None:
+            self.task.cancel()  # It has not begun: from then on it is the lane's work itself.
         self._drop(Outcome.CANCELLED)
         self._end(Outcome.CANCELLED, is_whole=False)
 
     def _drop(self, outcome: Outcome) -> None:
         """Settles what was picked, and ends its answer."""
-        if self._attempt is not None:
-            self._attempt.settle(outcome)
-        elif self._asked is not None:
-            self._express.balance.give_up(self._plan.rule, self._asked)
-        if self._answer is not None:
-            self._answer.on_news = None
-            self._answer.abandon("was cancelled")
+        if self.attempt is not None:
+            self.attempt.settle(outcome)
+        elif self.asked is not None:
+            self.express.balance.give_up(self.plan.rule, self.asked)
+        if self.answer is not None:
+            self.answer.on_news = None
+            self.answer.abandon("was cancelled")
 
     def _count(self) -> None:
         """Counts what was done so far of a request that does not go as usual to its end."""
-        attempt, metrics = self._attempt, self._express.metrics
+        attempt, metrics = self.attempt, self.express.metrics
         if attempt is None:
             return
-        metrics.select_s(attempt.pick.pool, self._select_s)
+        metrics.select_s(attempt.pick.pool, self.select_s)
         metrics.picked(attempt.pick)
-        if self._outgoing is not None:
-            metrics.overhead_s(self._overhead_s)
-        if self._attempt_s:
-            metrics.settled(attempt.pick, Outcome.SUCCESS, attempt.usage, self._attempt_s)
+        if self.sent is not None:
+            metrics.overhead_s(self.overhead_s)
+        if self.attempt_s:
+            metrics.settled(attempt.pick, Outcome.SUCCESS, attempt.usage, self.attempt_s)
 
     def _end(self, outcome: Outcome, *, is_whole: bool) -> None:
         """The request is answered, or never will be."""
-        self._is_over = True
-        self._asked = None  # It has our method: a request is freed when it is answered, not when garbage is looked for.
-        express = self._express
+        self.is_over = True
+        express = self.express
         self._count()
-        express.metrics.request(self._route.scenario, self._plan.rule.uuid, outcome, time.monotonic() - self._began)
+        express.metrics.request(self.route.scenario, self.plan.rule.uuid, outcome, time.monotonic() - self.began)
         express.closed()
-        self._lane.answered(is_whole=is_whole, is_last=self._is_last)
+        self.lane.answered(is_whole=is_whole, is_last=self.is_last)
 
     def _go_on(self, error: Exception | None = None) -> None:
         """Leaves the rest to the ordinary way."""
         self._count()
-        if self._answer is not None:
-            self._answer.on_news = None
-        lane, express = self._lane, self._express
-        request = request_of(self._head, self._body, self._request_id)
-        stream = lane.stream(self._request_id, is_last=self._is_last)
+        if self.answer is not None:
+            self.answer.on_news = None
+        lane, express = self.lane, self.express
+        request = request_of(self.head, self.body, self.request_id)
+        stream = lane.stream(self.request_id, is_last=self.is_last)
         begun = Begun(
-            rule=self._plan.rule,
-            peek=self._peek,
-            clock=express.forwarder.clock(request, self._began),
-            asked=self._asked,
-            attempt=self._attempt,
-            outgoing=self._outgoing,
-            answer=self._answer,
+            rule=self.plan.rule,
+            peek=self.peek,
+            clock=express.forwarder.clock(request, self.began),
+            asked=self.asked,
+            attempt=self.attempt,
+            outgoing=self.sent.outgoing if self.sent is not None else None,
+            answer=self.answer,
             error=error,
         )
 
@@ -295,7 +264,7 @@ class Way:
             finally:
                 express.closed()
 
-        self._task = task = lane.task(request, stream, resume)
+        self.task = task = lane.task(request, stream, resume)
 
     # -- callbacks -----------------------------------------------------------------------------------------------------
 
@@ -312,37 +281,38 @@ class Way:
         self._go_on(exc)
 
     def _send(self, asked: Asked) -> bool:
-        express, plan = self._express, self._plan
+        express, plan = self.express, self.plan
         pick = express.balance.finish(plan.rule, asked)
         if pick is None:
             return False
-        self._attempt = Attempt(express.balance, express.metrics, plan.rule, pick)
+        self.asked = None
+        self.attempt = Attempt(express.balance, express.metrics, plan.rule, pick)
         now = time.monotonic()
-        self._select_s = now - asked.asked_at
-        elapsed_s = self._overhead_s = now - self._began
+        self.select_s = now - asked.asked_at
+        elapsed_s = self.overhead_s = now - self.began
         if elapsed_s > _LATE_S:
             return False
         try:
-            sent = express.sent(self._approach, self._route, pick.service)
+            sent = express.sent(self.approach, self.route, plan, pick.service, now)
         except BalancerError:
             return False  # It comes again, and is told.
         if sent is None:
             return False
         service = pick.service
         model = service[service.index(":") + 1 :]
-        body = bodies.replace_model(self._body, model, self._peek)
-        lines = b"x-request-id: %b\r\nContent-Length: %d\r\n\r\n" % (self._request_id.encode("ascii"), len(body))
+        body = bodies.replace_model(self.body, model, self.peek)
+        lines = b"x-request-id: %b\r\nContent-Length: %d\r\n\r\n" % (self.request_id.encode("ascii"), len(body))
         began_at = express.loop.time() - elapsed_s
-        self._answer = express.upstream.begin(sent.prepared, lines, body, began_at, self._on_news)
-        if self._answer is None:
+        self.answer = express.upstream.begin(sent.prepared, lines, body, began_at, self._on_news)
+        if self.answer is None:
             return False
-        self._sent, self._outgoing = sent, sent.outgoing
+        self.sent = sent
         return True
 
     def _on_news(self) -> None:
         """Settles when the whole answer has come."""
         try:
-            answer = self._answer
+            answer = self.answer
             assert answer is not None, "it is what there is news of"
             if answer.has_failed or (answer.status and not self._settle(answer)):
                 self._go_on()
@@ -350,7 +320,7 @@ class Way:
             self._fail(exc)
 
     def _settle(self, answer: Answer) -> bool:
-        attempt, sent = self._attempt, self._sent
+        attempt, sent = self.attempt, self.sent
         assert attempt is not None, "an answer is of an attempt"
         assert sent is not None, "which was sent"
         if answer.status != 200:
@@ -366,51 +336,51 @@ class Way:
         pick = attempt.pick
         telling = sent.telling and f"x-balancer-decision: {pick.decision}\r\n{sent.telling}x-balancer-attempts: 1\r\n"
         head = answer_head(
-            answer.headers, telling, self._request_id, len(body), sent.outgoing.mask, is_last=self._is_last
+            answer.headers, telling, self.request_id, len(body), sent.outgoing.mask, is_last=self.is_last
         )
         if head is None:
             return False
         answer.on_news = None
         attempt.usage = usage_of(body)
-        self._attempt_s = attempt.end(Outcome.SUCCESS)
-        self._data = head + body
-        self._express.balance.when_flushed(pick.pool, self._tell)
+        self.attempt_s = attempt.end(Outcome.SUCCESS)
+        self.data = head + body
+        self.express.balance.when_flushed(pick.pool, self._tell)
         return True
 
     def _tell(self) -> None:
         """Sends the answer to the client."""
-        if self._is_over:
+        if self.is_over:
             return
         try:
-            attempt, transport = self._attempt, self._lane.transport
+            attempt, transport = self.attempt, self.lane.transport
             assert attempt is not None, "an answer is of an attempt"
-            attempt.log(self._request_id)
+            attempt.log(self.request_id)
             if transport is None or transport.is_closing():
                 self._end(Outcome.CANCELLED, is_whole=False)
                 return
-            transport.write(self._data)
+            transport.write(self.data)
             self._arrive(attempt)
         except Exception as exc:  # noqa: BLE001 - as above.
-            log.error("a request failed in the gateway", exc=exc, request=self._request_id)
-            self._lane.break_off()
+            log.error("a request failed in the gateway", exc=exc, request=self.request_id)
+            self.lane.break_off()
 
     def _arrive(self, attempt: Attempt) -> None:
         """The client has its answer."""
-        self._is_over = True
-        express, pick = self._express, attempt.pick
+        self.is_over = True
+        express, pick = self.express, attempt.pick
         express.metrics.answered(
             (
-                (self._route.scenario, pick.pool, pick.rule, pick.service, pick.reason),
+                (self.route.scenario, pick.pool, pick.rule, pick.service, pick.reason),
                 attempt.usage,
                 pick.is_switch,
-                self._select_s,
-                self._overhead_s,
-                self._attempt_s,
-                time.monotonic() - self._began,
+                self.select_s,
+                self.overhead_s,
+                self.attempt_s,
+                time.monotonic() - self.began,
             )
         )
         express.closed()
-        self._lane.answered(is_whole=True, is_last=self._is_last)
+        self.lane.answered(is_whole=True, is_last=self.is_last)
 
 
 _DROPPED, _PLAIN, _TYPE, _UNUSUAL = range(4)

@@ -187,6 +187,8 @@ def opening_s(timeouts: Timeouts) -> float:
 
 def says_error(body: bytes) -> bool:
     """True for JSON that begins like an error's, whatever the status says."""
+    if body.startswith(b'{"') and not body.startswith(b'{"error"'):
+        return False
     return _ERROR_BODY.match(body) is not None
 
 

@@ -17,7 +17,7 @@ from balancer.gateway.attempts import Providers
 from balancer.gateway.masking import Mask
 from balancer.gateway.messages import ClientRequest, UpstreamRequest
 
-_LOOK_AGAIN_S = 1.0
+LOOK_AGAIN_S = 1.0
 _FORGET_S = 60.0
 _URLS_KEPT = 64
 _HEADERS_KEPT = 64
@@ -173,7 +173,7 @@ class Preparer:
     def _account(self, provider: Provider) -> Account:
         """The provider with its credentials, which are resolved again after a second: they may be in a file."""
         account, now = self._accounts.get(provider.uuid), time.monotonic()
-        if account is not None and account.provider is provider and now - account.looked_at < _LOOK_AGAIN_S:
+        if account is not None and account.provider is provider and now - account.looked_at < LOOK_AGAIN_S:
             return account
         token = "" if provider.no_key_required else self._providers.access_token(provider)
         own, query = self._providers.headers(provider), self._providers.query(provider)

@@ -67,6 +67,8 @@ class Balance:
         self._numbers = itertools.count(1)
         self._draw = random.Random(secrets.randbits(128)).getrandbits  # A draw is no secret.
         self._cursors: dict[str, str] = {}
+        self._standing: dict[str, tuple[Directory, str, int]] = {}
+        """The partition and the revision of a rule, by its uuid, under a directory."""
         self._queues = Queues()
         self._probe: Probe | None = None
         self._probers: list[asyncio.Task[None]] = []
@@ -158,8 +160,8 @@ class Balance:
         return directory
 
     def snapshot(self) -> Directory:
-        """The configuration that stands, for the gateway."""
-        return self.directory
+        """The configuration that stands, for the gateway. Raises as `directory`."""
+        return self._follower.directory or self.directory
 
     @property
     def is_ready(self) -> bool:
@@ -335,13 +337,20 @@ class Balance:
         only: str = "",
         excluded: tuple[str, ...] = (),
     ) -> Selection:
-        partition = keys.partition(rule.uuid)
+        directory = self._follower.directory or self.directory
+        standing = self._standing.get(rule.uuid)
+        if standing is None or standing[0] is not directory:
+            if len(self._standing) > len(directory.by_uuid):
+                self._standing.clear()  # Rules that are gone.
+            standing = directory, keys.partition(rule.uuid), directory.snapshot.rule_revision(rule.uuid)
+            self._standing[rule.uuid] = standing
+        _, partition, revision = standing
         is_pinned = bool(session) and rule.session_affinity > 0
         return Selection(
             number=number,
             rule=rule.uuid,
             partition=partition,
-            revision=self.directory.snapshot.rule_revision(rule.uuid),
+            revision=revision,
             draw=self._draw(32),
             reserved=reserved,
             deadline_ms=deadline_ms,
@@ -366,7 +375,7 @@ class Balance:
         it, never before this returns.
         """
         pool = self._pools.get(rule.pool)
-        if pool is None or not pool.is_up or self._queues.has_line(rule):
+        if pool is None or not pool.is_up or (self._queues and self._queues.has_line(rule)):
             return None
         number = next(self._numbers)
         return pool.ask(self._selection(rule, number, reserved, deadline_ms, session), on_answer)
@@ -466,7 +475,8 @@ class Balance:
         pool = self._pool(pick.pool)
         pool.local.settled(entry)
         pool.settle(entry, is_alone=not pool.local.in_flight)
-        self._queues.settled(pick.pool, pick.service)
+        if self._queues:
+            self._queues.settled(pick.pool, pick.service)
 
     async def pick_held(
         self,

@@ -149,19 +149,27 @@ class LocalPool:
         """Notes a pick that Redis has made; what was made of an outage is over."""
         if self._twin is not None:
             self._end()
-        self._note(pick.service, selection)
-        place = pick.epoch, pick.position
+        service = pick.service
+        recent = self._recent.get(service)
+        if recent is None:
+            recent = self._recent[service] = _Recent()
+        recent.picks += 1
+        self._open[selection.number] = service, selection.reserved
         if pick.reason not in ASIDE:
+            place = pick.epoch, pick.position
             seen = self._seen.get(pick.partition)
             if seen is None or seen.place < place:
-                self._seen[pick.partition] = _Seen(place, pick.service, pick.streak)
+                self._seen[pick.partition] = _Seen(place, service, pick.streak)
         if selection.affinity_ms and pick.reason not in ("probe", "exhausted", "retry"):
             self._pin(selection.session, (pick.service, self.now_ms() + selection.affinity_ms))
 
     def settled(self, entry: Entry) -> None:
         """Notes the end of an attempt, whoever picked it."""
         self._open.pop(entry.number, None)
-        recent, usage = self._recent_of(entry.service), entry.usage
+        usage = entry.usage
+        recent = self._recent.get(entry.service)
+        if recent is None:
+            recent = self._recent[entry.service] = _Recent()
         recent.tokens += usage.input + usage.output
         recent.output += usage.output
         if entry.cooldown_ms:
@@ -201,14 +209,8 @@ class LocalPool:
 
     def _note(self, service: str, selection: Selection) -> None:
         """Notes an attempt in flight."""
-        self._recent_of(service).picks += 1
+        self._recent.setdefault(service, _Recent()).picks += 1
         self._open[selection.number] = service, selection.reserved
-
-    def _recent_of(self, service: str) -> _Recent:
-        recent = self._recent.get(service)
-        if recent is None:
-            recent = self._recent[service] = _Recent()
-        return recent
 
     def _pin(self, session: str, pin: tuple[str, int]) -> None:
         """Remembers where a session is, and forgets the one that was asked for longest ago."""

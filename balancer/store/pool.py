@@ -80,7 +80,12 @@ class Asked(msgspec.Struct, eq=False):
         """Tells who has asked."""
         self.is_over = True
         self.answer, self.failure = answer, failure
-        self.on_answer(self)
+        on_answer, self.on_answer = self.on_answer, _nobody  # Who has asked holds this: no cycle is left behind.
+        on_answer(self)
+
+
+def _nobody(asked: Asked) -> None:
+    """Hears of an end that was told already."""
 
 
 class PoolClient:
@@ -211,16 +216,16 @@ class PoolClient:
     # -- selections and settles ----------------------------------------------------------------------------------------
 
     def ask(self, selection: Selection, on_answer: OnAnswer) -> Asked:
-        """Asks for one selection; `on_answer` is called with its end within the deadline, never before this returns.
+        """Asks for one selection, while Redis is up or the link moves; `on_answer` is called with its end.
+
+        That comes within the deadline, and never before this returns.
 
         A selection that is given up (deadline, lost connection, `give_up`) is settled as abandoned: should Redis have
         made the pick all the same, what it holds is given back.
         """
-        link, loop = self._link, self._loop
-        if loop is None:  # Looking it up is a system call, before Python 3.12.
+        loop = self._loop
+        if loop is None:
             loop = self._loop = asyncio.get_running_loop()
-        if not link.is_up and not link.is_moving:
-            raise StoreUnavailableError(f"Redis is away: {link.failure}")
         asked = Asked(selection, on_answer, time.monotonic(), loop.time() + self._deadline_s)
         self._asked.append(asked)
         self._waiting.append(asked)
@@ -238,6 +243,8 @@ class PoolClient:
 
     async def select(self, selection: Selection) -> Answer:
         """The script's answer to one selection, waited for at most the deadline; it is given up with its caller."""
+        if not self._link.is_up and not self._link.is_moving:
+            raise StoreUnavailableError(f"Redis is away: {self._link.failure}")
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def on_answer(asked: Asked) -> None:
@@ -331,7 +338,9 @@ class PoolClient:
     def _schedule_flush(self) -> None:
         if not self._flush_scheduled:
             self._flush_scheduled = True
-            asyncio.get_running_loop().call_soon(self._flush)
+            if self._loop is None:  # Looking it up is a system call, before Python 3.12.
+                self._loop = asyncio.get_running_loop()
+            self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flush_scheduled = False
@@ -394,6 +403,10 @@ class PoolClient:
         for one, answer in zip(asked, reply, strict=False):
             if not one.is_over:
                 one.end(_decoded(answer), None)
+        # Replies come in the order of asking: those that are answered must not be kept until a deadline looks at them.
+        waiting = self._waiting
+        while waiting and waiting[0].is_over:
+            waiting.popleft()
 
     def _on_refused(self, asked: Sequence[Asked], exc: Exception) -> None:
         if is_noscript(exc):
@@ -760,8 +773,8 @@ class PoolClient:
 def _decoded(answer: Answer) -> Answer:
     """An answer of select with its words as text."""
     if answer[0] == b"pick":  # Nearly always; the rest of it is numbers.
-        _, service, reason, *numbers = answer
-        return ["pick", service.decode(), reason.decode(), *numbers]
+        answer[0], answer[1], answer[2] = "pick", answer[1].decode(), answer[2].decode()
+        return answer
     return [item.decode() if type(item) is bytes else item for item in answer]
 
 

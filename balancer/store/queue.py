@@ -57,6 +57,10 @@ class Queues:
         """How many wait."""
         return sum(len(line.waiting) for line in self._lines.values())
 
+    def __bool__(self) -> bool:
+        """True when anybody waits."""
+        return bool(self._lines)
+
     def has_line(self, rule: Rule) -> bool:
         """True when somebody waits for the rule, whichever service of it serves."""
         return bool(self._lines) and (rule.uuid, "") in self._lines
@@ -98,8 +102,6 @@ class Queues:
 
     def settled(self, pool: str, service: str) -> None:
         """Tells the lines for which this worker's settle of an attempt may have made room."""
-        if not self._lines:
-            return
         provider = service.partition(":")[0]
         for line in self._lines.values():
             if line.pool == pool and provider in line.providers:

@@ -209,6 +209,8 @@ async def test_a_client_may_leave_in_any_turn_of_the_loop(gateway: Served, upstr
 
 async def test_a_thousand_connections_come_and_go(gateway: Served) -> None:
     beginnings = [b"", corpus.sized()[:50], MODELS[:20], corpus.sized()[:-1], CHUNKED[:-3]]
+    # Once it has answered, what runs in the background is there: the feed of changes begins a moment after the start.
+    assert [answer.status for answer in await ask(gateway, corpus.MARKER)] == [200]
     before = len(asyncio.all_tasks())
     async with contextlib.AsyncExitStack() as stack:
         lines = [await stack.enter_async_context(wire.a_line(gateway.url)) for _ in range(1000)]

@@ -48,7 +48,7 @@ class Answer:
         self.headers: Headers = ()
         self.length: int | None = None
         self.on_news: Callable[[], None] | None = None
-        """Called, instead of a reader that waits, when something has come, or will not come any more."""
+        """Called, in place of a reader who waits, when something has come, or no more will come."""
         self._request = request
         self._loop = loop
         self._connection: Connection | None = None
@@ -75,6 +75,11 @@ class Answer:
         """True while somebody waits for what comes next."""
         return self._waiter is not None or self.on_news is not None
 
+    @property
+    def first_at(self) -> float:
+        """When its headers must be there, of the loop's clock."""
+        return self._first_at
+
     async def opened(self, connection: Connection) -> None:
         """Waits for the headers. Raises UpstreamError, and leaves no connection behind when it is cancelled."""
         connection.arm(self._first_at)
@@ -82,11 +87,6 @@ class Answer:
             await self._more()
         if self._error is not None and not self.status:
             raise self._error
-
-    def watch(self, connection: Connection, on_news: Callable[[], None]) -> None:
-        """Lets somebody who does not wait hear of all that comes, until `on_news` is None again."""
-        self.on_news = on_news
-        connection.arm(self._first_at)
 
     def expect_more(self) -> None:
         """Limits the wait for the rest of the body."""
@@ -203,6 +203,22 @@ class Answer:
         self.status, self.headers, self.length = status, headers, length
         self._wake()
 
+    def complete(self, headers: Headers, body: bytes) -> None:
+        """All of it has come at once: with status 200, and with a body unless that is empty."""
+        self.status, self.headers, self.length = 200, headers, len(body)
+        if body:
+            self._chunks.append(body)
+            self._held = self.length
+        self._is_over = True
+        self._connection = None
+
+    def tell(self) -> None:
+        """Lets whoever waits know what has come."""
+        if self.on_news is not None:
+            self.on_news()
+        else:
+            self._wake()
+
     def receive(self, chunk: bytes) -> None:
         """A part of its body has come."""
         self._has_begun = True
@@ -232,10 +248,7 @@ class Answer:
         """All of it has come; the connection is somebody else's from now on."""
         self._is_over = True
         self._connection = None
-        if self.on_news is not None:
-            self.on_news()
-        else:
-            self._wake()
+        self.tell()
 
     def fail(self, what: str = "") -> None:
         """It will not come to its end; `what` is wrong with it, unless it just broke off."""

@@ -95,7 +95,8 @@ class UpstreamClient:
         answer = Answer(prepared.request, pool.loop, began_at)
         while (connection := pool.take()) is not None:
             if connection.ask(answer, prepared.head + lines, body, head_only=False):
-                answer.watch(connection, on_news)
+                answer.on_news = on_news
+                connection.arm(answer.first_at)
                 return answer
             connection.drop()  # It has ended unseen.
         return None

@@ -51,6 +51,7 @@ class Connection(asyncio.BufferedProtocol):
         "_is_broken",
         "_is_chunked",
         "_is_complete",
+        "_is_fresh",
         "_is_held_back",
         "_is_paused",
         "_keeps_alive",
@@ -97,8 +98,9 @@ class Connection(asyncio.BufferedProtocol):
         self._expect(head_only=False)
 
     def _expect(self, *, head_only: bool) -> None:
-        """An answer is to come."""
+        """An answer is to come; `_is_fresh` until something of it has been read."""
         self._head_only = head_only
+        self._is_fresh = True
         self._fed = 0
         self._has_head = self._is_complete = self._is_chunked = self._keeps_alive = False
         self._length: int | None = None
@@ -179,7 +181,8 @@ class Connection(asyncio.BufferedProtocol):
             return False
         self.idle_since = math.inf
         self._answer = answer
-        self._expect(head_only=head_only)
+        if not self._is_fresh or head_only != self._head_only:
+            self._expect(head_only=head_only)
         if len(body) <= _LARGE_BYTES:
             transport.write(head + body)
         else:
@@ -246,14 +249,13 @@ class Connection(asyncio.BufferedProtocol):
         if not self._fed and not self._has_head and not self._head_only:
             whole = read_whole(bytes(self._buffer[:nbytes]))
             if whole is not None:
-                headers, body = whole
-                self._is_complete = self._keeps_alive = True
-                answer.begin(200, headers, len(body))
-                if body:
-                    answer.receive(body)
-                if self._answer is answer:
-                    self._finish(answer)
+                self._answer = None
+                answer.complete(*whole)
+                self._keeps_alive = True
+                self._give_back()
+                answer.tell()
                 return
+        self._is_fresh = False
         self._fed += nbytes
         try:
             self._parser.feed_data(self._buffer[:nbytes])
@@ -293,7 +295,11 @@ class Connection(asyncio.BufferedProtocol):
     def _finish(self, answer: Answer) -> None:
         self._answer = None
         answer.end()
-        self.resume()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._is_held_back:
+            self.resume()
         if self._first is not None:
             self._first(self)
             self._first = None
