@@ -16,7 +16,8 @@ from balancer.gateway.lane_stream import LaneStream
 from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
 from balancer.gateway.request_ids import request_id_of
 
-_RECEIVED = memoryview(bytearray(262144))
+_BUFFER = bytearray(262144)
+_RECEIVED = memoryview(_BUFFER)
 _WAITING_BYTES = 65536
 """What may have come of the next requests while one is being answered; then no more is read."""
 _NEWS = 4
@@ -202,6 +203,14 @@ class Lane(asyncio.BufferedProtocol):
         if transport is None or transport.is_closing():
             # TLS gives what came behind the last request to a protocol that has closed.
             return
+        if self._repeat is not None and self.work is None and self._head is None and not self._waiting:
+            # The usual case. The body is copied once, and all that is kept of the request.
+            repeated = self._repeat.read(_BUFFER, nbytes)
+            if repeated is not None:
+                head, begin = repeated
+                if begin + head.length == nbytes and head.length <= self._lanes.max_body_bytes:
+                    self._answer(head, bytes(_RECEIVED[begin:nbytes]))
+                    return
         data = bytes(_RECEIVED[:nbytes])
         if self.work is not None:
             self._waiting += data
@@ -216,7 +225,7 @@ class Lane(asyncio.BufferedProtocol):
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def _take_head(self, data: bytes) -> None:
-        repeated = self._repeat.read(data) if self._repeat is not None else None
+        repeated = self._repeat.read(data, len(data)) if self._repeat is not None else None
         if repeated is not None:
             self._begin(*repeated, data)
             return
