@@ -234,7 +234,7 @@ class _Stream:
     async def write(self, chunk: bytes) -> None:
         self.sent += len(chunk)
 
-    def write_now(self, chunk: bytes) -> bool:
+    def write_now(self, chunk: bytes, framed: bytes = b"", /) -> bool:
         self.sent += len(chunk)
         return True
 

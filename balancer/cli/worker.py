@@ -16,6 +16,7 @@ from balancer import config, log
 from balancer.cli.store import Store, opened
 from balancer.config import Settings
 from balancer.errors import BalancerError
+from balancer.gateway import polling
 
 
 def main() -> int:
@@ -39,10 +40,10 @@ def main() -> int:
     return 0
 
 
-def _loop_factory(settings: Settings) -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """What makes the event loop that the settings ask for; None for asyncio's own."""
+def _loop_factory(settings: Settings) -> Callable[[], asyncio.AbstractEventLoop]:
+    """What makes the event loop that the settings ask for."""
     if settings.loop != "uvloop":
-        return None
+        return polling.new_event_loop
     import uvloop
 
     return uvloop.new_event_loop

@@ -113,14 +113,14 @@ class EventRelay:
             and self._parser.is_between_events
         )
 
-    def _skim(self, chunk: bytes) -> bool:
+    def _skim(self, chunk: bytes, framed: bytes = b"", /) -> bool:
         """Sends a chunk of whole events of which nothing needs to be known; False, with nothing done, for any other."""
         if not chunk.endswith(_EVENT_ENDS):
             return False
         for word in _WORDS:
             if chunk.rfind(word) >= 0 and _OF_INTEREST.search(chunk):
                 return False
-        return self._stream.write_now(chunk)
+        return self._stream.write_now(chunk, framed)
 
     def _skimmed(self, chunk: bytes) -> bytes:
         """What is left of a chunk when its first events, of which nothing needs to be known, have been sent."""

@@ -16,7 +16,7 @@ import msgspec
 from balancer import bodies, log
 from balancer.bodies import Peek
 from balancer.dialects import Headers
-from balancer.dialects.headers import NOT_DOWN, OURS, client_timeout_s
+from balancer.dialects.headers import LIST_NOTHING, NOT_DOWN, OURS, client_timeout_s
 from balancer.dialects.paths import Route
 from balancer.domain import Outcome
 from balancer.errors import BalancerError
@@ -49,6 +49,7 @@ _LATE_S = 0.05
 _WHOLE_BYTES = 48 * 1024
 """Of an answer beyond this a client might be too slow to take all at once."""
 _SERVICES_KEPT = 64
+_CLOSING = "Connection: close\r\n"
 
 
 class _Sent(msgspec.Struct, frozen=True, gc=False):
@@ -126,7 +127,18 @@ class Express:
         given = head.first.get("x-request-id", "")
         request_id = request_id_of(given) if given else new_request_id()
         way = Way(self, lane, approach, route, head, body, peek, plan, is_last, time.monotonic(), request_id)
-        return way if way.ask() else None
+        rule = plan.rule
+        way.asked = self.balance.begin(
+            rule,
+            reserved(plan, peek, body) if plan.needs_estimate else 0,
+            plan.deadline_ms,
+            session_of(rule, head.first, peek) if rule.session_affinity else "",
+            way.picked,
+        )
+        if way.asked is None:
+            return None
+        self.opened()
+        return way
 
     def _approach(self, head: Head) -> _Approach:
         request = request_of(head, b"", "")
@@ -181,22 +193,6 @@ class Way(msgspec.Struct, eq=False):
     select_s: float = 0.0
     overhead_s: float = 0.0
     attempt_s: float = 0.0
-
-    def ask(self) -> bool:
-        """Asks for the pick; False, with nothing done, where only the ordinary way can."""
-        plan, express = self.plan, self.express
-        rule = plan.rule
-        self.asked = express.balance.begin(
-            rule,
-            reserved=reserved(plan, self.peek, self.body),
-            deadline_ms=plan.deadline_ms,
-            session=session_of(rule, self.head.first, self.peek) if rule.session_affinity else "",
-            on_answer=self._on_answer,
-        )
-        if self.asked is None:
-            return False
-        express.opened()
-        return True
 
     def cancel(self) -> None:
         """The client has left: what was picked for it is settled, and its answer ended."""
@@ -268,7 +264,7 @@ class Way(msgspec.Struct, eq=False):
 
     # -- callbacks -----------------------------------------------------------------------------------------------------
 
-    def _on_answer(self, asked: Asked) -> None:
+    def picked(self, asked: Asked) -> None:
         """Sends the request to the service that was picked."""
         try:
             if not self._send(asked):
@@ -314,7 +310,10 @@ class Way(msgspec.Struct, eq=False):
         try:
             answer = self.answer
             assert answer is not None, "it is what there is news of"
-            if answer.has_failed or (answer.status and not self._settle(answer)):
+            if answer.status == 200 and not answer.has_failed:
+                if not self._settle(answer):
+                    self._go_on()
+            elif answer.status or answer.has_failed:
                 self._go_on()
         except Exception as exc:  # noqa: BLE001 - as above.
             self._fail(exc)
@@ -323,8 +322,6 @@ class Way(msgspec.Struct, eq=False):
         attempt, sent = self.attempt, self.sent
         assert attempt is not None, "an answer is of an attempt"
         assert sent is not None, "which was sent"
-        if answer.status != 200:
-            return False
         body = answer.whole()
         if body is None:
             if answer.is_over or answer.held_bytes > _WHOLE_BYTES or "json" not in described(answer.headers)[0]:
@@ -367,41 +364,61 @@ class Way(msgspec.Struct, eq=False):
     def _arrive(self, attempt: Attempt) -> None:
         """The client has its answer."""
         self.is_over = True
-        express, pick = self.express, attempt.pick
+        express, pick, usage = self.express, attempt.pick, attempt.usage
         express.metrics.answered(
             (
                 (self.route.scenario, pick.pool, pick.rule, pick.service, pick.reason),
-                attempt.usage,
+                usage.input if usage is not None else 0,
+                usage.output if usage is not None else 0,
                 pick.is_switch,
                 self.select_s,
                 self.overhead_s,
                 self.attempt_s,
                 time.monotonic() - self.began,
-            )
+            ),
+            usage,
         )
         express.closed()
         self.lane.answered(is_whole=True, is_last=self.is_last)
 
 
-_DROPPED, _PLAIN, _TYPE, _UNUSUAL = range(4)
-_STARTS_KEPT = 1024
-_starts: dict[str, tuple[str, int]] = {}
-"""How a header's line begins that comes down, by its name as the upstream spells it; names recur."""
+class _Shape(msgspec.Struct, frozen=True, gc=False):
+    """What an upstream's headers come down as, by their names: `lines` are to be filled with their values in order.
+
+    The places of Content-Type and of Connection among them, -1 for none. `lines` are empty where more is to be done.
+    """
+
+    lines: str
+    count: int
+    type_at: int
+    connection_at: int
 
 
-def _start_of(name: str) -> tuple[str, int]:
-    lower = name.lower()
-    if lower == "connection" or lower == "content-encoding" or not lower.isascii():
-        start = ("", _UNUSUAL)
-    elif lower in NOT_DOWN or lower.startswith(OURS):
-        start = ("", _DROPPED)
-    elif lower == "x-request-id":
-        start = ("x-upstream-request-id: ", _PLAIN)
-    else:
-        start = (f"{name}: ", _TYPE if lower == "content-type" else _PLAIN)
-    if len(_starts) < _STARTS_KEPT:
-        _starts[name] = start
-    return start
+_SHAPES_KEPT = 256
+_shapes: dict[tuple[str, ...], _Shape] = {}
+"""By the names as the upstream spells them; they recur."""
+
+
+def _shape_of(names: tuple[str, ...]) -> _Shape:
+    lower = [name.lower() for name in names]
+    lines, count = "", 0
+    for name, low in zip(names, lower, strict=True):
+        if low in NOT_DOWN or low.startswith(OURS):
+            lines += "%.0s"  # The value, cut to nothing.
+            continue
+        lines += f"{'x-upstream-request-id' if low == 'x-request-id' else name.replace('%', '%%')}: %s\r\n"
+        count += 1
+    is_usual = lower.count("content-type") == 1 and lower.count("connection") <= 1 and "content-encoding" not in lower
+    shape = _Shape(
+        lines if is_usual else "",
+        count,
+        lower.index("content-type") if is_usual else -1,
+        lower.index("connection") if "connection" in lower else -1,
+    )
+    if len(_shapes) >= _SHAPES_KEPT:
+        _shapes.clear()
+    _shapes[names] = shape
+    return shape
 
 
 def answer_head(
@@ -411,27 +428,21 @@ def answer_head(
 
     None for an answer that is no plain JSON, or whose head needs more than to be passed on.
     """
-    parts = ["HTTP/1.1 200 OK\r\n"]
-    kind_of_body = ""
-    for name, value in headers:
-        start, kind = _starts.get(name) or _start_of(name)
-        if kind == _PLAIN:
-            parts += (start, value, "\r\n")
-        elif kind == _TYPE:
-            if kind_of_body:
-                return None
-            kind_of_body = value
-            parts += (start, value, "\r\n")
-        elif kind == _UNUSUAL and value != "keep-alive":
-            return None
-    if "json" not in kind_of_body.lower():
+    if not headers:
         return None
-    lines = 5 + len(parts) // 3 + (3 if telling else 0) + is_last
-    closing = "Connection: close\r\n" if is_last else ""
-    parts.append(f"{telling}x-request-id: {request_id}\r\nContent-Length: {length}\r\nDate: {date()}\r\n{closing}\r\n")
-    text = "".join(parts)
+    names, values = zip(*headers)  # noqa: B905 - pairs; `strict` would take as long again.
+    shape = _shapes.get(names) or _shape_of(names)
+    if not shape.lines or "json" not in values[shape.type_at].lower():
+        return None
+    if shape.connection_at >= 0 and values[shape.connection_at] not in LIST_NOTHING:
+        return None
+    text = (
+        f"HTTP/1.1 200 OK\r\n{shape.lines % values}{telling}x-request-id: {request_id}\r\n"
+        f"Content-Length: {length}\r\nDate: {date()}\r\n{_CLOSING if is_last else ''}\r\n"
+    )
     if mask.shows_in_text(text):
         return None
     head = text.encode("utf-8", "ignore")
     # All control characters in it must be the line ends that were meant.
+    lines = 5 + shape.count + (3 if telling else 0) + is_last
     return head if len(head) - len(head.translate(None, CONTROLS)) == 2 * lines else None

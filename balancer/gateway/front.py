@@ -69,7 +69,7 @@ class AiohttpStream:
             return
         await self._within_time(self.response.write(chunk))
 
-    def write_now(self, chunk: bytes) -> bool:
+    def write_now(self, chunk: bytes, framed: bytes = b"", /) -> bool:
         """False: aiohttp writes in coroutines only."""
         return False
 

@@ -94,8 +94,11 @@ class LaneStream:
             self._transport()
             await self._drained()
 
-    def write_now(self, chunk: bytes) -> bool:
-        """Sends a part of the body at once; False where the client's buffer is full, or the client gone."""
+    def write_now(self, chunk: bytes, framed: bytes = b"", /) -> bool:
+        """Sends a part of the body at once; False where the client's buffer is full, or the client gone.
+
+        `framed` is the part in chunks already, and sent as it is if this body goes in chunks.
+        """
         if not self._is_open:
             raise RuntimeError("a part of a body is written between the answer's start and its end")
         line = self._line
@@ -103,7 +106,9 @@ class LaneStream:
         if line.is_held_up or transport is None or transport.is_closing():
             return False
         if self._is_chunked:
-            if chunk:
+            if framed and not self._head:
+                transport.write(framed)
+            elif chunk:
                 transport.write(b"%b%x\r\n%b\r\n" % (self._head, len(chunk), chunk))
                 self._head = b""
             return True

@@ -368,7 +368,7 @@ class Balance:
         self._events.selected(pool.pool, time.monotonic() - began)
         return answer
 
-    def begin(self, rule: Rule, *, reserved: int, deadline_ms: int, session: str, on_answer: OnAnswer) -> Asked | None:
+    def begin(self, rule: Rule, reserved: int, deadline_ms: int, session: str, on_answer: OnAnswer) -> Asked | None:
         """Asks for the pick of a first attempt. None, with nothing asked, where that is for `select` to do.
 
         That is while Redis is away, or others wait in the rule's queue. `on_answer` is called with what has come of
@@ -386,7 +386,7 @@ class Balance:
         if answer is None or answer[0] != "pick":
             return None
         pick = self._picked(rule, asked.selection, answer)
-        self._pool(rule.pool).local.picked(pick, asked.selection)
+        self._pools[rule.pool].local.picked(pick, asked.selection)
         return pick
 
     def give_up(self, rule: Rule, asked: Asked) -> None:
@@ -472,9 +472,9 @@ class Balance:
             first_token_us=first_token_us,
             stream_us=stream_us,
         )
-        pool = self._pool(pick.pool)
+        pool = self._pools.get(pick.pool) or self._pool(pick.pool)
         pool.local.settled(entry)
-        pool.settle(entry, is_alone=not pool.local.in_flight)
+        pool.settle(entry)
         if self._queues:
             self._queues.settled(pick.pool, pick.service)
 

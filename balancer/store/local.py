@@ -74,14 +74,6 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
         return stored.meter(self.services.get(f"meter:{provider}".encode(), stored.NEW_METER.encode()).decode())
 
 
-class _Seen(msgspec.Struct, frozen=True, gc=False):
-    """Where a partition's cursor was after a pick at that place."""
-
-    place: tuple[int, int]
-    cursor: str
-    streak: int
-
-
 class _Recent(msgspec.Struct):
     """What this worker has used of a service since the last picture, and until when that asks to be left alone."""
 
@@ -106,7 +98,8 @@ class LocalPool:
         self._clock = clock
         self._wall = wall
         self._picture = Picture(partitions={}, services={}, now_ms=0, taken_at=0)
-        self._seen: dict[str, _Seen] = {}
+        self._seen: dict[str, Pick] = {}
+        """The last pick of each partition that has moved its cursor."""
         self._recent: dict[str, _Recent] = {}
         self._open: dict[int, tuple[str, int]] = {}
         self._pins: dict[str, tuple[str, int]] = {}
@@ -156,10 +149,9 @@ class LocalPool:
         recent.picks += 1
         self._open[selection.number] = service, selection.reserved
         if pick.reason not in ASIDE:
-            place = pick.epoch, pick.position
             seen = self._seen.get(pick.partition)
-            if seen is None or seen.place < place:
-                self._seen[pick.partition] = _Seen(place, service, pick.streak)
+            if seen is None or (seen.epoch, seen.position) < (pick.epoch, pick.position):
+                self._seen[pick.partition] = pick
         if selection.affinity_ms and pick.reason not in ("probe", "exhausted", "retry"):
             self._pin(selection.session, (pick.service, self.now_ms() + selection.affinity_ms))
 
@@ -181,7 +173,8 @@ class LocalPool:
         """Takes over how the pool was a moment ago: from here on only what is newer is kept beside it."""
         self._picture = picture
         self._recent.clear()
-        self._seen = {id_: seen for id_, seen in self._seen.items() if seen.place > picture.place}
+        place = picture.place
+        self._seen = {id_: seen for id_, seen in self._seen.items() if (seen.epoch, seen.position) > place}
 
     async def watch(self, take: Callable[[], Awaitable[Picture]], up: asyncio.Event) -> None:
         """Takes pictures while Redis is up, about every ten seconds, and one soon after an outage; until cancelled."""
@@ -297,9 +290,10 @@ class LocalPool:
     def _resume(self, twin: Pool, id_: str) -> None:
         """Sets a partition's cursor, streak, tier and memory to what was seen last."""
         part, known = twin.partitions[id_], self._picture.partition(id_)
-        seen = self._seen.get(id_) or _Seen((0, 0), known.cursor, known.streak)
-        if seen.cursor in (service.id for service in part.definition.services):
-            part.cursor, part.streak = seen.cursor, seen.streak
+        seen = self._seen.get(id_)
+        cursor, streak = (seen.service, seen.streak) if seen else (known.cursor, known.streak)
+        if cursor in (service.id for service in part.definition.services):
+            part.cursor, part.streak = cursor, streak
         part.tier, part.hold, part.memory = known.tier, known.hold, known.memory
 
     def _load_service(self, twin: Pool, id_: str, now_ms: int) -> None:

@@ -232,7 +232,7 @@ class PoolClient:
         if self._deadline is None:
             self._deadline = loop.call_at(asked.until, self._end_waiting)
         if not self._flush_scheduled:
-            self._flush_soon(is_alone=not self.local.in_flight)
+            self._flush_soon()
         return asked
 
     def give_up(self, asked: Asked) -> None:
@@ -281,11 +281,11 @@ class PoolClient:
         if waiting:
             self._deadline = loop.call_at(waiting[0].until, self._end_waiting)
 
-    def settle(self, entry: Entry, *, is_alone: bool = False) -> None:
+    def settle(self, entry: Entry) -> None:
         """Queues an entry; it is written with the other commands of this tick, at once where there will be none."""
         self.outbox.add(entry)
         if not self._flush_scheduled:
-            self._flush_soon(is_alone=is_alone)
+            self._flush_soon()
         if self._spiller is None and self.outbox.is_full and time.monotonic() - self._full_warned_at > _WARN_S:
             self._full_warned_at = time.monotonic()
             log.warning(
@@ -325,12 +325,12 @@ class PoolClient:
     def _abandon(self, selection: Selection) -> None:
         self.settle(Entry(number=selection.number, service="", outcome=Outcome.ABANDONED))
 
-    def _flush_soon(self, *, is_alone: bool) -> None:
+    def _flush_soon(self) -> None:
         """Writes with the other commands of this tick; at once for a worker that has nothing else under way.
 
         That would only pay for another turn of its loop.
         """
-        if is_alone and self._link.is_idle:
+        if not self.local.in_flight and self._link.is_idle:
             self._flush()
         else:
             self._schedule_flush()

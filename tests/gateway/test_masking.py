@@ -76,7 +76,7 @@ class Parts:
     async def write(self, chunk: bytes) -> None:
         self.seen.append(chunk)
 
-    def write_now(self, chunk: bytes) -> bool:
+    def write_now(self, chunk: bytes, framed: bytes = b"", /) -> bool:
         self.seen.append(chunk)
         return True
 

@@ -149,7 +149,7 @@ class Down:
     async def write(self, chunk: bytes) -> None:
         self.seen += chunk
 
-    def write_now(self, chunk: bytes) -> bool:
+    def write_now(self, chunk: bytes, framed: bytes = b"", /) -> bool:
         self.seen += chunk
         return True
 

@@ -72,7 +72,7 @@ class Ends:
 
     async def send(self, status: int, headers: tuple[tuple[str, str], ...], body: bytes) -> None: ...
 
-    def write_now(self, chunk: bytes) -> bool:
+    def write_now(self, chunk: bytes, framed: bytes = b"", /) -> bool:
         if self.refusals and self.refusals.pop(0):
             return False
         self.seen += chunk
