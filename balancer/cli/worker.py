@@ -12,11 +12,10 @@ import socket
 import sys
 from collections.abc import Callable
 
-from balancer import config, log
+from balancer import config, log, polling
 from balancer.cli.store import Store, opened
 from balancer.config import Settings
 from balancer.errors import BalancerError
-from balancer.gateway import polling
 
 _LARGEST_BLOCK_BYTES = 8 * 1024 * 1024
 

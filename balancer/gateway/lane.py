@@ -15,9 +15,9 @@ from balancer.gateway.lane_head import MAX_HEAD_BYTES, Head, Repeat, is_beginnin
 from balancer.gateway.lane_stream import LaneStream
 from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
 from balancer.gateway.request_ids import request_id_of
+from balancer.polling import DirectReader, read_directly
 
-_BUFFER = bytearray(262144)
-_RECEIVED = memoryview(_BUFFER)
+_RECEIVED = memoryview(bytearray(262144))
 _WAITING_BYTES = 65536
 """What may have come of the next requests while one is being answered; then no more is read."""
 _NEWS = 4
@@ -130,6 +130,7 @@ class Lane(asyncio.BufferedProtocol):
         "_lanes",
         "_missing",
         "_news_left",
+        "_reader",
         "_repeat",
         "_waiting",
         "is_held_up",
@@ -159,6 +160,7 @@ class Lane(asyncio.BufferedProtocol):
         """What is remembered of the client's head, for as long as that is."""
         self._repeat: Repeat | None = None
         self._news_left = _NEWS
+        self._reader: DirectReader | None = None
         self._drained: asyncio.Future[None] | None = None
 
     # -- the transport's side ------------------------------------------------------------------------------------------
@@ -166,6 +168,7 @@ class Lane(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begins to wait for the first request."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods only.
+        self._reader = read_directly(transport, self._receive)
         self._lanes.open.add(self)
         if self._lanes.is_closing:
             # Accepted before the listener was closed, and in a TLS handshake until now.
@@ -174,6 +177,7 @@ class Lane(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancels what is being answered: nobody is left to read it."""
         self.transport = None
+        self._leave_to_loop()
         self._lanes.open.discard(self)
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
@@ -198,20 +202,15 @@ class Lane(asyncio.BufferedProtocol):
         return _RECEIVED
 
     def buffer_updated(self, nbytes: int) -> None:
+        """Takes what the transport has put there."""
+        self._receive(bytes(_RECEIVED[:nbytes]))
+
+    def _receive(self, data: bytes) -> None:
         """Takes what came of this request, or of the next."""
         transport = self.transport
         if transport is None or transport.is_closing():
             # TLS gives what came behind the last request to a protocol that has closed.
             return
-        if self._repeat is not None and self.work is None and self._head is None and not self._waiting:
-            # The usual case. The body is copied once, and all that is kept of the request.
-            repeated = self._repeat.read(_BUFFER, nbytes)
-            if repeated is not None:
-                head, begin = repeated
-                if begin + head.length == nbytes and head.length <= self._lanes.max_body_bytes:
-                    self._answer(head, bytes(_RECEIVED[begin:nbytes]))
-                    return
-        data = bytes(_RECEIVED[:nbytes])
         if self.work is not None:
             self._waiting += data
             if len(self._waiting) > _WAITING_BYTES and not self._is_reading_paused:
@@ -225,7 +224,7 @@ class Lane(asyncio.BufferedProtocol):
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def _take_head(self, data: bytes) -> None:
-        repeated = self._repeat.read(data, len(data)) if self._repeat is not None else None
+        repeated = self._repeat.read(data) if self._repeat is not None else None
         if repeated is not None:
             self._begin(*repeated, data)
             return
@@ -351,6 +350,7 @@ class Lane(asyncio.BufferedProtocol):
         assert transport is not None, "open"
         assert not self.is_held_up, "an answer ends when the client's buffer has room"
         self._resume_reading()
+        self._leave_to_loop()
         self.transport = None
         self._waiting = b""
         self._lanes.open.discard(self)
@@ -358,6 +358,11 @@ class Lane(asyncio.BufferedProtocol):
         transport.set_protocol(protocol)
         protocol.connection_made(transport)
         protocol.data_received(data)
+
+    def _leave_to_loop(self) -> None:
+        if self._reader is not None:
+            self._reader.leave()
+            self._reader = None
 
     # -- the answer's and the owner's side -----------------------------------------------------------------------------
 

@@ -113,24 +113,20 @@ class Repeat(msgspec.Struct, frozen=True, gc=False):
     """Its bytes before and behind the length's digits, with the empty line."""
     head: Head
 
-    def read(self, data: bytes | bytearray, size: int) -> tuple[Head, int] | None:
-        """The head that so many bytes begin with and where its body begins; None if it is not the same, or not whole.
-
-        What stands behind them in `data` does not count.
-        """
+    def read(self, data: bytes) -> tuple[Head, int] | None:
+        """The head that data begins with and where its body begins; None if it is not the same, or not whole."""
         if not data.startswith(self.before):
             return None
         begin = len(self.before)
         end = data.find(b"\r", begin, begin + _LONGEST_LENGTH + 1)
         digits = data[begin:end]
-        body = end + len(self.behind)
-        if end < 0 or body > size or not digits.isdigit() or not data.startswith(self.behind, end):
+        if end < 0 or not digits.isdigit() or not data.startswith(self.behind, end):
             return None
         head = self.head
         length = int(digits)
         if length != head.length:
             head = Head(head.path, head.query, head.headers, head.first, length, head.is_last)
-        return head, body
+        return head, end + len(self.behind)
 
 
 def repeat_of(data: bytes, head: Head) -> Repeat | None:
