@@ -82,7 +82,7 @@ class Lanes:
         self.now = self.loop.time()
         idle, slow = self.now - self._idle_s, self.now - self._slow_s
         for lane in list(self.open):
-            if lane.since < (slow if lane.is_in_request else idle):
+            if lane.is_lingering or lane.since < (slow if lane.is_in_request else idle):
                 lane.close_unless_answering()
             elif lane.since < slow:
                 lane.forget()
@@ -135,6 +135,7 @@ class Lane(asyncio.BufferedProtocol):
         "_waiting",
         "is_held_up",
         "is_in_request",
+        "is_lingering",
         "kept",
         "since",
         "transport",
@@ -147,6 +148,8 @@ class Lane(asyncio.BufferedProtocol):
         self.is_held_up = False
         self.since = lanes.now
         """When it fell silent, or when its head or the last part of its body came."""
+        self.is_lingering = False
+        """True once its last answer is sent, until the client ends too."""
         self.is_in_request = False
         """True from a request's first byte to its last."""
         self.work: Work | None = None
@@ -210,6 +213,8 @@ class Lane(asyncio.BufferedProtocol):
         transport = self.transport
         if transport is None or transport.is_closing():
             # TLS gives what came behind the last request to a protocol that has closed.
+            return
+        if self.is_lingering:
             return
         if self.work is not None:
             self._waiting += data
@@ -330,7 +335,7 @@ class Lane(asyncio.BufferedProtocol):
         if not is_whole:
             transport.abort()
         elif is_last or self._lanes.is_closing:
-            transport.close()
+            self._linger(transport)
         else:
             self.since = self._lanes.now
             if self._waiting:
@@ -338,6 +343,20 @@ class Lane(asyncio.BufferedProtocol):
             # Not as long as enough is there for the next ones: what is let in with every answer would add up.
             if len(self._waiting) <= _WAITING_BYTES:
                 self._resume_reading()
+
+    def _linger(self, transport: asyncio.Transport) -> None:
+        """Says that nothing follows, and closes when the client does, or in the next sweep.
+
+        What a client sends to a closed socket is answered by a reset, which takes from it the answer that it has not
+        read yet (RFC 9112 §9.6).
+        """
+        if self._lanes.is_closing or not transport.can_write_eof():
+            transport.close()
+            return
+        self.is_lingering = True
+        self._waiting = b""
+        self._resume_reading()
+        transport.write_eof()
 
     def _resume_reading(self) -> None:
         if self._is_reading_paused and self.transport is not None:
