@@ -25,6 +25,7 @@ from typing import Any
 import msgspec
 
 from balancer import document
+from balancer.cli.worker import keep_freed_memory
 from balancer.config import load
 from balancer.domain import Provider
 from balancer.gateway.express import Express
@@ -233,6 +234,7 @@ async def _time(options: argparse.Namespace) -> None:
             await worker.run(2000)
             gc.collect()
             gc.freeze()
+            keep_freed_memory()
             spent = [await worker.run(_REQUESTS) for _ in range(_ROUNDS)]
             print(f"| {clients} | {body_bytes} | {min(spent):.1f} | {statistics.median(spent):.1f} |", flush=True)
 
