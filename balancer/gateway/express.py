@@ -298,7 +298,7 @@ class Way(msgspec.Struct, eq=False):
             return False
         service = pick.service
         model = service[service.index(":") + 1 :]
-        body = bodies.replace_model(self.body, model, known=self.peek.model)
+        body = bodies.replace_model(self.body, model, self.peek)
         lines = b"x-request-id: %b\r\nContent-Length: %d\r\n\r\n" % (self.request_id.encode("ascii"), len(body))
         began_at = express.loop.time() - elapsed_s
         self.answer = express.upstream.begin(sent.prepared, lines, body, began_at, self._on_news)
