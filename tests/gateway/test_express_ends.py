@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import pkgutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from balancer.gateway.upstream.connection import Connection
 from balancer.store.balance import Balance
 from tests.actors import OPENAI_JSON, Upstream
 from tests.faults import FaultProxy
-from tests.gateway.trails import WAYS, Books, Walked, a_document, a_post, walked
+from tests.gateway.conftest import decoded
+from tests.gateway.trails import WAYS, Books, Walked, a_document, a_post, come, walked
+from tests.gateway.wire import Answer, a_line
 from tests.store.conftest import eventually
 
 ON_BOTH_LOOPS = True
@@ -59,13 +62,13 @@ def staged(store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S
     @contextlib.asynccontextmanager
     async def scene(way: str = "express", **rule: Any) -> AsyncIterator[Scene]:
         async with Upstream().running() as upstream, FaultProxy(store_url, tmp_path / "p.sock").running() as proxy:
-            raw, read, buffer_updated = a_document(upstream.url, rule=ONE_SERVICE | rule), [], Connection.buffer_updated
+            raw, read, reads = a_document(upstream.url, rule=ONE_SERVICE | rule), list[int](), Connection._read
 
-            def noted(self: Connection, nbytes: int) -> None:
-                buffer_updated(self, nbytes)
-                read.append(nbytes)
+            def noted(self: Connection, data: bytes | memoryview) -> None:
+                read.append(len(data))
+                reads(self, data)
 
-            monkeypatch.setattr(Connection, "buffer_updated", noted)
+            monkeypatch.setattr(Connection, "_read", noted)
             with pytest.MonkeyPatch.context() as patch:
                 async with walked(store_url, tmp_path, raw, way, redis_url=proxy.url) as served:
                     (first,) = await served.ask(a_post("first"))
@@ -198,8 +201,8 @@ async def nothing_is_picked(scene: Scene) -> None:
 
 
 async def no_connection_is_left(scene: Scene) -> None:
-    for pool in scene.served.gateway._upstream._pools.values():
-        pool.close("the test wants a new one")
+    for connection in tuple(scene.served.gateway._upstream._connections):
+        connection.drop()
 
 
 async def an_error_is_answered(scene: Scene) -> None:
@@ -274,3 +277,119 @@ async def test_a_client_may_leave_before_the_ordinary_way_has_begun(staged: Stag
         assert len(scene.upstream.received) == 1 + sent
         if picked:
             await scene.lives()
+
+
+# -- something of ours is at fault -------------------------------------------------------------------------------------
+
+
+class Fault(msgspec.Struct, kw_only=True):
+    """What is at fault, the status that its client is told, None where its connection breaks, and the attempt's end."""
+
+    where: str
+    stage: str = "fault"
+    status: int | None = 500
+    outcome: str = "failed"
+    is_sent: bool = True
+    upstream: Callable[[Upstream], None] = Upstream.answers
+
+
+def errs(upstream: Upstream) -> None:
+    upstream.answers(400, ERROR)
+
+
+EXPRESS = "balancer.gateway.express"
+UNHARMED: dict[str, Any] = {"stage": "ordinary", "status": 200, "outcome": "success"}
+FAULTS = {
+    "reading the body": Fault(where=f"{EXPRESS}.bodies.peek", **UNHARMED),
+    "finding the rule": Fault(where="balancer.gateway.matching.Plans.matching", **UNHARMED),
+    "estimating": Fault(where=f"{EXPRESS}.reserved", **UNHARMED),
+    "asking for a pick": Fault(where="balancer.store.balance.Balance.begin", **UNHARMED),
+    "taking the pick": Fault(where="balancer.store.balance.Balance.finish", outcome="", is_sent=False),
+    "beginning the attempt": Fault(where=f"{EXPRESS}.Attempt", outcome="", is_sent=False),
+    "finding the account": Fault(where="balancer.gateway.outgoing.Preparer.account", is_sent=False),
+    "making the headers": Fault(where="balancer.gateway.outgoing.Preparer.common", is_sent=False),
+    "making the head": Fault(where="balancer.gateway.upstream.client.UpstreamClient.prepared", is_sent=False),
+    "making the body": Fault(where=f"{EXPRESS}.bodies.replace_model", is_sent=False),
+    "sending": Fault(where="balancer.gateway.upstream.client.UpstreamClient.begin", is_sent=False),
+    "joining the answer": Fault(where="balancer.gateway.upstream.answer.Answer.whole"),
+    "looking at the answer": Fault(where=f"{EXPRESS}.says_error"),
+    "making the answer's head": Fault(where=f"{EXPRESS}.answer_head"),
+    "reading the usage": Fault(where=f"{EXPRESS}.usage_of"),
+    "settling": Fault(where="balancer.gateway.attempts.Attempt.end"),
+    "waiting for the write": Fault(where="balancer.store.balance.Balance.when_flushed", outcome="success"),
+    "logging the attempt": Fault(
+        where="balancer.gateway.attempts.Attempt.log", stage="express", status=None, outcome="success"
+    ),
+    "counting": Fault(where="balancer.metrics.Metrics.answered", stage="express", status=200, outcome="uncounted"),
+    "counting what is left": Fault(where="balancer.metrics.Metrics.picked", upstream=errs),
+    "taking over": Fault(where="balancer.gateway.forwarding.Forwarder.clock", upstream=errs),
+    "the course": Fault(where="balancer.gateway.handlers.Handlers._course", stage="answer", upstream=errs),
+}
+
+
+def fails_once(patch: pytest.MonkeyPatch, where: str) -> list[bool]:
+    """Makes a function fail the first time that it is called; what it returns is then no longer empty."""
+    failed = list[bool]()
+    owner, _, name = where.rpartition(".")
+    function = getattr(pkgutil.resolve_name(owner), name)
+
+    def fails(*arguments: Any, **more: Any) -> Any:
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("the test's own fault")
+        return function(*arguments, **more)
+
+    patch.setattr(where, fails)
+    return failed
+
+
+async def asked_at_once(scene: Scene, name: str) -> dict[str, list[Answer]]:
+    """What comes of four requests on connections of their own, which are sent in one tick."""
+    ids = [f"{name}-{number}" for number in range(4)]
+    async with contextlib.AsyncExitStack() as stack:
+        lines = [await stack.enter_async_context(a_line(scene.served.url)) for _ in ids]
+        for id_, line in zip(ids, lines, strict=True):
+            line.transport.write(a_post(id_))
+        return {id_: await come(line, 1) for id_, line in zip(ids, lines, strict=True)}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+async def test_a_fault_of_ours_is_told_and_others_are_none_the_wiser(
+    staged: Staging, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some left an attempt in flight, or a lane at work for ever; others took Redis' or the upstream's connection."""
+    fault = FAULTS[name]
+    async with staged() as scene:
+        served = scene.served
+        (pool,) = served.gateway.balance._pools.values()
+        wire = pool._link._wire
+        await asked_at_once(scene, "warm")
+        before = await served.books()
+        fault.upstream(scene.upstream)
+        failed = fails_once(scene.patch, fault.where)
+        answers = await asked_at_once(scene, "r")
+        scene.patch.undo()
+        assert failed
+        others = ("express", 200) if fault.upstream is Upstream.answers else ("answer", 400)
+        ends = {id_: (served.trail.stages[id_], got[0].status if got else None) for id_, got in answers.items()}
+        hit = [id_ for id_, end in ends.items() if end != others] or list(ends)
+        assert [ends[id_] for id_ in hit] == [(fault.stage, fault.status)] * len(hit)
+        assert len(hit) == 1 or others == (fault.stage, fault.status)
+        if fault.status == 500:
+            assert decoded(answers[hit[0]][0].body)["error"]["message"] == "internal error"
+        books = await served.books()
+        after = {name: count - before.counters.get(name, 0) for name, count in books.counters.items()}
+        ended = {
+            outcome: after.get(f"balancer_attempts_total{sorted(['default', 'gpt', outcome, 'up:m'])}", 0)
+            for outcome in ("success", "rejected", "failed")
+        }
+        expected = dict.fromkeys(ended, 0) | {"success" if others[1] == 200 else "rejected": 3}
+        if fault.outcome in expected:
+            expected[fault.outcome] += 1
+        assert ended == expected
+        expected["uncounted"] = fault.outcome == "uncounted"
+        assert books.services["up:m"][1] - before.services["up:m"][1] == sum(expected.values())
+        assert len(scene.upstream.received) == 5 + 3 + fault.is_sent
+        assert pool._link._wire is wire
+        await scene.lives()
+    assert "the test's own fault" in caplog.text
