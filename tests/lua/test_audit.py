@@ -146,9 +146,9 @@ MUTANTS = {
         "tokens < turn.params.token_threshold",
         "tokens <= turn.params.token_threshold",
     ),
-    "a missing fence": ("select.lua", "if rule.revision > selection.revision then", "if false then"),
+    "a missing fence": ("tick.lua", "if rule.revision > revision then", "if false then"),
     "a settle that drops its tokens": ("include/ledger.lua", "w.tokens + input + output", "w.tokens"),
-    "a batch that is settled twice": ("settle.lua", "local is_next = batch > last", "local is_next = true"),
+    "a batch that is settled twice": ("tick.lua", "batch > last and not is_gap", "not is_gap"),
     "a reap that forgets what it took": (
         "reap.lua",
         "  redis.call('HSET', holdings_key, number,",
@@ -162,12 +162,12 @@ MUTANTS = {
         "minute.older_tokens = minute.older_tokens",
     ),
     "a retry that moves the cursor": (
-        "select.lua",
-        "if selection.is_retry then\n    choice.reason",
-        "if selection.is_retry and false then\n    choice.reason",
+        "tick.lua",
+        "if is_retry then return take(selection, rule, part, line, 'retry', part.streak, 0) end",
+        "if is_retry then return take(selection, rule, part, line, 'retry', streak, 0, memory) end",
     ),
     "a lost attempt that is never found again": (
-        "settle.lua",
+        "tick.lua",
         "uncount_lost(service, holding)",
         "service.is_changed = true",
     ),
@@ -177,9 +177,9 @@ MUTANTS = {
         "w.start = w.start",
     ),
     "a pin that moves the cursor": (
-        "select.lua",
-        "is_switch = is_switch, pins = true}",
-        "is_switch = is_switch, pins = true, moves = true, memory = part.memory, tier = part.tier, hold = part.hold}",
+        "tick.lua",
+        "line, 'pinned', part.streak, is_switch, nil, true)",
+        "line, 'pinned', part.streak, is_switch, part.memory, true)",
     ),
     "a second probe": (
         "include/breaker.lua",
@@ -192,9 +192,9 @@ MUTANTS = {
         "used.in_flight > in_flight",
     ),
     "a cooldown that is not seen": (
-        "select.lua",
-        "if service.cooldown > now then return 'cooling'",
-        "if false then return ''",
+        "tick.lua",
+        "elseif service.cooldown > call.now then",
+        "elseif false then",
     ),
     "an epoch that loses its numbers": (
         "include/pool.lua",

@@ -16,7 +16,7 @@ from balancer.errors import ConfigurationError
 from balancer.store import scripts
 from balancer.store.scripts import Script, load
 
-NAMES = ("checkpoint", "clear", "commit", "fence", "health", "publish", "reap", "select", "settle")
+NAMES = ("checkpoint", "clear", "commit", "fence", "health", "publish", "reap", "tick")
 
 # Commands and their words that Redis 6.2 has, and that the scripts may use. PEXPIRE only without NX, XX, GT, LT (7.0).
 WORDS_OF_REDIS_6_2 = frozenset(
@@ -38,9 +38,9 @@ GLOBALS_OF_A_SCRIPT = frozenset(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of scripts that has a select, without which it is none."""
+    """A folder of scripts that has a tick, without which it is none."""
     (tmp_path / "include").mkdir()
-    (tmp_path / "select.lua").write_text("return 1\n")
+    (tmp_path / "tick.lua").write_text("return 1\n")
     return tmp_path
 
 
@@ -106,7 +106,7 @@ def test_numbers_out_of_order_are_refused(folder: Path, lines: list[str], fault:
 
 def test_a_folder_without_scripts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no Lua scripts"):
-        load("select", str(tmp_path))
+        load("tick", str(tmp_path))
 
 
 # -- includes ----------------------------------------------------------------------------------------------------------
