@@ -140,7 +140,7 @@ MUTANTS = {
         "return line and line.id, 1, 'next'",
         "return line and line.id, turn.streak + 1, 'next'",
     ),
-    "a tie broken the other way": ("include/candidates.lua", "value < least", "value <= least"),
+    "a tie broken the other way": ("include/view.lua", "value < least", "value <= least"),
     "a threshold that is reached too late": (
         "include/tactic/token_based.lua",
         "tokens < turn.params.token_threshold",

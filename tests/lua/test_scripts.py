@@ -370,3 +370,55 @@ def test_functions_that_a_script_never_calls_are_left_out(folder: Path) -> None:
         "return four()",
     ]
     assert [line for line in script.source.splitlines() if line] == kept
+
+
+# -- what a script makes in each call ----------------------------------------------------------------------------------
+
+GATHERED = (
+    "-- Does a thing.",
+    "local SIZE, WORDS = 3, '%d+ ' .. 'b'",
+    "",
+    "-- Often needed.",
+    "local function often(x)",
+    "  return {often = x + SIZE}",
+    "end",
+    "",
+    "local function seldom(x) -- apart: rare",
+    "  return often(x).often + never(x)",
+    "end",
+    "",
+    "local function never(x) -- apart: rare",
+    "  return #WORDS -- often",
+    "end",
+    "",
+    "-- main",
+    "return often(1).often, seldom(1), 'often'",
+)
+
+
+def test_functions_of_a_script_with_a_main_part_are_fields_of_one_table(folder: Path) -> None:
+    script = written(folder, *GATHERED)
+    assert lua51.LuaRuntime().execute(script.source) == (4, 9, "often")
+    assert "local SIZE" not in script.source
+    assert "return fn.often(1).often, fn.rare().seldom(1), 'often'" in script.source
+
+
+def test_functions_that_are_made_apart_are_made_when_the_first_of_them_is_called(folder: Path) -> None:
+    source = written(folder, *GATHERED[:-1], "if KEYS then return seldom(1) end", "return fn").source
+    functions = lua51.LuaRuntime().execute(source)
+    before = functions["rare"]
+    assert sorted(before()) == ["never", "seldom"]
+    assert functions["rare"] != before, "it gives what is made"
+    assert sorted(functions["rare"]()) == ["never", "seldom"]
+
+
+def test_a_function_of_such_a_script_that_is_a_variable_too_is_refused(folder: Path) -> None:
+    """It would be taken for the function where the variable is meant."""
+    lines = [*GATHERED[:-1], "local often = 1", "return often"]
+    with pytest.raises(ConfigurationError, match=r"story\.lua: often is a function and a variable"):
+        written(folder, *lines)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: path.stem)
+def test_lines_of_the_sources_are_no_longer_than_elsewhere(path: Path) -> None:
+    assert [line for line in path.read_text().splitlines() if len(line) > 120] == []
