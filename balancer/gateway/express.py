@@ -127,7 +127,18 @@ class Express:
         given = head.first.get("x-request-id", "")
         request_id = request_id_of(given) if given else new_request_id()
         way = Way(self, lane, approach, route, head, body, peek, plan, is_last, time.monotonic(), request_id)
-        return way if way.ask() else None
+        rule = plan.rule
+        way.asked = self.balance.begin(
+            rule,
+            reserved(plan, peek, body) if plan.needs_estimate else 0,
+            plan.deadline_ms,
+            session_of(rule, head.first, peek) if rule.session_affinity else "",
+            way.picked,
+        )
+        if way.asked is None:
+            return None
+        self.opened()
+        return way
 
     def _approach(self, head: Head) -> _Approach:
         request = request_of(head, b"", "")
@@ -183,22 +194,6 @@ class Way(msgspec.Struct, eq=False):
     overhead_s: float = 0.0
     attempt_s: float = 0.0
 
-    def ask(self) -> bool:
-        """Asks for the pick; False, with nothing done, where only the ordinary way can."""
-        plan, express = self.plan, self.express
-        rule = plan.rule
-        self.asked = express.balance.begin(
-            rule,
-            reserved=reserved(plan, self.peek, self.body),
-            deadline_ms=plan.deadline_ms,
-            session=session_of(rule, self.head.first, self.peek) if rule.session_affinity else "",
-            on_answer=self._on_answer,
-        )
-        if self.asked is None:
-            return False
-        express.opened()
-        return True
-
     def cancel(self) -> None:
         """The client has left: what was picked for it is settled, and its answer ended."""
         if self.is_over:
@@ -220,8 +215,10 @@ class Way(msgspec.Struct, eq=False):
 
     def _count(self) -> None:
         """Counts what was done so far of a request that does not go as usual to its end."""
-        attempt, metrics = self.attempt, self.express.metrics
+        attempt, asked, metrics = self.attempt, self.asked, self.express.metrics
         if attempt is None:
+            if asked is not None and asked.answer is not None:
+                metrics.select_s(self.plan.rule.pool, time.monotonic() - asked.asked_at)
             return
         metrics.select_s(attempt.pick.pool, self.select_s)
         metrics.picked(attempt.pick)
@@ -269,7 +266,7 @@ class Way(msgspec.Struct, eq=False):
 
     # -- callbacks -----------------------------------------------------------------------------------------------------
 
-    def _on_answer(self, asked: Asked) -> None:
+    def picked(self, asked: Asked) -> None:
         """Sends the request to the service that was picked."""
         try:
             if not self._send(asked):
@@ -301,7 +298,7 @@ class Way(msgspec.Struct, eq=False):
             return False
         service = pick.service
         model = service[service.index(":") + 1 :]
-        body = bodies.replace_model(self.body, model, known=self.peek.model)
+        body = bodies.replace_model(self.body, model, self.peek)
         lines = b"x-request-id: %b\r\nContent-Length: %d\r\n\r\n" % (self.request_id.encode("ascii"), len(body))
         began_at = express.loop.time() - elapsed_s
         self.answer = express.upstream.begin(sent.prepared, lines, body, began_at, self._on_news)
@@ -315,7 +312,10 @@ class Way(msgspec.Struct, eq=False):
         try:
             answer = self.answer
             assert answer is not None, "it is what there is news of"
-            if answer.has_failed or (answer.status and not self._settle(answer)):
+            if answer.status == 200 and not answer.has_failed:
+                if not self._settle(answer):
+                    self._go_on()
+            elif answer.status or answer.has_failed:
                 self._go_on()
         except Exception as exc:  # noqa: BLE001 - as above.
             self._fail(exc)
@@ -324,8 +324,6 @@ class Way(msgspec.Struct, eq=False):
         attempt, sent = self.attempt, self.sent
         assert attempt is not None, "an answer is of an attempt"
         assert sent is not None, "which was sent"
-        if answer.status != 200:
-            return False
         body = answer.whole()
         if body is None:
             if answer.is_over or answer.held_bytes > _WHOLE_BYTES or "json" not in described(answer.headers)[0]:

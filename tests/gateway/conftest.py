@@ -15,8 +15,7 @@ import pytest
 import redis
 import uvloop
 
-from balancer import config, document
-from balancer.gateway import polling
+from balancer import config, document, polling
 from balancer.gateway.app import Gateway
 from balancer.gateway.messages import Upstream as UpstreamClient
 from balancer.store import connection

@@ -17,7 +17,7 @@ import pytest
 import uvloop
 from hypothesis import strategies as st
 
-from balancer.gateway import polling
+from balancer import polling
 from balancer.gateway.messages import Upstream
 from tests.gateway.by_hand import READERS, Listener, Outcome, Reader, Wire, a_client, a_request, ask, turns
 

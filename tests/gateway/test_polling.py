@@ -12,11 +12,11 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from balancer import polling
 from balancer.errors import UpstreamError
-from balancer.gateway import polling
 from balancer.gateway.messages import Upstream, UpstreamResponse
-from balancer.gateway.polling import Loop, Poller
 from balancer.gateway.upstream.connection import Connection
+from balancer.polling import Loop, Poller
 from tests.gateway.by_hand import Listener, Wire, a_client, a_request, turns
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"

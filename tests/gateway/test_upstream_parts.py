@@ -14,7 +14,7 @@ from balancer.domain import Timeouts
 from balancer.errors import ConfigurationError, UpstreamError
 from balancer.gateway.messages import UpstreamRequest
 from balancer.gateway.upstream import request as requests
-from balancer.gateway.upstream.answer import Answer
+from balancer.gateway.upstream.answer import answer_to
 from balancer.gateway.upstream.chunks import data_of
 from balancer.gateway.upstream.connection import Connection
 from balancer.gateway.upstream.pool import Pool
@@ -175,7 +175,7 @@ async def connections() -> Connections:
 async def test_head_and_body_go_out_in_one_write(connections: Connections) -> None:
     connection, transport = connections.make()
     request = a_request()
-    assert connection.ask(Answer(request, connections.loop, 0), head(request), request.body, head_only=False)
+    assert connection.ask(answer_to(request, connections.loop, 0), head(request), request.body, head_only=False)
     assert transport.written == [head(request) + b"{}"]
     connection.connection_lost(None)
 
@@ -183,14 +183,14 @@ async def test_head_and_body_go_out_in_one_write(connections: Connections) -> No
 async def test_what_the_kernel_refuses_was_not_sent(connections: Connections) -> None:
     connection, _ = connections.make(refuses=True)
     request = a_request()
-    assert not connection.ask(Answer(request, connections.loop, 0), head(request), request.body, head_only=False)
+    assert not connection.ask(answer_to(request, connections.loop, 0), head(request), request.body, head_only=False)
     connection.connection_lost(BrokenPipeError())
     assert connections.lost == [connection]
 
 
 async def test_parts_that_came_together_are_taken_at_once(connections: Connections) -> None:
     connection, _ = connections.make()
-    answer = Answer(a_request(), connections.loop, connections.loop.time())
+    answer = answer_to(a_request(), connections.loop, connections.loop.time())
     connection.ask(answer, b"", b"", head_only=False)
     receive(connection, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
     await answer.opened(connection)
@@ -212,7 +212,7 @@ async def test_parts_that_came_together_are_taken_at_once(connections: Connectio
 async def test_what_goes_on_in_a_chunk_is_no_chunk(connections: Connections, begin: bytes) -> None:
     """However it looks: a size that was cut in two is read as another one."""
     connection, _ = connections.make()
-    answer = Answer(a_request(), connections.loop, connections.loop.time())
+    answer = answer_to(a_request(), connections.loop, connections.loop.time())
     connection.ask(answer, b"", b"", head_only=False)
     chunk = b"10\r\n0123456789abcdef\r\n"
     receive(connection, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk + begin)

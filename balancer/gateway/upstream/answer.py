@@ -10,6 +10,8 @@ from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from balancer.dialects import Headers
 from balancer.errors import UpstreamError, UpstreamTimeoutError
 from balancer.gateway.messages import Take, UpstreamRequest
@@ -21,69 +23,45 @@ _HELD_BYTES = 256 * 1024
 """What waits unread beyond this holds the upstream back."""
 
 
-class Answer:
-    """An UpstreamResponse; its connection fills it."""
+class Answer(msgspec.Struct, eq=False):
+    """An UpstreamResponse; its connection fills it. `answer_to` makes it."""
 
-    __slots__ = (
-        "_chunks",
-        "_connection",
-        "_deadline",
-        "_error",
-        "_first_at",
-        "_has_begun",
-        "_heard_at",
-        "_held",
-        "_is_over",
-        "_loop",
-        "_request",
-        "_take",
-        "_waiter",
-        "headers",
-        "length",
-        "on_news",
-        "status",
-    )
-
-    def __init__(self, request: UpstreamRequest, loop: asyncio.AbstractEventLoop, sent_at: float) -> None:
-        self.status = 0
-        self.headers: Headers = ()
-        self.length: int | None = None
-        self.on_news: Callable[[], None] | None = None
-        """Called, in place of a reader who waits, when something has come, or no more will come."""
-        self._request = request
-        self._loop = loop
-        self._connection: Connection | None = None
-        self._deadline = sent_at + request.timeout_s
-        self._first_at = min(sent_at + request.timeouts.headers_s, self._deadline)
-        self._chunks: list[bytes] = []
-        self._held = 0
-        self._has_begun = False
-        self._heard_at = 0.0
-        self._is_over = False
-        self._error: UpstreamError | None = None
-        self._take: Take | None = None
-        self._waiter: asyncio.Future[bytes] | None = None
+    _request: UpstreamRequest
+    _loop: asyncio.AbstractEventLoop
+    _deadline: float
+    first_at: float
+    """When its headers must be there, of the loop's clock."""
+    status: int = 0
+    headers: Headers = ()
+    length: int | None = None
+    on_news: Callable[[], None] | None = None
+    """Called, in place of a reader who waits, when something has come, or no more will come."""
+    is_over: bool = False
+    """True when all of it has come."""
+    _connection: Connection | None = None
+    _chunks: list[bytes] = []
+    _held: int = 0
+    _has_begun: bool = False
+    _heard_at: float = 0.0
+    _error: UpstreamError | None = None
+    _take: Take | None = None
+    _waiter: asyncio.Future[bytes] | None = None
 
     # -- who reads -----------------------------------------------------------------------------------------------------
 
     @property
     def left_s(self) -> float:
         """Seconds until its headers must be there."""
-        return self._first_at - self._loop.time()
+        return self.first_at - self._loop.time()
 
     @property
     def is_awaited(self) -> bool:
         """True while somebody waits for what comes next."""
         return self._waiter is not None or self.on_news is not None
 
-    @property
-    def first_at(self) -> float:
-        """When its headers must be there, of the loop's clock."""
-        return self._first_at
-
     async def opened(self, connection: Connection) -> None:
         """Waits for the headers. Raises UpstreamError, and leaves no connection behind when it is cancelled."""
-        connection.arm(self._first_at)
+        connection.arm(self.first_at)
         if not self.status and self._error is None:
             await self._more()
         if self._error is not None and not self.status:
@@ -100,14 +78,9 @@ class Answer:
             raise self._error
 
     @property
-    def is_over(self) -> bool:
-        """True when all of it has come."""
-        return self._is_over
-
-    @property
     def is_at_end(self) -> bool:
         """True when all of it has come and was read."""
-        return self._is_over and not self._chunks and self._error is None
+        return self.is_over and not self._chunks and self._error is None
 
     @property
     def has_failed(self) -> bool:
@@ -122,7 +95,7 @@ class Answer:
     def whole(self) -> bytes | None:
         """The body, if all of it has come and nothing was read yet; it can still be read."""
         chunks = self._chunks
-        if not self._is_over or not chunks:
+        if not self.is_over or not chunks:
             return None
         if len(chunks) > 1:
             chunks[:] = [b"".join(chunks)]
@@ -133,7 +106,7 @@ class Answer:
         while not self._chunks:
             if self._error is not None:
                 raise self._error
-            if self._is_over:
+            if self.is_over:
                 return b""
             self._arm()
             await self._more()
@@ -145,7 +118,7 @@ class Answer:
             chunk = self._taken()
             if not take(chunk):
                 return chunk
-        if self._error is None and not self._is_over:
+        if self._error is None and not self.is_over:
             self._take = take
             self._arm()
             if chunk := await self._more():
@@ -212,7 +185,7 @@ class Answer:
         if body:
             self._chunks.append(body)
             self._held = self.length
-        self._is_over = True
+        self.is_over = True
         self._connection = None
 
     def tell(self) -> None:
@@ -259,7 +232,7 @@ class Answer:
 
     def end(self) -> None:
         """All of it has come; the connection is somebody else's from now on."""
-        self._is_over = True
+        self.is_over = True
         self._connection = None
         self.tell()
 
@@ -284,7 +257,7 @@ class Answer:
 
     def unanswered(self) -> UpstreamTimeoutError:
         """The error when its headers are not there in time."""
-        limit = "headers_s" if self._first_at < self._deadline else "timeout"
+        limit = "headers_s" if self.first_at < self._deadline else "timeout"
         return UpstreamTimeoutError(f"{self._request.provider} did not answer in time ({limit})")
 
     def _wake(self, chunk: bytes = b"") -> None:
@@ -296,3 +269,9 @@ class Answer:
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(chunk)
+
+
+def answer_to(request: UpstreamRequest, loop: asyncio.AbstractEventLoop, sent_at: float) -> Answer:
+    """The answer to a request, of which nothing has come yet; its limits count from that time of the loop's."""
+    timeout_s, headers_s = request.timeout_s, request.timeouts.headers_s
+    return Answer(request, loop, sent_at + timeout_s, sent_at + (headers_s if headers_s < timeout_s else timeout_s))

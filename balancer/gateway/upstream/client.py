@@ -10,7 +10,7 @@ import msgspec
 
 from balancer.errors import UpstreamError, UpstreamTimeoutError
 from balancer.gateway.messages import UpstreamRequest, UpstreamResponse
-from balancer.gateway.upstream.answer import Answer
+from balancer.gateway.upstream.answer import Answer, answer_to
 from balancer.gateway.upstream.connection import BroughtConnection, Connection
 from balancer.gateway.upstream.dialing import Dialer
 from balancer.gateway.upstream.pool import Pool
@@ -55,7 +55,7 @@ class UpstreamClient:
         target = self._targets.of(request.url, request.proxy_url)
         head = self._heads.of(request, target)
         pool = self._pools.get(target.origin) or self._new_pool(target.origin)
-        answer = Answer(request, pool.loop, pool.loop.time())
+        answer = answer_to(request, pool.loop, pool.loop.time())
         connection, is_new = pool.take(), False
         if connection is None:
             connection, is_new = await self._another(pool, target.origin, answer, request)
@@ -92,7 +92,7 @@ class UpstreamClient:
         pool = self._pools.get(prepared.origin)
         if pool is None:
             return None
-        answer = Answer(prepared.request, pool.loop, began_at)
+        answer = answer_to(prepared.request, pool.loop, began_at)
         while (connection := pool.take()) is not None:
             if connection.ask(answer, prepared.head + lines, body, head_only=False):
                 answer.on_news = on_news

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 import httptools
 
-from balancer.gateway.polling import Loop, Readers
 from balancer.gateway.upstream.chunks import data_of
 from balancer.gateway.upstream.whole import read_whole
+from balancer.polling import Loop, Readers
 
 if TYPE_CHECKING:
     from balancer.gateway.upstream.answer import Answer

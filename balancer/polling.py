@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
 import select
 import selectors
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,8 @@ from typing import Any
 
 _MOST = 1024
 """So many sockets are heard of in one turn at most."""
+READ_BYTES = 64 * 1024
+"""So much is read at once."""
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 Readers = dict[int, Callable[[], None]]
@@ -119,6 +122,59 @@ class Loop(asyncio.SelectorEventLoop):
         poller = Poller()
         super().__init__(poller)
         self.readers = poller.readers
+
+
+class DirectReader:
+    """Reads a plain transport's socket in the loop's stead, until its end or an error, which are the loop's to see."""
+
+    __slots__ = ("_fd", "_readers", "_receive", "_transport")
+
+    def __init__(
+        self, readers: Readers, fd: int, transport: asyncio.BaseTransport, receive: Callable[[bytes], None]
+    ) -> None:
+        self._readers = readers
+        self._fd = fd
+        self._transport = transport
+        self._receive = receive
+        readers[fd] = self.read
+
+    def read(self) -> None:
+        """Hands on what has come."""
+        try:
+            data = os.read(self._fd, READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.leave()
+            return
+        if not data:
+            self.leave()
+            return
+        try:
+            self._receive(data)
+        except Exception as exc:  # noqa: BLE001 - as the loop does: the connection ends, and all others live on.
+            context = {
+                "message": "what was received could not be taken",
+                "exception": exc,
+                "transport": self._transport,
+            }
+            asyncio.get_running_loop().call_exception_handler(context)
+            self.leave()
+            self._transport.close()
+
+    def leave(self) -> None:
+        """Leaves all that comes to the loop from now on. To be called before the socket is closed."""
+        if self._readers.get(self._fd) == self.read:
+            del self._readers[self._fd]
+
+
+def read_directly(transport: asyncio.BaseTransport, receive: Callable[[bytes], None]) -> DirectReader | None:
+    """Reads the transport's socket in its stead; None where that cannot be: in TLS, and on another loop."""
+    loop = asyncio.get_running_loop()
+    sock = transport.get_extra_info("socket")
+    if not isinstance(loop, Loop) or sock is None or transport.get_extra_info("sslcontext") is not None:
+        return None
+    return DirectReader(loop.readers, sock.fileno(), transport, receive)
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
