@@ -57,7 +57,8 @@ class Parser:
 
     def feed(self, chunk: bytes) -> list[Event]:
         """The events that this chunk finishes."""
-        if chunk.endswith(b"\n\n") and self.is_between_events and chunk.find(b"\r") < 0:  # The common case.
+        is_plain = chunk.endswith(b"\n\n") and chunk.find(b"\n\n\n") < 0 and chunk.find(b"\r") < 0
+        if is_plain and self.is_between_events:  # The common case.
             parts = chunk.split(b"\n\n")
             parts.pop()
             return [self._event(part + b"\n\n") for part in parts]

@@ -46,14 +46,40 @@ _WORDS = (
     b'"usage"',
 )
 """One of them stands there. `rfind` takes a tenth of the time that the pattern takes where there is none."""
+_CHAT_PATHS = ("/v1/chat/completions", "/v1/completions")
+_CHAT_WORDS = (b"error", b"[DONE]", b'"usage"')
+"""The ones that streams of OpenAI's have which are asked for there; each word takes as long to look for."""
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 
 
 class EventRelay:
     """Relays one stream that has been started. `decoder` is None for a coding that we cannot read.
 
-    With `remember`, nothing of an event that names the answer's id is sent before that is kept.
+    With `remember`, nothing of an event that names the answer's id is sent before that is kept. `path`: what was asked.
     """
+
+    __slots__ = (
+        "_attempt",
+        "_by_event",
+        "_decoder",
+        "_error_event",
+        "_is_coded",
+        "_mask",
+        "_may_skim",
+        "_must_abort",
+        "_parser",
+        "_remember",
+        "_rewriter",
+        "_sent_bytes",
+        "_stream",
+        "_style",
+        "_unnamed",
+        "_usage",
+        "_verdict",
+        "_withheld",
+        "_withheld_bytes",
+        "_words",
+    )
 
     def __init__(
         self,
@@ -65,6 +91,7 @@ class EventRelay:
         mask: Mask,
         error_event: Callable[[UpstreamError], bytes],
         style: ApiStyle = "openai",
+        path: str = "",
         remember: Remember | None = None,
     ) -> None:
         self._attempt = attempt
@@ -74,6 +101,7 @@ class EventRelay:
         self._mask = mask
         self._error_event = error_event
         self._style: ApiStyle = style
+        self._words = _CHAT_WORDS if style == "openai" and path in _CHAT_PATHS else _WORDS
         self._remember = remember if decoder is not None else None
         self._withheld: list[bytes] = []  # With the beginning of an event that may name the answer's id.
         self._withheld_bytes = self._unnamed = 0
@@ -119,8 +147,9 @@ class EventRelay:
         """Sends a chunk of whole events of which nothing needs to be known; False, with nothing done, for any other."""
         if not chunk.endswith(_EVENT_ENDS):
             return False
-        for word in _WORDS:
-            if chunk.rfind(word) >= 0 and _OF_INTEREST.search(chunk):
+        rfind = chunk.rfind
+        for word in self._words:
+            if rfind(word) >= 0 and _OF_INTEREST.search(chunk, chunk.find(word)):
                 return False
         return self._stream.write_now(chunk, framed)
 

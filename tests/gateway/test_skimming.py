@@ -106,7 +106,7 @@ class Ends:
         self.has_token = True
 
 
-def relayed(ends: Ends, *, hides_usage: bool) -> None:
+def relayed(ends: Ends, *, hides_usage: bool, path: str = "/v1/chat/completions") -> None:
     relay = EventRelay(
         attempt=ends,
         stream=ends,
@@ -114,6 +114,7 @@ def relayed(ends: Ends, *, hides_usage: bool) -> None:
         rewriter=Rewriter("", hides_usage=hides_usage),
         mask=Mask([KEY]),
         error_event=lambda _: b"",
+        path=path,
     )
 
     async def run() -> None:
@@ -134,14 +135,21 @@ def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
     refusals=st.lists(st.booleans(), max_size=12),
     hides_usage=st.booleans(),
     tells_end=st.booleans(),
+    path=st.sampled_from(["/v1/chat/completions", "/v1/responses"]),
 )
 def test_any_cuts_and_any_hurry_give_the_same(
-    events: list[bytes], end: bytes, places: list[int], refusals: list[bool], hides_usage: bool, tells_end: bool
+    events: list[bytes],
+    end: bytes,
+    places: list[int],
+    refusals: list[bool],
+    hides_usage: bool,
+    tells_end: bool,
+    path: str,
 ) -> None:
     told = [chunk("first"), *events, USAGE, DONE]
     ends = Ends(cut(b"".join(event + end for event in told), places), refusals, tells_end=tells_end)
 
-    relayed(ends, hides_usage=hides_usage)
+    relayed(ends, hides_usage=hides_usage, path=path)
 
     shown = [event for event in told if not (hides_usage and event == USAGE)]
     assert ends.seen == b"".join(event + end for event in shown)
@@ -181,6 +189,17 @@ def test_what_comes_with_the_stream_s_end_is_sent_with_it() -> None:
 
     assert ends.sent_last == b"".join([*usual, USAGE, b"\n\n", DONE, b"\n\n"])
     assert ends.outcomes[0] == (Outcome.SUCCESS, len(ends.seen) - len(ends.sent_last))
+
+
+@pytest.mark.parametrize("kind", ["completed", "incomplete", "failed"])
+def test_the_end_of_a_response_is_never_missed(kind: str) -> None:
+    usual = [b'event: response.output_text.delta\ndata: {"delta":"word %d"}\n\n' % number for number in range(9)]
+    end = b'data: {"type":"response.%b","response":{"id":"r"}}\n\n' % kind.encode()
+    ends = Ends([chunk("first") + b"\n\n", *usual, end, *usual], ())
+
+    relayed(ends, hides_usage=False, path="/v1/responses")
+
+    assert ends.outcomes[0][1] == len(ends.seen) - len(end + b"".join(usual)), "settled as it came"
 
 
 def test_an_error_amid_what_passes_is_masked() -> None:
