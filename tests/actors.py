@@ -121,6 +121,10 @@ class Upstream:
         self._is_adding = True
         return self
 
+    def skips(self) -> None:
+        """Forgets what it was to do with the next request."""
+        self._behaviours.pop(0)
+
     @property
     def _behaviour(self) -> Behaviour:
         return self._behaviours[0]
