@@ -271,9 +271,9 @@ class Way(msgspec.Struct, eq=False):
             try:
                 await express.handlers.handle(request, stream, begun)
             finally:
+                express.closed()
                 if begun.attempt is not None:
                     begun.attempt.settle(Outcome.FAILED)  # Unless it was, as it is by all that gets so far.
-                express.closed()
 
         self.task = task = lane.task(request, stream, resume)
 
