@@ -57,6 +57,10 @@ class Parser:
 
     def feed(self, chunk: bytes) -> list[Event]:
         """The events that this chunk finishes."""
+        if chunk.endswith(b"\n\n") and self.is_between_events and chunk.find(b"\r") < 0:  # The common case.
+            parts = chunk.split(b"\n\n")
+            parts.pop()
+            return [self._event(part + b"\n\n") for part in parts]
         self._buffer += chunk
         events = []
         start = 0
@@ -100,6 +104,9 @@ class Parser:
         if self._is_skipping:
             self._is_skipping = False
             return Event(raw, "", b"")
+        if raw.startswith(b"data: ") and raw.find(b"\n") == len(raw) - 2 and raw.find(b"\r") < 0:
+            self._is_first = False
+            return Event(raw, "", raw[6:-2])
         text = raw
         if self._is_first:
             self._is_first = False

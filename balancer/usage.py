@@ -92,6 +92,7 @@ class _Common(msgspec.Struct):
     usage: _CommonCounts
 
 
+_counts = msgspec.json.Decoder(_CommonCounts)
 _common = msgspec.json.Decoder(_Common)
 _body = msgspec.json.Decoder(_Body)
 _chunk = msgspec.json.Decoder(_Chunk)
@@ -206,6 +207,7 @@ class StreamUsage:
 
     def __init__(self) -> None:
         self._table: dict[str, Any] = {}
+        self._first: msgspec.Raw | None = None
         self.usage: Usage | None = None
         self.is_complete = False
         self.is_error = False
@@ -224,7 +226,8 @@ class StreamUsage:
         chunk = _decoded(_chunk, data) if _MAY_MATTER.search(data) else None
         if chunk is None:
             return
-        self._add(_decoded(_any, chunk.usage))
+        if chunk.usage is not _NULL:
+            self._report(chunk.usage)
         for holder in (chunk.message, chunk.response):
             if holder is not _NULL and (body := _decoded(_body, holder)):
                 self._add(body.usage)
@@ -238,6 +241,18 @@ class StreamUsage:
             case _:
                 pass
 
+    def _report(self, usage: msgspec.Raw) -> None:
+        """Takes over a table of OpenAI's, most often the only one of its stream."""
+        if self.usage is None:
+            try:
+                self.usage = _counts.decode(usage).read()
+            except lenient.UNREADABLE:
+                pass
+            else:
+                self._first = usage
+                return
+        self._add(_decoded(_any, usage))
+
     def _add(self, table: object) -> None:
         """Takes over what a table reports; what it leaves out, or spells oddly, stays as it was.
 
@@ -245,6 +260,9 @@ class StreamUsage:
         """
         if not isinstance(table, dict):
             return
+        first, self._first = self._first, None
+        if first is not None:
+            self._add(_decoded(_any, first))
         for name in _COUNTS:
             if _is_count(table.get(name)):
                 self._table[name] = table[name]

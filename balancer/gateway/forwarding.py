@@ -216,15 +216,22 @@ class Forwarder:
         return failure.outcome
 
     async def forward_uncounted(
-        self, request: ClientRequest, route: Route, rule: Rule, service_id: str, stream: ClientStream, *, asked: str
+        self,
+        request: ClientRequest,
+        route: Route,
+        rule: Rule,
+        service_id: str,
+        stream: ClientStream,
+        *,
+        peek: bodies.Peek | None,
     ) -> None:
-        """Sends a request that no tactic picks for and nothing counts; `asked`: the model in its body, if it has one.
+        """Sends a request that no tactic picks for and nothing counts; `peek` if a model stands in its body.
 
         Raises BalancerError when nothing was sent to the client yet.
         """
         body = request.body
-        if asked:
-            body = with_model(body, request.header("content-type"), asked=asked, model=service_id.partition(":")[2])
+        if peek is not None:
+            body = with_model(body, request.header("content-type"), peek, service_id.partition(":")[2])
         needs_plain = bool(rule.response_model)
         outgoing = self.preparer.request(request, route, service_id, body, needs_plain=needs_plain)
         relay = Relay(

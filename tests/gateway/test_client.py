@@ -1183,7 +1183,7 @@ async def test_an_answer_at_its_end_says_so_as_often_as_it_is_asked(client: Upst
     assert answer.length == 5
     assert await answer.read() == b"hello"
     assert [await answer.read() for _ in range(3)] == [b""] * 3
-    assert await answer.pump(lambda _: True) == b""
+    assert await answer.pump(lambda *_: True) == b""
     await answer.close()
 
 
@@ -1197,12 +1197,12 @@ async def test_a_failed_answer_fails_as_often_as_it_is_asked(client: Upstream, l
         with pytest.raises(UpstreamError, match="up broke off its answer"):
             await answer.read()
         with pytest.raises(UpstreamError, match="up broke off its answer"):
-            await answer.pump(lambda _: True)
+            await answer.pump(lambda *_: True)
     await answer.close()
 
 
 async def test_an_error_of_whoever_takes_reaches_whoever_pumps(client: Upstream, listener: Listener) -> None:
-    def take(_: bytes) -> bool:
+    def take(chunk: bytes, framed: bytes = b"", /) -> bool:
         raise ZeroDivisionError
 
     sending = asyncio.create_task(client.send(a_request(listener.url)))
@@ -1225,7 +1225,7 @@ async def test_an_answer_may_be_closed_by_whoever_takes_it(client: Upstream, lis
     answer = await sending
     pumping: asyncio.Task[bytes]
 
-    def take(_: bytes) -> bool:
+    def take(chunk: bytes, framed: bytes = b"", /) -> bool:
         pumping.cancel()
         return closes
 

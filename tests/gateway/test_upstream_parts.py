@@ -6,6 +6,8 @@ import asyncio
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from balancer.dialects import Headers
 from balancer.domain import Timeouts
@@ -13,10 +15,12 @@ from balancer.errors import ConfigurationError, UpstreamError
 from balancer.gateway.messages import UpstreamRequest
 from balancer.gateway.upstream import request as requests
 from balancer.gateway.upstream.answer import answer_to
+from balancer.gateway.upstream.chunks import data_of
 from balancer.gateway.upstream.connection import Connection
 from balancer.gateway.upstream.pool import Pool
 from balancer.gateway.upstream.request import Heads, Origin, Targets
 from balancer.gateway.upstream.tls import client_context
+from tests.gateway.by_hand import unframed
 
 ON_BOTH_LOOPS = True
 BUFFER = memoryview(bytearray(1024))
@@ -191,7 +195,7 @@ async def test_parts_that_came_together_are_taken_at_once(connections: Connectio
     receive(connection, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
     await answer.opened(connection)
     taken: list[bytes] = []
-    pumping = asyncio.ensure_future(answer.pump(lambda chunk: not taken.append(chunk)))  # type: ignore[func-returns-value]
+    pumping = asyncio.ensure_future(answer.pump(lambda chunk, _=b"": not taken.append(chunk)))  # type: ignore[func-returns-value]
     await asyncio.sleep(0)
     receive(connection, b"1\r\na\r\n2\r\nbc\r\n3\r\ndef\r\n")
     assert taken == [b"abcdef"]
@@ -199,6 +203,56 @@ async def test_parts_that_came_together_are_taken_at_once(connections: Connectio
     assert (taken, connections.freed) == ([b"abcdef", b"g"], [connection])
     assert await pumping == b""
     connection.connection_lost(None)
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [b"1", b"11b", b"11b\r", b"40\r\n", b"40\r\nabc\r\n", b"1b\r\nsome of 27 bytes", b"10\r\n0123456789abcdef\r"],
+)
+async def test_what_goes_on_in_a_chunk_is_no_chunk(connections: Connections, begin: bytes) -> None:
+    """However it looks: a size that was cut in two is read as another one."""
+    connection, _ = connections.make()
+    answer = answer_to(a_request(), connections.loop, connections.loop.time())
+    connection.ask(answer, b"", b"", head_only=False)
+    chunk = b"10\r\n0123456789abcdef\r\n"
+    receive(connection, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk + begin)
+    framings: list[bytes] = []
+    pumping = asyncio.ensure_future(answer.pump(lambda _, framed=b"": not framings.append(framed)))  # type: ignore[func-returns-value]
+    await asyncio.sleep(0)
+    receive(connection, chunk)
+    assert not any(framings)
+    pumping.cancel()
+    connection.connection_lost(None)
+    await asyncio.wait([pumping])
+
+
+PARTS = st.lists(st.binary(min_size=16, max_size=300), min_size=1, max_size=3)
+
+
+@given(parts=PARTS, size=st.sampled_from([b"%x", b"%X"]))
+def test_the_data_of_plain_chunks_is_known_without_a_parser(parts: list[bytes], size: bytes) -> None:
+    assert data_of(b"".join(size % len(part) + b"\r\n" + part + b"\r\n" for part in parts)) == b"".join(parts)
+
+
+@settings(max_examples=500)
+@given(
+    parts=PARTS,
+    place=st.integers(0, 1000),
+    gone=st.integers(0, 1),
+    new=st.sampled_from([b"", *(b"%c" % byte for byte in b"0123456789abcdefABCDEF xX;_+-\r\n\x00")]),
+    is_near=st.booleans(),
+)
+def test_chunks_that_are_spelt_or_end_in_another_way_are_left_to_the_parser(
+    parts: list[bytes], place: int, gone: int, new: bytes, is_near: bool
+) -> None:
+    """`unframed` fails for them."""
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+    place %= len(chunks)
+    if is_near:  # Where sizes and ends are.
+        place = max(0, chunks.rfind(b"\r\n", 0, place))
+    chunks = chunks[:place] + new + chunks[place + gone :]
+    data = data_of(chunks)
+    assert data is None or data == unframed(chunks)
 
 
 async def test_one_timer_serves_many_waits(connections: Connections, monkeypatch: pytest.MonkeyPatch) -> None:

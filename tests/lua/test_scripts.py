@@ -22,7 +22,7 @@ NAMES = ("checkpoint", "clear", "commit", "fence", "health", "publish", "reap", 
 WORDS_OF_REDIS_6_2 = frozenset(
     {
         *("DEL", "EXISTS", "GET", "SET", "PX", "PEXPIRE", "PUBLISH", "TIME"),
-        *("HDEL", "HGET", "HGETALL", "HKEYS", "HMGET", "HSET"),
+        *("HDEL", "HGET", "HGETALL", "HKEYS", "HMGET", "HSCAN", "COUNT", "HSET"),
         *("ZADD", "ZRANGE", "WITHSCORES", "ZREMRANGEBYSCORE", "ZSCORE"),
         *("XADD", "MAXLEN"),
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from time import monotonic
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -38,10 +39,10 @@ class Answer(msgspec.Struct, eq=False):
     is_over: bool = False
     """True when all of it has come."""
     _connection: Connection | None = None
-    _limit: str = ""
     _chunks: list[bytes] = []
     _held: int = 0
     _has_begun: bool = False
+    _heard_at: float = 0.0
     _error: UpstreamError | None = None
     _take: Take | None = None
     _waiter: asyncio.Future[bytes] | None = None
@@ -75,6 +76,11 @@ class Answer(msgspec.Struct, eq=False):
         self.on_news = None
         if self._error is not None and not self.status:
             raise self._error
+
+    @property
+    def is_at_end(self) -> bool:
+        """True when all of it has come and was read."""
+        return self.is_over and not self._chunks and self._error is None
 
     @property
     def has_failed(self) -> bool:
@@ -147,10 +153,7 @@ class Answer(msgspec.Struct, eq=False):
         connection = self._connection
         assert connection is not None, "an answer without a connection is over, or has failed"
         timeouts = self._request.timeouts
-        if self._has_begun:
-            self._limit, limit_s = "idle_s", timeouts.idle_s
-        else:
-            self._limit, limit_s = "first_byte_s", timeouts.first_byte_s
+        limit_s = timeouts.idle_s if self._has_begun else timeouts.first_byte_s
         connection.arm(min(self._loop.time() + limit_s, self._deadline))
 
     async def _more(self) -> bytes:
@@ -192,11 +195,16 @@ class Answer(msgspec.Struct, eq=False):
         else:
             self._wake()
 
-    def receive(self, chunk: bytes) -> None:
-        """A part of its body has come."""
-        self._has_begun = True
+    @property
+    def due_at(self) -> float:
+        """When what comes next must be there, since something was taken last."""
+        return min(self._heard_at + self._request.timeouts.idle_s, self._deadline)
+
+    def receive(self, chunk: bytes, framed: bytes = b"") -> None:
+        """A part of its body has come; `framed`: the same with its framing, where that is plain."""
         take = self._take
         if take is None:
+            self._has_begun = True
             self._chunks.append(chunk)
             self._held += len(chunk)
             if self._held > _HELD_BYTES and self._connection is not None:
@@ -205,15 +213,20 @@ class Answer(msgspec.Struct, eq=False):
             return
         waiter = self._waiter
         try:
-            if take(chunk):
-                if self._connection is not None:
-                    self._arm()
+            if take(chunk, framed):
+                if self._has_begun:
+                    self._heard_at = monotonic()  # The timer looks at it when it goes off.
+                else:
+                    self._has_begun = True
+                    if self._connection is not None:
+                        self._arm()
                 return
         except Exception as exc:  # noqa: BLE001  # It is raised where `pump` is awaited.
             self._take = None
             if waiter is not None and not waiter.done():
                 waiter.set_exception(exc)
             return
+        self._has_begun = True
         self._take = None
         self._wake(chunk)
 
@@ -234,7 +247,9 @@ class Answer(msgspec.Struct, eq=False):
         """Nothing came before the limit."""
         self._connection = None
         if self.status:
-            limit = "timeout" if self._loop.time() >= self._deadline else self._limit
+            limit = "idle_s" if self._has_begun else "first_byte_s"
+            if self._loop.time() >= self._deadline:
+                limit = "timeout"
             self._error = UpstreamTimeoutError(f"{self._request.provider} was silent for too long ({limit})")
         else:
             self._error = self.unanswered()

@@ -11,7 +11,7 @@ import msgspec
 from balancer.errors import UpstreamError, UpstreamTimeoutError
 from balancer.gateway.messages import UpstreamRequest, UpstreamResponse
 from balancer.gateway.upstream.answer import Answer, answer_to
-from balancer.gateway.upstream.connection import Connection
+from balancer.gateway.upstream.connection import BroughtConnection, Connection
 from balancer.gateway.upstream.dialing import Dialer
 from balancer.gateway.upstream.pool import Pool
 from balancer.gateway.upstream.request import Heads, Origin, Targets, head_of
@@ -142,9 +142,11 @@ class UpstreamClient:
 
     async def _dialled(self, pool: Pool, origin: Origin, answer: Answer, request: UpstreamRequest) -> Connection:
         loop = pool.loop
+        is_plain = origin.scheme == "http" and not origin.proxy_url.startswith("https")
+        kind = BroughtConnection if is_plain and not isinstance(loop, asyncio.SelectorEventLoop) else Connection
 
         def new() -> Connection:
-            return Connection(loop, self._buffer, first=self._tls.remember, freed=pool.free, lost=lost)
+            return kind(loop, self._buffer, first=self._tls.remember, freed=pool.free, lost=lost)
 
         def lost(connection: Connection) -> None:
             if connection not in self._connections:

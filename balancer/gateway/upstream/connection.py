@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import select
 import ssl
 from collections.abc import Callable
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING
 
 import httptools
 
+from balancer.gateway.upstream.chunks import data_of
 from balancer.gateway.upstream.whole import read_whole
+from balancer.polling import Loop, Readers
 
 if TYPE_CHECKING:
     from balancer.gateway.upstream.answer import Answer
@@ -25,6 +28,7 @@ _HEAD_BYTES = 64 * 1024
 """The longest head; as much may stand between two parts of a body in chunks, and behind the last."""
 _HEADERS = 256
 _PART_BYTES = 256 * 1024
+_READ_BYTES = 64 * 1024
 _LARGE_BYTES = 2**20
 """A body beyond this goes out in parts, so that one large prompt neither doubles memory nor holds up the loop."""
 
@@ -42,12 +46,15 @@ class Connection(asyncio.BufferedProtocol):
         "_buffer",
         "_due_at",
         "_fault",
+        "_fd",
         "_fed",
         "_first",
         "_freed",
         "_has_head",
         "_head_only",
         "_headers",
+        "_is_at_chunk",
+        "_is_between_chunks",
         "_is_broken",
         "_is_chunked",
         "_is_complete",
@@ -61,6 +68,7 @@ class Connection(asyncio.BufferedProtocol):
         "_parser",
         "_parts",
         "_poll",
+        "_readers",
         "_rest",
         "_timer",
         "_timer_at",
@@ -93,6 +101,8 @@ class Connection(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = self._due_at = math.inf
         self._parser = httptools.HttpResponseParser(self)
+        self._fd = -1
+        self._readers: Readers | None = None
         self._headers: list[tuple[str, str]] = []
         self._parts: list[bytes] = []
         self._expect(head_only=False)
@@ -103,6 +113,7 @@ class Connection(asyncio.BufferedProtocol):
         self._is_fresh = True
         self._fed = 0
         self._has_head = self._is_complete = self._is_chunked = self._keeps_alive = False
+        self._is_at_chunk = self._is_between_chunks = False
         self._length: int | None = None
         self._fault = ""
 
@@ -111,6 +122,10 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It can be written to; again when TLS was started on it."""
         self.transport = transport  # type: ignore[assignment]
+        sock = transport.get_extra_info("socket")
+        if isinstance(self._loop, Loop) and sock is not None and transport.get_extra_info("sslcontext") is None:
+            self._fd, self._readers = sock.fileno(), self._loop.readers
+            self._readers[self._fd] = self._on_readable
 
     @property
     def is_usable(self) -> bool:
@@ -127,6 +142,7 @@ class Connection(asyncio.BufferedProtocol):
     def drop(self) -> None:
         """Ends it; nobody waits for an answer on it any more."""
         self._is_broken = True
+        self._leave_to_loop()
         self._answer = self._rest = None
         if self.transport is not None:
             self.transport.abort()
@@ -134,6 +150,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
         self._is_broken = True
+        self._leave_to_loop()
         self._rest = None
         if self._timer is not None:
             self._timer.cancel()
@@ -160,10 +177,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def _on_timer(self) -> None:
         self._timer, self._timer_at = None, math.inf
-        if self._loop.time() < self._due_at:
-            self.arm(self._due_at)
-            return
         answer = self._answer
+        due_at = self._due_at if answer is None else max(self._due_at, answer.due_at)
+        if self._loop.time() < due_at:
+            self.arm(due_at)
+            return
         if answer is None:
             if self.idle_since != math.inf:
                 self.drop()
@@ -236,18 +254,61 @@ class Connection(asyncio.BufferedProtocol):
             if not self.transport.is_closing():
                 self.transport.resume_reading()
 
+    def _leave_to_loop(self) -> None:
+        """Lets the loop see for itself what there is to be read."""
+        if self._readers is not None:
+            self._readers.pop(self._fd, None)
+            self._readers = None
+
+    def _on_readable(self) -> None:
+        """Reads in the loop's stead."""
+        if self._is_held_back:
+            return
+        try:
+            data = os.read(self._fd, _READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.fail("")
+            return
+        if not data:
+            self._leave_to_loop()
+            return
+        try:
+            self.data_received(data)
+        except Exception as exc:  # noqa: BLE001  # As the loop does.
+            self._loop.call_exception_handler({"message": "an answer could not be read", "exception": exc})
+            self.fail("")
+
     def get_buffer(self, sizehint: int) -> memoryview:
         """What is received comes here."""
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         """Reads what was received, and hands what it holds of a body on as one chunk."""
+        part = self._buffer[:nbytes]
+        if self._is_between_chunks:
+            self.data_received(bytes(part))
+        else:
+            self._read(part)
+
+    def data_received(self, data: bytes) -> None:
+        """The same where the loop brings the bytes along."""
+        if self._is_between_chunks and self._answer is not None:
+            part = data_of(data)
+            if part is not None:
+                # Behind whole chunks the parser would stand where it stands.
+                self._answer.receive(part, data)
+                return
+        self._read(data)
+
+    def _read(self, data: bytes | memoryview) -> None:
         answer = self._answer
         if answer is None:
             self.drop()  # Nobody has asked: a late 408, or a second answer.
             return
         if not self._fed and not self._has_head and not self._head_only:
-            whole = read_whole(bytes(self._buffer[:nbytes]))
+            whole = read_whole(bytes(data))
             if whole is not None:
                 self._answer = None
                 answer.complete(*whole)
@@ -256,9 +317,9 @@ class Connection(asyncio.BufferedProtocol):
                 answer.tell()
                 return
         self._is_fresh = False
-        self._fed += nbytes
+        self._fed += len(data)
         try:
-            self._parser.feed_data(self._buffer[:nbytes])
+            self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             self._fault = "switched protocols, which it was not asked for"
         except httptools.HttpParserError as exc:
@@ -266,6 +327,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._keeps_alive = False
             else:
                 self._fault = f"sent what is no HTTP: {exc}"
+        self._is_between_chunks = self._is_at_chunk and data[-2:] == b"\r\n"
         parts = self._parts
         if parts:
             self._fed = 0
@@ -357,6 +419,7 @@ class Connection(asyncio.BufferedProtocol):
         self._fed = 0
         if self._head_only or status in (204, 304):
             self._length, self._is_chunked, self._is_complete = 0, False, True
+        self._is_at_chunk = self._is_chunked
         answer = self._answer
         if answer is not None and not self._fault:
             answer.begin(status, tuple(headers), self._length)
@@ -368,10 +431,24 @@ class Connection(asyncio.BufferedProtocol):
         elif not self._fault:
             self._parts.append(part)
 
+    def on_chunk_header(self) -> None:
+        """A chunk's size is known."""
+        self._is_at_chunk = False
+
+    def on_chunk_complete(self) -> None:
+        """A chunk is whole: the next one's size is to come, unless this was the last."""
+        self._is_at_chunk = True
+
     def on_message_complete(self) -> None:
         """The answer is whole; one of 1xx is none yet."""
         if self._has_head:
             self._is_complete = True
+
+
+class BroughtConnection(Connection, asyncio.Protocol):
+    """The same for a loop that brings what it has read along cheaper than it reads into a buffer: uvloop."""
+
+    __slots__ = ()
 
 
 _LENGTH, _CODING, _CONNECTION = 1, 2, 3
