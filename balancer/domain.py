@@ -333,9 +333,10 @@ class Configuration(Struct, frozen=True, kw_only=True):
 
 # -- what a request leaves ---------------------------------------------------------------------------------------------
 # Structs without `gc` hold nothing that could lead back to them: thousands are kept, and need not be gone through.
+# What is `array_like` is kept packed, and needs no names of fields there.
 
 
-class Usage(Struct, frozen=True, kw_only=True, gc=False):
+class Usage(Struct, frozen=True, kw_only=True, gc=False, array_like=True):
     """Tokens as the vendor reports them: Anthropic's input excludes cache reads, OpenAI's includes them."""
 
     input: int = 0
@@ -429,7 +430,7 @@ class Selection(Struct, frozen=True, kw_only=True, gc=False):
     excluded: tuple[str, ...] = ()
 
 
-class Entry(Struct, frozen=True, kw_only=True, gc=False):
+class Entry(Struct, frozen=True, kw_only=True, gc=False, array_like=True):
     """One settled attempt: which pick, on which service (empty for an abandoned name), and what it used.
 
     `cooldown_ms` is how long the service asks to be left alone. `first_token_us` passed before the first content token

@@ -106,6 +106,7 @@ class _Usual(msgspec.Struct, frozen=True, gc=False):
     usage: _Counts | None = None
 
 
+_counts = msgspec.json.Decoder(_Counts)
 _usual = msgspec.json.Decoder(_Usual)
 _body = msgspec.json.Decoder(_Body)
 _chunk = msgspec.json.Decoder(_Chunk)
@@ -237,6 +238,7 @@ class StreamUsage:
 
     def __init__(self) -> None:
         self._table: dict[str, Any] = {}
+        self._first: msgspec.Raw | None = None
         self.usage: Usage | None = None
         self.is_complete = False
         self.is_error = False
@@ -255,7 +257,8 @@ class StreamUsage:
         chunk = _decoded(_chunk, data) if _MAY_MATTER.search(data) else None
         if chunk is None:
             return
-        self._add(_decoded(_any, chunk.usage))
+        if chunk.usage is not _NULL:
+            self._report(chunk.usage)
         for holder in (chunk.message, chunk.response):
             if holder is not _NULL and (body := _decoded(_body, holder)):
                 self._add(body.usage)
@@ -269,6 +272,18 @@ class StreamUsage:
             case _:
                 pass
 
+    def _report(self, usage: msgspec.Raw) -> None:
+        """Takes over a table, most often the only one of its stream."""
+        if self.usage is None:
+            try:
+                self.usage = _counts.decode(usage).read()
+            except lenient.UNREADABLE:
+                pass
+            if self.usage is not None:
+                self._first = usage
+                return
+        self._add(_decoded(_any, usage))
+
     def _add(self, table: object) -> None:
         """Takes over what a table reports; what it leaves out, or spells oddly, stays as it was.
 
@@ -276,6 +291,9 @@ class StreamUsage:
         """
         if not isinstance(table, dict):
             return
+        first, self._first = self._first, None
+        if first is not None:
+            self._add(_decoded(_any, first))
         for name in _COUNTS:
             if _is_count(table.get(name)):
                 self._table[name] = table[name]

@@ -152,6 +152,7 @@ class _Providers:
 
 class _Response:
     status = 200
+    is_at_end = False
 
     def __init__(self, headers: Headers, length: int | None, chunks: Sequence[bytes]) -> None:
         self.headers = headers
@@ -238,7 +239,8 @@ class _Stream:
         self.sent += len(chunk)
         return True
 
-    async def end(self) -> None:
+    async def end(self, last: bytes = b"", /) -> None:
+        self.sent += len(last)
         assert self.sent > 500
 
     def abort(self) -> None:

@@ -1,4 +1,4 @@
--- Raises the fence of rules in one pool to a revision, with what select needs to know of them; a lower or equal one is
+-- Raises the fence of rules in one pool to a revision, with what tick needs to know of them; a lower or equal one is
 -- passed over.
 -- KEYS[1] services      the pool's services, and its place in its history
 -- KEYS[2] partitions    the pool's rules and partitions

@@ -215,8 +215,10 @@ class Way(msgspec.Struct, eq=False):
 
     def _count(self) -> None:
         """Counts what was done so far of a request that does not go as usual to its end."""
-        attempt, metrics = self.attempt, self.express.metrics
+        attempt, asked, metrics = self.attempt, self.asked, self.express.metrics
         if attempt is None:
+            if asked is not None and asked.answer is not None:
+                metrics.select_s(self.plan.rule.pool, time.monotonic() - asked.asked_at)
             return
         metrics.select_s(attempt.pick.pool, self.select_s)
         metrics.picked(attempt.pick)

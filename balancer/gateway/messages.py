@@ -88,8 +88,8 @@ class ClientStream(Protocol):
         `framed`: the same as plain chunks of HTTP, which may be sent instead where the body goes in chunks.
         """
 
-    async def end(self) -> None:
-        """Ends the body properly."""
+    async def end(self, last: bytes = b"", /) -> None:
+        """Ends the body properly, behind a last part of it."""
 
     async def send(self, status: int, headers: Headers, body: bytes) -> None:
         """Sends an answer that is there as a whole: `start`, `write` and `end` in one."""
@@ -129,6 +129,10 @@ class UpstreamResponse(Protocol):
     @property
     def length(self) -> int | None:
         """Its body's length if it says so."""
+
+    @property
+    def is_at_end(self) -> bool:
+        """True when it is known already that nothing more comes: `read` has b"" at once."""
 
     def whole(self) -> bytes | None:
         """The body, if all of it has come and nothing was read yet; it can still be read."""

@@ -23,7 +23,7 @@ from balancer.store.connection import Commands
 from balancer.store.history import Send
 from balancer.store.local import ASIDE
 from balancer.store.pool import Answer, Asked, OnAnswer, PoolClient, PoolEvents
-from balancer.store.prober import Probe, Probed, Prober, probed
+from balancer.store.prober import Probe, Probed, Prober, plans
 from balancer.store.queue import Queues
 from balancer.store.registry import Directory, Follower, Registry, kept_file
 from balancer.store.topology import Topology
@@ -71,7 +71,9 @@ class Balance:
         """The partition and the revision of a rule, by its uuid, under a directory."""
         self._queues = Queues()
         self._probe: Probe | None = None
-        self._probers: list[asyncio.Task[None]] = []
+        self._probers: dict[str, asyncio.Task[None]] = {}
+        self._plans: tuple[Directory, dict[str, list[Probed]]] | None = None
+        """Who is to be asked in each pool, under a directory."""
         self._opener: asyncio.Task[None] | None = None
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -97,7 +99,7 @@ class Balance:
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Waits for the settles under way, at most that long, and disconnects."""
-        tasks = [*self._probers, *filter(None, [self._opener])]
+        tasks = [*self._probers.values(), *filter(None, [self._opener])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -123,6 +125,12 @@ class Balance:
     def _open_pools(self) -> None:
         for name in self.directory.pools if self._follower.directory else ():
             self._pool(name)
+        if self._probe:
+            for name in self._probed().keys() - self._probers.keys():
+                self._probers[name] = asyncio.create_task(self._ask_for_health(name, self._probe))
+
+    def _ask_for_health(self, name: str, probe: Probe) -> Coroutine[Any, Any, None]:
+        return Prober(self._pool(name), self.worker, lambda: self._probed().get(name, ()), probe).run()
 
     def _pool(self, name: str) -> PoolClient:
         pool = self._pools.get(name)
@@ -140,14 +148,15 @@ class Balance:
                 outbox_max_entries=self._settings.outbox_max_entries,
             )
             pool.start()
-            if self._probe:
-                prober = Prober(pool, self.worker, lambda: self._probed(name), self._probe)
-                self._probers.append(asyncio.create_task(prober.run()))
         return pool
 
-    def _probed(self, pool: str) -> list[Probed]:
+    def _probed(self) -> dict[str, list[Probed]]:
         directory = self._follower.directory
-        return probed(directory.configuration, pool) if directory else []
+        if directory is None:
+            return {}
+        if self._plans is None or self._plans[0] is not directory:
+            self._plans = directory, plans(directory.configuration)
+        return self._plans[1]
 
     # -- readiness -----------------------------------------------------------------------------------------------------
 

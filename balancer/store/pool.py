@@ -748,17 +748,20 @@ class PoolClient:
         return ended + following[:1]
 
     async def _reap(self, target: str) -> None:
-        names = self._keys(target)
+        names, place = self._keys(target), ""
         while True:
-            arguments = self._arguments(target=target, limit=_REAP_LIMIT)
-            _, is_ended, lost, epoch, position, lost_positions = await self._ask("reap", names, arguments, ())
+            arguments = self._arguments(target=target, limit=_REAP_LIMIT, place=place)
+            _, is_ended, lost, epoch, position, lost_positions, following = await self._ask(
+                "reap", names, arguments, ()
+            )
             self._saw(epoch, position, lost_positions)
             if lost:
                 log.warning("attempts were lost with their worker", pool=self.pool, worker=target, attempts=lost)
             if lost and is_ended:
                 self._events.lease_expired(self.pool, lost)
-            if lost < _REAP_LIMIT:
+            if not following:
                 return
+            place = following.decode()
 
     async def view(self) -> views.PoolView:
         """A picture of the pool that is read at once, within the deadline."""

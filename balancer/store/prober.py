@@ -45,18 +45,30 @@ class Probed(msgspec.Struct, frozen=True, kw_only=True):
     services: tuple[str, ...]
 
 
-def probed(configuration: Configuration, pool: str) -> list[Probed]:
-    """The providers of the pool's active services that are to be asked."""
-    services: dict[str, list[str]] = {}
-    for rule in configuration.rules:
-        if rule.pool == pool and rule.active:
-            for service in rule.active_services():
-                services.setdefault(service.provider, []).append(service.id)
-    return [
-        Probed(provider=provider, services=tuple(dict.fromkeys(services[provider.uuid])))
+def plans(configuration: Configuration) -> dict[str, list[Probed]]:
+    """For each pool the providers of its active services that are to be asked; pools without one are left out.
+
+    Looks at all rules, unless no provider is to be asked: once for a configuration, not whenever somebody asks.
+    """
+    asked = {
+        provider.uuid: provider
         for provider in configuration.providers
-        if provider.enabled and provider.health.interval_s > 0 and provider.uuid in services
-    ]
+        if provider.enabled and provider.health.interval_s > 0
+    }
+    served: dict[str, dict[str, list[str]]] = {}
+    for rule in configuration.rules if asked else ():
+        if rule.active:
+            for service in rule.active_services():
+                if service.provider in asked:
+                    served.setdefault(rule.pool, {}).setdefault(service.provider, []).append(service.id)
+    return {
+        pool: [
+            Probed(provider=provider, services=tuple(dict.fromkeys(services[uuid])))
+            for uuid, provider in asked.items()
+            if uuid in services
+        ]
+        for pool, services in served.items()
+    }
 
 
 class Prober:

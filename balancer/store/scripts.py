@@ -11,7 +11,7 @@ import re
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -220,12 +220,18 @@ def _source(name: str, text: str) -> str:
             groups.setdefault(piece.apart, []).append(body)
     made = [_FUNCTION_HEAD.sub(r"\1 = function(", body).rstrip("\n") + ",\n" for body in groups.pop("", [])]
     for group, bodies in groups.items():
-        fields = "\n".join(textwrap.wrap(", ".join(f"{n} = {n}" for n, apart in names.items() if apart == group), 110))
+        members = [name for name, apart in names.items() if apart == group]
+        functions = "".join(_FUNCTION_HEAD.sub(r"function \1(", body) for body in bodies)
         made.append(
-            f"{group} = function()\n{''.join(bodies)}local made = {{\n{fields},\n}}\n"
+            f"{group} = function()\nlocal {_wrapped(members)}\n{functions}"
+            f"local made = {{\n{_wrapped(f'{name} = {name}' for name in members)},\n}}\n"
             f"fn.{group} = function() return made end\nreturn made\nend,\n"
         )
     return f"{declarations}local fn\nfn = {{\n{''.join(made)}}}\n{main}"
+
+
+def _wrapped(words: Iterable[str]) -> str:
+    return "\n".join(textwrap.wrap(", ".join(words), 110))
 
 
 def _renamed(text: str, names: Mapping[str, str], inside: str) -> str:

@@ -24,6 +24,9 @@ DEFAULT_MAX_ENTRIES = 200_000
 TimedEntries = tuple[tuple[Entry, float], ...]
 """Entries with the monotonic time at which each was made."""
 
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder(TimedEntries).decode
+
 
 class Batch(msgspec.Struct):
     """Entries under one number; None stands for those that are only on disk. `count` is how many it was made of."""
@@ -32,10 +35,18 @@ class Batch(msgspec.Struct):
     entries: TimedEntries | None
     count: int
     generation: int = 0
-    acknowledged_at: float = 0
     is_spilled: bool = False
     skips: bool = False
     """Sent with the word that the batches before it are no longer held."""
+
+
+class _Kept(msgspec.Struct, frozen=True, gc=False):
+    """A batch that Redis has applied, packed: hardly one of them is ever asked for again."""
+
+    number: int
+    packed: bytes
+    count: int
+    acknowledged_at: float
 
 
 class Outbox:
@@ -50,7 +61,7 @@ class Outbox:
         self._max_entries = max_entries
         self._entries: deque[tuple[Entry, float]] = deque()
         self._batches: deque[Batch] = deque()
-        self._kept: deque[Batch] = deque()
+        self._kept: deque[_Kept] = deque()
         self._kept_entries = 0
         self._unacknowledged = 0
         self._loaded = 0
@@ -148,8 +159,7 @@ class Outbox:
                 self._kept_entries = 0
                 continue
             self._loaded -= batch.count
-            batch.acknowledged_at = now
-            self._kept.append(batch)
+            self._kept.append(_Kept(batch.number, _pack(batch.entries), batch.count, now))
             self._kept_entries += batch.count
         if last >= self.starved_of:
             self.starved_of = 0
@@ -172,9 +182,8 @@ class Outbox:
             self._batches[0].skips = False
         if last is not None:
             while self._kept and self._kept[-1].number > last:
-                batch = self._kept.pop()
-                batch.acknowledged_at = 0
-                batch.is_spilled = False
+                kept = self._kept.pop()
+                batch = Batch(number=kept.number, entries=_unpack(kept.packed), count=kept.count)
                 self._batches.appendleft(batch)
                 self._kept_entries -= batch.count
                 self._unacknowledged += batch.count
@@ -201,9 +210,12 @@ class Outbox:
         return oldest + newest[::-1]
 
     def spilled(self, batches: list[Batch]) -> None:
-        """These are on disk now; beyond the bound the later half of what is there leaves memory."""
+        """These are on disk now; beyond the bound the later half of what is there leaves memory.
+
+        What was acknowledged meanwhile is no longer one of ours: a failover that loses it brings back another batch.
+        """
         for batch in batches:
-            batch.is_spilled = not batch.acknowledged_at
+            batch.is_spilled = True
         if not self.is_full:
             return
         room = self._max_entries // 2

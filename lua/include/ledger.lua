@@ -73,7 +73,8 @@ local function count_lost(service, holding, now)
   add_minute_tokens(service, holding, holding.reserved, now)
 end
 
--- Takes back what was counted as lost: the worker was only late. What was cleared in between is not there to be taken back.
+-- Takes back what was counted as lost: the worker was only late. What was cleared in between is not there to be taken
+-- back.
 local function uncount_lost(service, lost) -- apart: rare
   local totals = service.totals
   if lost.position <= totals[CLEARED] + 0 then return end

@@ -1,7 +1,7 @@
 -- include: candidates
 -- include: number
 
--- A rule and its partitions as select reads them, and what a pick changes of them. `rule:<rule>` is
+-- A rule and its partitions as tick reads them, and what a pick changes of them. `rule:<rule>` is
 -- `revision seq retry_permille budget`, the budget -1 as long as it is full and was never used; `tactic:<p>` is
 -- `tactic top refuses params`, the parameters `name value` joined by `;`; `partition:<p>` has a line of
 -- `streak tier hold`, one of the cursor, one of its numbers, and behind them what the tactic remembers.

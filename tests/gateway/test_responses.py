@@ -117,7 +117,7 @@ async def test_the_id_is_kept_in_whatever_form_it_comes(
 class Down:
     """An upstream's answer that comes in just these parts, and the client that gets what passes."""
 
-    status, length, is_started = 200, None, False
+    status, length, is_started, is_at_end = 200, None, False, False
 
     def __init__(self, parts: list[bytes], kind: str, coding: str) -> None:
         self.parts = parts
@@ -153,7 +153,8 @@ class Down:
         self.seen += chunk
         return True
 
-    async def end(self) -> None: ...
+    async def end(self, last: bytes = b"", /) -> None:
+        self.seen += last
 
     def abort(self) -> None: ...
 

@@ -147,8 +147,23 @@ class LuaPool:
         limit: int = 1000,
         seen: tuple[int, int] = (0, 0),
     ) -> Any:
-        arguments = self._arguments(now_ms, worker, lease_ms, seen) | {"target": target, "limit": limit}
-        return self._run("reap", self._keys(target), arguments, ())
+        """What a call that begins says, but where to go on: the reference looks at all in any call."""
+        *reply, _ = self.reap_from("", now_ms, worker, target, lease_ms, limit, seen)
+        return reply
+
+    def reap_from(
+        self,
+        place: str,
+        now_ms: int,
+        worker: str,
+        target: str,
+        lease_ms: int,
+        limit: int = 1000,
+        seen: tuple[int, int] = (0, 0),
+    ) -> Any:
+        """The reply of a call that goes on from a place."""
+        more: dict[str, str | int] = {"target": target, "limit": limit, "place": place}
+        return self._run("reap", self._keys(target), self._arguments(now_ms, worker, lease_ms, seen) | more, ())
 
     def clear(self, now_ms: int, services: Sequence[str], seen: tuple[int, int] = (0, 0)) -> Any:
         names = self._keys("")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -204,11 +204,76 @@ def test_the_oldest_attempts_are_lost_first(fleet: Fleet) -> None:
     assert held(fleet) == (0, 0, 10)
 
 
-def test_many_attempts_of_a_dead_worker_are_reaped_in_a_few_calls(fleet: Fleet) -> None:
+# -- steps -------------------------------------------------------------------------------------------------------------
+
+
+def steps(fleet: Fleet, limit: int = 500, begin: str = "") -> Iterator[list[Any]]:
+    """The replies of w2's calls until all that w1 holds was looked at, each going on where the last one ended."""
+    assert isinstance(fleet.pool, LuaPool)
+    place = begin
+    while True:
+        reply = fleet.pool.reap_from(place, fleet.now_ms, "w2", "w1", LEASE_MS, limit)
+        yield reply
+        place = reply[-1]
+        if not place:
+            return
+
+
+def test_many_attempts_of_a_dead_worker_are_reaped_in_steps_each_of_which_reads_a_part_of_them(
+    fleet: Fleet, client: Any
+) -> None:
+    """Each call read all of them: what reaping cost grew as the square of what a worker held."""
     fleet.ask(2_500, reserved=3)
     fleet.pass_ms(LEASE_MS)
-    assert [fleet.reap("w1")[2] for _ in range(3)] == [1000, 1000, 500]
+    client.config_resetstat()
+    replies = list(steps(fleet))
+    assert "cmdstat_hgetall" not in client.info("commandstats"), "nothing reads all of them"
+    assert all(300 < reply[2] <= 500 for reply in replies[:-1])
+    assert sum(reply[2] for reply in replies) == 2_500
     assert held(fleet) == (0, 0, 2_500)
+    assert leases(fleet)["w1"] < 0
+
+
+def test_what_a_step_is_not_allowed_to_reap_the_next_one_does(fleet: Fleet) -> None:
+    fleet.ask(1_000, reserved=3)
+    fleet.pass_ms(LEASE_MS)
+    replies = list(steps(fleet, limit=150))
+    assert all(reply[2] <= 150 for reply in replies)
+    assert sum(reply[2] for reply in replies) == 1_000
+    assert held(fleet) == (0, 0, 1_000)
+
+
+def test_a_worker_keeps_its_place_among_the_leases_until_the_last_step(fleet: Fleet) -> None:
+    fleet.ask(1_000)
+    fleet.pass_ms(LEASE_MS)
+    seen = [(bool(reply[-1]), leases(fleet)["w1"] > 0) for reply in steps(fleet)]
+    assert len(seen) > 1
+    assert all(goes_on == is_listed for goes_on, is_listed in seen)
+
+
+def test_what_a_worker_picked_between_two_ends_of_its_lease_is_reaped_though_the_first_look_has_passed_it(
+    fleet: Fleet,
+) -> None:
+    """A look that goes on under another lease would never see it, and the worker would be listed as done with."""
+    fleet.ask(1_000)
+    fleet.pass_ms(LEASE_MS)
+    place = next(steps(fleet))[-1]
+    fleet.ask(1_000)
+    fleet.pass_ms(LEASE_MS)
+    list(steps(fleet, begin=place))
+    assert held(fleet) == (0, 0, 2_000)
+
+
+def test_a_worker_that_lives_is_looked_at_from_one_end_to_the_other_while_it_renews_its_lease(fleet: Fleet) -> None:
+    fleet.ask(1_000, deadline_ms=1_000)
+    fleet.pass_ms(1_000)
+    lost = 0
+    for reply in steps(fleet):
+        assert reply[1] == 0
+        lost += reply[2]
+        fleet.pass_ms(1)
+        fleet.settle()
+    assert lost == 1_000
 
 
 # -- abandoned names ---------------------------------------------------------------------------------------------------
@@ -287,7 +352,8 @@ def test_a_caller_that_has_seen_more_starts_an_epoch(fleet: Fleet, seen: tuple[i
         for name in ("now_ms", "epoch", "position", "lease_ms", "limit")
         for value in ("", "x", "-1", "1.5", "nan", "inf", "9007199254740992")
     ]
-    + [("lease_ms", "0"), ("limit", "0")],
+    + [("lease_ms", "0"), ("limit", "0")]
+    + [("place", value) for value in ("x", "7", "7 ", "-1 7", "7 7 7", "7 x", "7\n7")],
 )
 def test_a_malformed_argument_is_refused_and_nothing_is_written(
     fleet: Fleet, client: Any, name: str, value: str
@@ -303,6 +369,7 @@ def test_a_malformed_argument_is_refused_and_nothing_is_written(
         "lease_ms": LEASE_MS,
         "target": "w1",
         "limit": 10,
+        "place": "",
     }
     names = pool_keys(fleet.pool.name, "w1")
     with refused(client, "reap"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from balancer.domain import Entry, Outcome
+import tracemalloc
+
+from balancer.domain import Entry, Outcome, Usage
 from balancer.store.settlement import ENTRIES_PER_BATCH, ENTRIES_UNDER_WAY, KEPT_BATCHES, KEPT_S, Batch, Outbox
 
 
@@ -63,6 +65,61 @@ def test_a_gap_is_filled_with_acknowledged_batches_that_are_still_kept() -> None
     assert numbers(list(batches)) == [2, 3, 4]
     assert missing == 0
     assert len(outbox) == 3
+
+
+def test_a_gap_is_filled_with_entries_that_are_just_what_they_were() -> None:
+    clock = Clock()
+    outbox = Outbox(clock)
+    usage = Usage(input=1, output=2, cached=3, cache_creation=4, reasoning=5)
+    slow = Entry(
+        number=2**53 - 1,
+        service="p:größer\n|",
+        outcome=Outcome.RATE_LIMITED,
+        age_ms=6,
+        usage=usage,
+        cooldown_ms=7,
+        first_token_us=8,
+        stream_us=9,
+    )
+    entries = (slow, an_entry(1), Entry(number=2, service="", outcome=Outcome.ABANDONED))
+    for entry in entries:
+        clock.now += 0.1 + 0.2
+        outbox.add(entry)
+    (sent,) = outbox.take()
+    before = sent.entries
+    outbox.acknowledge(1)
+    ((again,), _) = outbox.resend(0)
+    assert again.entries == before
+    assert [entry for entry, _ in before or ()] == list(entries)
+
+
+def test_what_is_kept_of_an_entry_takes_a_hundred_bytes() -> None:
+    """At ten thousand a second and as the structs that they were, a minute's took ninety megabytes."""
+    outbox = Outbox(Clock())
+    service, count = "openai-eu:gpt-5-mini", 20 * ENTRIES_PER_BATCH
+    tracemalloc.start()
+    try:
+        for i in range(count):
+            usage = Usage(input=1_000 + i, output=500)
+            outbox.add(
+                Entry(
+                    number=1_000_000 + i,
+                    service=service,
+                    outcome=Outcome.SUCCESS,
+                    usage=usage,
+                    first_token_us=400_000 + i,
+                    stream_us=2_000_000 + i,
+                )
+            )
+            if i % ENTRIES_PER_BATCH == ENTRIES_PER_BATCH - 1:
+                (batch,) = outbox.take()
+                outbox.acknowledge(batch.number)
+        del batch, usage
+        kept_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert outbox.newest_kept == 20
+    assert kept_bytes / count < 100
 
 
 def test_what_is_no_longer_kept_is_reported_as_missing() -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from balancer.domain import Entry, Health, Outcome, Provider, ProviderDefinition, Timeouts
+from balancer.domain import Entry, Health, Outcome, Provider, ProviderDefinition, Rule, Service, Timeouts
 from balancer.errors import ConfigurationError
 from balancer.store import keys
 from balancer.store.pool import PoolClient, PoolEvents
-from balancer.store.prober import Probed, Prober, probed
+from balancer.store.prober import Probed, Prober, plans
 from balancer.store.topology import Topology
 from balancer.store.views import BreakerView, ServiceView
 from tests.builders import a_configuration, a_provider, a_rule, a_service
@@ -125,11 +125,13 @@ def test_asked_are_providers_with_an_interval_for_what_they_serve_in_the_pool() 
     watched = [a_watched_provider(uuid) for uuid in ("a", "b")]
     others = [a_watched_provider("off", enabled=False), a_provider("quiet"), a_watched_provider("unused")]
     configuration = a_configuration(*rules, providers=(*watched, *others))
-    assert probed(configuration, "default") == [
-        Probed(provider=watched[0], services=("a:m", "a:o")),
-        Probed(provider=watched[1], services=("b:m",)),
-    ]
-    assert probed(configuration, "eu") == [Probed(provider=watched[0], services=("a:q",))]
+    assert plans(configuration) == {
+        "default": [
+            Probed(provider=watched[0], services=("a:m", "a:o")),
+            Probed(provider=watched[1], services=("b:m",)),
+        ],
+        "eu": [Probed(provider=watched[0], services=("a:q",))],
+    }
 
 
 async def test_the_breakers_of_a_provider_that_is_dead_open_and_those_of_others_do_not(join: Join) -> None:
@@ -241,3 +243,42 @@ async def test_a_worker_asks_for_what_is_configured_now(start: Start) -> None:
 
     await eventually(is_asked)
     assert set(doctor.asked) == {"a"}
+
+
+async def test_who_is_to_be_asked_is_looked_up_once_for_a_configuration(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rules were walked for each pool every second, on the loop of every worker."""
+    walked: list[str] = []
+    active_services = Rule.active_services
+
+    def counting(rule: Rule) -> tuple[Service, ...]:
+        walked.append(rule.uuid)
+        return active_services(rule)
+
+    doctor = Doctor()
+    rules = [a_rule(f"r{i}") for i in range(3)]
+    watched = a_provider("a", health=Health(path="/health", interval_s=1))
+    await start.publish(a_configuration(*rules, providers=(watched, a_provider("b"))))
+    monkeypatch.setattr(Rule, "active_services", counting)
+    await start(probe=doctor)
+
+    async def is_asked_twice() -> bool:
+        return len(doctor.asked) > 1
+
+    await eventually(is_asked_twice)
+    assert sorted(walked) == [rule.uuid for rule in rules]
+
+
+async def test_where_nobody_is_to_be_asked_nothing_runs(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    running: list[Prober] = []
+
+    async def run(prober: Prober) -> None:
+        running.append(prober)
+
+    monkeypatch.setattr(Prober, "run", run)
+    configuration = a_configuration(a_rule(), providers=(a_provider("a"), a_provider("b")))
+    await start.publish(configuration)
+    worker = await start(probe=Doctor())
+    await eventually(lambda: are_ready(worker))
+    assert running == []

@@ -78,6 +78,11 @@ class Answer(msgspec.Struct, eq=False):
             raise self._error
 
     @property
+    def is_at_end(self) -> bool:
+        """True when all of it has come and was read."""
+        return self.is_over and not self._chunks and self._error is None
+
+    @property
     def has_failed(self) -> bool:
         """True when it will not come to its end."""
         return self._error is not None

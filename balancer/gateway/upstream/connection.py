@@ -291,7 +291,11 @@ class Connection(asyncio.BufferedProtocol):
             self._leave_to_loop()
             return
         try:
-            self.data_received(data)
+            answer = self._answer
+            if self._is_between_chunks and answer is not None and (part := data_of(data)) is not None:
+                answer.receive(part, data)  # As `data_received` does, one call less.
+            else:
+                self._read(data)
         except Exception as exc:  # noqa: BLE001  # As the loop does.
             self._loop.call_exception_handler({"message": "an answer could not be read", "exception": exc})
             self.fail("")
