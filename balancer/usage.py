@@ -144,6 +144,14 @@ def read(table: object) -> Usage | None:
     )
 
 
+def _read_usual(table: msgspec.Raw) -> Usage | None:
+    """The same in one step, None too for a table in which something is odd."""
+    try:
+        return _counts.decode(table).read()
+    except lenient.UNREADABLE:
+        return None
+
+
 def _first(table: dict[str, Any], *names: str) -> int | None:
     return next((table[name] for name in names if _is_count(table.get(name))), None)
 
@@ -275,10 +283,7 @@ class StreamUsage:
     def _report(self, usage: msgspec.Raw) -> None:
         """Takes over a table, most often the only one of its stream."""
         if self.usage is None:
-            try:
-                self.usage = _counts.decode(usage).read()
-            except lenient.UNREADABLE:
-                pass
+            self.usage = _read_usual(usage)
             if self.usage is not None:
                 self._first = usage
                 return
