@@ -173,7 +173,8 @@ class LocalPool:
         """Takes over how the pool was a moment ago: from here on only what is newer is kept beside it."""
         self._picture = picture
         self._recent.clear()
-        self._seen = {id_: seen for id_, seen in self._seen.items() if seen.place > picture.place}
+        place = picture.place
+        self._seen = {id_: seen for id_, seen in self._seen.items() if seen.place > place}
 
     async def watch(self, take: Callable[[], Awaitable[Picture]], up: asyncio.Event) -> None:
         """Takes pictures while Redis is up, about every ten seconds, and one soon after an outage; until cancelled."""
