@@ -1,6 +1,7 @@
 -- For the expanded scripts, as Redis gets them: `make lint` writes and checks them.
 std = 'lua51'
-max_line_length = 120
+-- Functions are called by way of their table there; the lines of the sources themselves a test counts.
+max_line_length = false
 
 -- What Redis and Valkey give a script. KEYS and ARGV are read, never written.
 read_globals = {'redis', 'cjson', 'cmsgpack', 'bit', 'struct', 'KEYS', 'ARGV'}

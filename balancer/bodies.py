@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
@@ -25,8 +25,15 @@ _TOKEN = re.compile(rb'("[^"]*+")(\s*+:)?+|[{}\[\]]')
 _SCALAR = re.compile(rb"[^\s,}\]]++")
 _EMPTY_OBJECT = re.compile(rb"\{\s*+\}")
 _MODEL = re.compile(rb'"model"\s*+:\s*+("(?:[^"\\]|\\.)*+")')
+# A member of an object up to its value, with what stands before it.
+_MEMBER = re.compile(rb'\s*+[{,]\s*+"([^"\\]*+)"\s*+:\s*+')
+_SHORT = re.compile(rb'"(?:[^"\\]|\\.){0,256}+"|[^\s,"{}\[\]]++')
 # An ASCII letter or underscore that is spelt as an escape, as in "mode\u006c".
 _ESCAPED_LETTER = re.compile(rb"\\u00[4-7]")
+_LONG_BYTES = 4096
+"""From here on to step over members is faster than to look at each byte."""
+_MEMBERS = 32
+"""So many are stepped over on the way to the model."""
 _QUOTE, _OPEN_OBJECT = b'"{'
 _OPEN = b"{["
 
@@ -43,6 +50,12 @@ class _Metadata(msgspec.Struct):
 
 _NULL = msgspec.Raw(b"null")
 
+if TYPE_CHECKING:
+    _Model = str
+else:
+    _Model = object
+    """What the decoder gives to `_heard`, each time that a request names its model."""
+
 
 class Peek(msgspec.Struct):
     """The fields of a request that we read; all others pass unseen.
@@ -50,9 +63,12 @@ class Peek(msgspec.Struct):
     Those that are raw are read when somebody asks, and of any type: a wrong one is the upstream's to refuse.
     """
 
-    model: str
+    names_one_model: ClassVar[bool] = False
+    """True when it is known that no second `model` stands in the body, however that is spelt."""
+
+    model: _Model
     stream: bool | None = False
-    stream_options: _StreamOptions | None = None
+    stream_options: _StreamOptions | msgspec.UnsetType | None = msgspec.UNSET
     max_tokens: Any = None
     max_completion_tokens: Any = None
     max_output_tokens: Any = None
@@ -61,11 +77,16 @@ class Peek(msgspec.Struct):
     raw_prompt_cache_key: msgspec.Raw = msgspec.field(default=_NULL, name="prompt_cache_key")
     raw_user: msgspec.Raw = msgspec.field(default=_NULL, name="user")
     raw_store: msgspec.Raw = msgspec.field(default=_NULL, name="store")
+    raw_messages: msgspec.Raw = msgspec.field(default=_NULL, name="messages")
+    raw_input: msgspec.Raw = msgspec.field(default=_NULL, name="input")
+    raw_system: msgspec.Raw = msgspec.field(default=_NULL, name="system")
+    raw_tools: msgspec.Raw = msgspec.field(default=_NULL, name="tools")
 
     @property
     def asks_for_usage(self) -> bool:
         """True when the client wants the usage chunk of an OpenAI stream."""
-        return self.stream_options is not None and self.stream_options.include_usage is True
+        options = self.stream_options
+        return isinstance(options, _StreamOptions) and options.include_usage is True
 
     @property
     def most_output(self) -> int:
@@ -99,6 +120,10 @@ class Peek(msgspec.Struct):
         return bytes(self.raw_store).strip() != b"false"
 
 
+class _Sole(Peek):
+    names_one_model: ClassVar[bool] = True
+
+
 def _read_text(raw: msgspec.Raw) -> str:
     try:
         return lenient.decode(_string, raw)
@@ -114,7 +139,18 @@ class _Raw(msgspec.Struct):
     stream_options: Any = None
 
 
-_peek = msgspec.json.Decoder(Peek)
+_named: list[str] = []
+"""The models that the request names which is being decoded. That is one step, which nothing else comes between."""
+
+
+def _heard(_: object, model: object) -> str:
+    if not isinstance(model, str):
+        raise TypeError("`model` must be a string")
+    _named.append(model)
+    return model
+
+
+_peek = msgspec.json.Decoder(_Sole, dec_hook=_heard)
 _raw = msgspec.json.Decoder(_Raw)
 _metadata = msgspec.json.Decoder(_Metadata)
 _string = msgspec.json.Decoder(str)
@@ -125,9 +161,12 @@ def peek(body: bytes) -> Peek:
     """What we read of a JSON request. Raises RequestError, which never quotes the body."""
     try:
         _check_utf8(body)
-        request = lenient.decode(_peek, body)
+        _named.clear()
+        request: Peek = lenient.decode(_peek, body)
     except lenient.UNREADABLE as exc:
         raise _explain(body, exc) from exc
+    if len(_named) != 1:
+        request = Peek(**msgspec.structs.asdict(request))
     if lenient.REPLACEMENT in request.model:
         raise RequestError("`model` is no text", param="model")
     if not request.model:
@@ -277,28 +316,76 @@ def replace_string(body: bytes, path: tuple[str, ...], new: str) -> bytes:
     return _edited(body, [(start, end, value) for start, end in places if body[start] == _QUOTE])
 
 
-def replace_model(body: bytes, new: str, known: str = "") -> bytes:
-    """The body with its top-level `model` replaced: one that `peek` has read, as `known`.
+def replace_model(body: bytes, new: str, peeked: Peek) -> bytes:
+    """The body with its top-level `model` replaced, which was read as `peeked`.
 
     A body in which nothing stands but the new name already is given back as it is. One that names several models is
     edited in any case: upstreams do not agree with us, or each other, on which of them counts.
     """
-    # What `peek` has read is there. Where these bytes stand only once and no letter is escaped, they are that key.
+    if peeked.names_one_model and new == peeked.model:
+        return body
+    is_long = len(body) >= _LONG_BYTES
+    place = _place_of_model(body, peeked) if is_long and peeked.names_one_model else None
+    place = place or _place_of_only_model(body)
+    if place is None:
+        return replace_string(body, ("model",), new)
+    if new == peeked.model:
+        return body
+    start, end = place
+    rest = memoryview(body)[end:] if is_long else body[end:]  # The view saves a copy, and costs as much as a short one.
+    return b"".join((body[:start], msgspec.json.encode(new), rest))
+
+
+def _place_of_model(body: bytes, peeked: Peek) -> tuple[int, int] | None:
+    """Where the value of the only top-level `model` stands, behind members that are short or were read; else None."""
+    member = _MEMBER.match(body)
+    if member is not None and member[1] != b"model":
+        member = _member_model(body, member, peeked)
+    value = _SHORT.match(body, member.end()) if member is not None else None
+    return value.span() if value is not None else None
+
+
+def _member_model(body: bytes, member: re.Match[bytes], peeked: Peek) -> re.Match[bytes] | None:
+    long = {
+        b"messages": peeked.raw_messages,
+        b"input": peeked.raw_input,
+        b"system": peeked.raw_system,
+        b"tools": peeked.raw_tools,
+    }
+    for _ in range(_MEMBERS):
+        at = member.end()
+        raw = long.get(member[1])
+        if raw is None:
+            short = _SHORT.match(body, at)
+            if short is None:
+                return None
+            at = short.end()
+        else:
+            value = bytes(raw)
+            if not body.startswith(value, at):
+                return None  # The key is there twice, and the other one was read.
+            at += len(value)
+        following = _MEMBER.match(body, at)
+        if following is None or following[1] == b"model":
+            return following
+        member = following
+    return None
+
+
+def _place_of_only_model(body: bytes) -> tuple[int, int] | None:
+    """Where the value of `model` stands in a body that names it, None if there may be more of them."""
+    # Where these bytes stand only once and no letter is escaped, they are that key.
     at = body.rfind(b'"model"')  # From the end: that is the faster search by far.
-    if at >= 0 and body.rfind(b'"model"', 0, at) < 0 and not may_spell_letters(body):
-        if new == known:
-            return body
-        model = _MODEL.match(body, at)
-        assert model is not None, "the model is a string"
-        return _edited(body, [(*model.span(1), msgspec.json.encode(new))])
-    return replace_string(body, ("model",), new)
+    if at < 0 or body.rfind(b'"model"', 0, at) >= 0 or may_spell_letters(body):
+        return None
+    model = _MODEL.match(body, at)
+    assert model is not None, "the model is a string"
+    return model.span(1)
 
 
-def ask_for_usage(body: bytes) -> bytes:
-    """An OpenAI request whose stream will end with its usage: stream_options.include_usage is true."""
-    places: list[tuple[int, int]] = []
-    if b'"stream_options"' in body or may_spell_letters(body):
-        places = values_at(body, ("stream_options",))
+def ask_for_usage(body: bytes, peeked: Peek) -> bytes:
+    """An OpenAI request, read as `peeked`, whose stream will end with its usage: include_usage is true."""
+    places = values_at(body, ("stream_options",)) if peeked.stream_options is not msgspec.UNSET else []
     if places:
         return _edited(body, [(start, end, _with_usage(body[start:end])) for start, end in places])
     return _with_member(body, b'"stream_options":{"include_usage":true}')
@@ -322,7 +409,7 @@ def _with_member(body: bytes, member: bytes) -> bytes:
     """The JSON object with a member more, at its front."""
     start = body.index(b"{")
     comma = b"" if _EMPTY_OBJECT.match(body, start) else b","
-    return b"%b%b%b%b" % (body[: start + 1], member, comma, body[start + 1 :])
+    return b"".join((body[: start + 1], member, comma, memoryview(body)[start + 1 :]))
 
 
 # -- ids of answers ----------------------------------------------------------------------------------------------------

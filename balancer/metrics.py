@@ -31,14 +31,11 @@ BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 SHORT_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 FLUSH_S = 0.1
 """So long after it was counted the other workers know of it."""
-_KINDS = ("input", "output", "cached", "cache_creation", "reasoning")
-"""Of tokens, as a usage names them."""
-
 Passing = tuple[str, str, str, str, str]
 """Scenario, pool, rule, service and the reason of the pick."""
-Passed = tuple[Passing, Usage | None, bool, float, float, float, float]
-"""A request that went as usual: its labels, its usage, whether the pick was a switch, and seconds: of the selection,
-until it was sent on, of the attempt, and of all."""
+Passed = tuple[Passing, int, int, bool, float, float, float, float]
+"""A request that went as usual: its labels, tokens of input and output, whether the pick was a switch, and seconds: of
+the selection, until it was sent on, of the attempt, and of all."""
 
 _BREAKER_STATES = ("closed", "half_open", "open")
 
@@ -174,19 +171,26 @@ class Metrics:
                 tokens[pool, rule, service, "input"] += usage.input
             if usage.output:
                 tokens[pool, rule, service, "output"] += usage.output
-            if usage.cached:
-                tokens[pool, rule, service, "cached"] += usage.cached
-            if usage.cache_creation:
-                tokens[pool, rule, service, "cache_creation"] += usage.cache_creation
-            if usage.reasoning:
-                tokens[pool, rule, service, "reasoning"] += usage.reasoning
+            self._count_rarer(pool, rule, service, usage)
         if duration_s is not None:
             self._upstream_duration.observe((service,), duration_s)
         self._flush_soon()
 
-    def answered(self, passed: Passed) -> None:
+    def _count_rarer(self, pool: str, rule: str, service: str, usage: Usage) -> None:
+        tokens = self.tokens.pending
+        if usage.cached:
+            tokens[pool, rule, service, "cached"] += usage.cached
+        if usage.cache_creation:
+            tokens[pool, rule, service, "cache_creation"] += usage.cache_creation
+        if usage.reasoning:
+            tokens[pool, rule, service, "reasoning"] += usage.reasoning
+
+    def answered(self, passed: Passed, usage: Usage | None) -> None:
         """Counts all of a request that was picked for, settled and answered as usual, some time soon."""
         self.passed.append(passed)
+        if usage is not None and (usage.cached or usage.cache_creation or usage.reasoning):
+            (_, pool, rule, service, _), *_ = passed
+            self._count_rarer(pool, rule, service, usage)
         if not self._is_flushing:
             self._flush_soon()
 
@@ -196,16 +200,17 @@ class Metrics:
         for one in passed:
             groups[one[0]].append(one)
         for (scenario, pool, rule, service, reason), ones in groups.items():
-            _, usages, switches, select_s, overhead_s, attempt_s, request_s = zip(*ones, strict=True)
+            _, inputs, outputs, switches, select_s, overhead_s, attempt_s, request_s = zip(*ones, strict=True)
             count = len(ones)
             self.picks.pending[pool, rule, service, reason] += count
             if switched := sum(switches):
                 self.switches.pending[pool, rule, reason] += switched
             self.attempts.pending[pool, rule, service, Outcome.SUCCESS.value] += count
             self.requests.pending[scenario, rule, Outcome.SUCCESS.value] += count
-            for kind in _KINDS:
-                if tokens := sum([getattr(usage, kind) for usage in usages if usage is not None]):
-                    self.tokens.pending[pool, rule, service, kind] += tokens
+            if input_ := sum(inputs):
+                self.tokens.pending[pool, rule, service, "input"] += input_
+            if output := sum(outputs):
+                self.tokens.pending[pool, rule, service, "output"] += output
             self._select.observe_all((pool,), select_s)
             self._overhead.observe_all((), overhead_s)
             self._upstream_duration.observe_all((service,), attempt_s)

@@ -1,6 +1,7 @@
 """A pool's whole state machine in pure Python, told by events: what the scripts are compared with.
 
-Each method does what the script of the same name does and answers with the same reply; `now_ms` is always given.
+Each method does what the script of the same name does and answers with the same reply; `now_ms` is always given. What
+tick does in one call is told as `settle` and then `select`.
 Written from the contract, not from the Lua. It is no store: one process, no expiry, no limit on its memory.
 """
 
@@ -30,6 +31,7 @@ Reply = list[int | str]
 ABANDONED_MS = 60_000
 HOLD_MS = 60_000
 """How long a tier that was taken over is held, at least."""
+SHORT_LEASE_MS = 1000
 MOST_BUDGET = 100_000
 RETRY_COST = 1000
 BY_SERVICE, BY_PROVIDER = 1, 2
@@ -120,6 +122,8 @@ class WorkerState(msgspec.Struct):
     """A worker's lease, its last batch, and its attempts by number."""
 
     lease_end_ms: int = 0
+    renewed_ms: int = 0
+    """When the lease was renewed, as far as is noted: beside the last batch, once there is one."""
     last: int = 0
     names: dict[int, Held | Lost | Abandoned] = msgspec.field(default_factory=dict)
 
@@ -308,6 +312,14 @@ class Pool:
     def _worker(self, worker: str) -> WorkerState:
         return self.workers.setdefault(worker, WorkerState())
 
+    def _renew(self, now_ms: int, worker: WorkerState, lease_ms: int, *, is_applied: bool = False) -> None:
+        """Renews a lease of which a third has passed, or that is a short one."""
+        if worker.renewed_ms <= now_ms < worker.renewed_ms + lease_ms / 3 and lease_ms >= SHORT_LEASE_MS:
+            return
+        worker.lease_end_ms = now_ms + lease_ms
+        if is_applied or worker.last:
+            worker.renewed_ms = now_ms
+
     def _count_minute(self, now_ms: int, service: str, meters: int, requests: int, tokens: int) -> None:
         """Counts in the minutes of a service and of its provider, where they are metered."""
         if meters & BY_SERVICE:
@@ -393,7 +405,7 @@ class Pool:
         """One answer for each selection in order, then the pool's place."""
         lost = self._open(seen)
         asking = self._worker(worker)
-        asking.lease_end_ms = now_ms + lease_ms
+        self._renew(now_ms, asking, lease_ms)
         self.pins = {session: pin for session, pin in self.pins.items() if pin[1] > now_ms}
         answers = [self._select(now_ms, asking, selection) for selection in selections]
         return [*answers, ["pool", self.epoch, self.position, lost]]
@@ -530,7 +542,7 @@ class Pool:
         if batch > state.last + 1 and not skip:
             return ["gap", state.last]
         lost = self._open(seen)
-        state.lease_end_ms = now_ms + lease_ms
+        self._renew(now_ms, state, lease_ms, is_applied=batch > state.last)
         if batch > state.last:
             for entry in entries:
                 self._settle(now_ms, state, entry)

@@ -57,6 +57,11 @@ class Parser:
 
     def feed(self, chunk: bytes) -> list[Event]:
         """The events that this chunk finishes."""
+        is_plain = chunk.endswith(b"\n\n") and chunk.find(b"\n\n\n") < 0 and chunk.find(b"\r") < 0
+        if is_plain and self.is_between_events:  # The common case.
+            parts = chunk.split(b"\n\n")
+            parts.pop()
+            return [self._event(part + b"\n\n") for part in parts]
         self._buffer += chunk
         events = []
         start = 0
@@ -100,6 +105,9 @@ class Parser:
         if self._is_skipping:
             self._is_skipping = False
             return Event(raw, "", b"")
+        if raw.startswith(b"data: ") and raw.find(b"\n") == len(raw) - 2 and raw.find(b"\r") < 0:
+            self._is_first = False
+            return Event(raw, "", raw[6:-2])
         text = raw
         if self._is_first:
             self._is_first = False

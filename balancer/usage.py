@@ -20,6 +20,9 @@ T = TypeVar("T")
 
 WHOLE_LIMIT_BYTES = 4 * 1024 * 1024
 TAIL_BYTES = 64 * 1024
+_LONG_BYTES = 2048
+_END_BYTES = 1024
+_BACKSLASH = ord("\\")
 _MOST = 2**48
 _BOM = b"\xef\xbb\xbf"
 
@@ -60,39 +63,51 @@ class _Chunk(msgspec.Struct):
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=_MOST)]
 
 
-class _CommonDetails(msgspec.Struct, frozen=True):
-    cached_tokens: _Count = 0
-    reasoning_tokens: _Count = 0
+class _Details(msgspec.Struct, frozen=True, gc=False):
+    cached_tokens: _Count | None = None
+    reasoning_tokens: _Count | None = None
 
 
-_NO_DETAILS = _CommonDetails()
+class _Counts(msgspec.Struct, frozen=True, gc=False):
+    """A vendor's table in which nothing is odd, as nearly all are."""
 
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
+    input_tokens: _Count | None = None
+    output_tokens: _Count | None = None
+    cache_read_input_tokens: _Count | None = None
+    cache_creation_input_tokens: _Count | None = None
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+    input_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
 
-class _CommonCounts(msgspec.Struct):
-    """OpenAI's counts as nearly all upstreams write them."""
-
-    prompt_tokens: _Count
-    completion_tokens: _Count
-    prompt_tokens_details: _CommonDetails = _NO_DETAILS
-    completion_tokens_details: _CommonDetails = _NO_DETAILS
-    cache_read_input_tokens: None = None
-    cache_creation_input_tokens: None = None
-
-    def read(self) -> Usage:
+    def read(self) -> Usage | None:
         """The same as `read` makes of the table."""
+        input_, output = self.prompt_tokens, self.completion_tokens
+        if input_ is None:
+            input_ = self.input_tokens
+        if output is None:
+            output = self.output_tokens
+        if input_ is None and output is None:
+            return None
+        was_read = self.prompt_tokens_details or self.input_tokens_details
+        was_written = self.completion_tokens_details or self.output_tokens_details
         return Usage(
-            input=self.prompt_tokens,
-            output=self.completion_tokens,
-            cached=self.prompt_tokens_details.cached_tokens,
-            reasoning=self.completion_tokens_details.reasoning_tokens,
+            input=input_ or 0,
+            output=output or 0,
+            cached=self.cache_read_input_tokens or (was_read and was_read.cached_tokens) or 0,
+            cache_creation=self.cache_creation_input_tokens or 0,
+            reasoning=(was_written and was_written.reasoning_tokens) or 0,
         )
 
 
-class _Common(msgspec.Struct):
-    usage: _CommonCounts
+class _Usual(msgspec.Struct, frozen=True, gc=False):
+    usage: _Counts | None = None
 
 
-_common = msgspec.json.Decoder(_Common)
+_counts = msgspec.json.Decoder(_Counts)
+_usual = msgspec.json.Decoder(_Usual)
 _body = msgspec.json.Decoder(_Body)
 _chunk = msgspec.json.Decoder(_Chunk)
 _any = msgspec.json.Decoder()
@@ -129,6 +144,14 @@ def read(table: object) -> Usage | None:
     )
 
 
+def _read_usual(table: msgspec.Raw) -> Usage | None:
+    """The same in one step, None too for a table in which something is odd."""
+    try:
+        return _counts.decode(table).read()
+    except lenient.UNREADABLE:
+        return None
+
+
 def _first(table: dict[str, Any], *names: str) -> int | None:
     return next((table[name] for name in names if _is_count(table.get(name))), None)
 
@@ -142,15 +165,32 @@ def _details(table: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def usage_of(body: bytes | bytearray) -> Usage | None:
-    """The usage that a whole JSON answer reports, if any."""
+    """The usage that a whole JSON answer reports, if any. Of a long answer mostly its end alone is read."""
     try:
-        counts = _common.decode(body).usage
+        return _usage_in(body) if len(body) < _LONG_BYTES else _usage_at_end(body)
     except lenient.UNREADABLE:
-        counts = None
-    if counts is not None:
-        return counts.read()
-    answer = _decoded(_body, body.removeprefix(_BOM))
-    return read(answer.usage) if answer else None
+        return None
+
+
+def _usage_in(body: bytes | bytearray) -> Usage | None:
+    """What a JSON object reports. Raises UNREADABLE."""
+    try:
+        usage = _usual.decode(body).usage
+    except lenient.UNREADABLE:
+        return read(lenient.decode(_body, body.removeprefix(_BOM)).usage)
+    return usage.read() if usage is not None else None
+
+
+def _usage_at_end(body: bytes | bytearray) -> Usage | None:
+    at = body.rfind(b'"usage"', -_END_BYTES)
+    # This begins a string, as no backslash stands before it. That it is a key of the outermost object is proven by what
+    # follows, if that ends with the object.
+    if at > 0 and body[at - 1] != _BACKSLASH:
+        try:
+            return _usage_in(b"{" + body[at:])
+        except lenient.UNREADABLE:
+            pass  # It is a key of something else.
+    return _usage_in(body)
 
 
 class UsageTap:
@@ -197,6 +237,14 @@ def _last_usage(tail: str) -> object:
         return None
 
 
+def _may_matter(data: bytes) -> bool:
+    # Most events have none of these, which are found to be absent in a fraction of the time that the pattern takes.
+    rfind = data.rfind
+    return (
+        rfind(b'"usage"') >= 0 or rfind(b'"error"') >= 0 or rfind(b'"message_stop"') >= 0 or rfind(b'"response.') >= 0
+    ) and _MAY_MATTER.search(data) is not None
+
+
 class StreamUsage:
     """Listens to the events of a stream, any dialect; `usage` is the last reported so far.
 
@@ -206,6 +254,7 @@ class StreamUsage:
 
     def __init__(self) -> None:
         self._table: dict[str, Any] = {}
+        self._first: msgspec.Raw | None = None
         self.usage: Usage | None = None
         self.is_complete = False
         self.is_error = False
@@ -221,10 +270,11 @@ class StreamUsage:
             self.is_complete = self.is_error = True
         if not self.has_content and (b'"delta"' in data or b'"text"' in data):
             self.has_content = _has_content(data)
-        chunk = _decoded(_chunk, data) if _MAY_MATTER.search(data) else None
+        chunk = _decoded(_chunk, data) if _may_matter(data) else None
         if chunk is None:
             return
-        self._add(_decoded(_any, chunk.usage))
+        if chunk.usage is not _NULL:
+            self._report(chunk.usage)
         for holder in (chunk.message, chunk.response):
             if holder is not _NULL and (body := _decoded(_body, holder)):
                 self._add(body.usage)
@@ -238,6 +288,15 @@ class StreamUsage:
             case _:
                 pass
 
+    def _report(self, usage: msgspec.Raw) -> None:
+        """Takes over a table, most often the only one of its stream."""
+        if self.usage is None:
+            self.usage = _read_usual(usage)
+            if self.usage is not None:
+                self._first = usage
+                return
+        self._add(_decoded(_any, usage))
+
     def _add(self, table: object) -> None:
         """Takes over what a table reports; what it leaves out, or spells oddly, stays as it was.
 
@@ -245,6 +304,9 @@ class StreamUsage:
         """
         if not isinstance(table, dict):
             return
+        first, self._first = self._first, None
+        if first is not None:
+            self._add(_decoded(_any, first))
         for name in _COUNTS:
             if _is_count(table.get(name)):
                 self._table[name] = table[name]
@@ -286,7 +348,10 @@ def _has_content(data: bytes) -> bool:
         return False
     if isinstance(chunk.delta, str):
         return bool(chunk.delta)
-    deltas = [chunk.delta, *(choice.delta for choice in chunk.choices)]
-    return any(choice.text for choice in chunk.choices) or any(
-        any(msgspec.structs.astuple(delta)) for delta in deltas if delta
-    )
+    if chunk.delta is not None and any(msgspec.structs.astuple(chunk.delta)):
+        return True
+    for choice in chunk.choices:
+        delta = choice.delta
+        if choice.text or (delta is not None and (delta.content or any(msgspec.structs.astuple(delta)))):
+            return True
+    return False

@@ -152,6 +152,7 @@ class _Providers:
 
 class _Response:
     status = 200
+    is_at_end = False
 
     def __init__(self, headers: Headers, length: int | None, chunks: Sequence[bytes]) -> None:
         self.headers = headers
@@ -234,11 +235,12 @@ class _Stream:
     async def write(self, chunk: bytes) -> None:
         self.sent += len(chunk)
 
-    def write_now(self, chunk: bytes) -> bool:
+    def write_now(self, chunk: bytes, framed: bytes = b"", /) -> bool:
         self.sent += len(chunk)
         return True
 
-    async def end(self) -> None:
+    async def end(self, last: bytes = b"", /) -> None:
+        self.sent += len(last)
         assert self.sent > 500
 
     def abort(self) -> None:

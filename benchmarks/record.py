@@ -1,4 +1,4 @@
-"""What one request costs Redis: microseconds of its CPU for a selection and for a settled entry.
+"""What one request costs Redis: microseconds of its CPU for a selection and its settle, which share calls.
 
 `python -m benchmarks.record` prints two tables: by what is switched on and how many requests share a call, nothing
 being recorded; then by how the pool records. The figures are the server's own medians (`INFO latencystats`), which
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import msgspec
@@ -31,7 +31,7 @@ from balancer.domain import (
     WindowsDefinition,
 )
 from balancer.store import keys
-from balancer.store.calls import entry_arguments, fence_arguments, pin_keys, selection_arguments
+from balancer.store.calls import call_numbers, entry_arguments, fence_arguments, pin_keys, selection_arguments
 from balancer.store.scripts import load
 from balancer.tactics import Hybrid, Random, RoundRobin, TokenBased, tactic_name, tactic_params
 from tests import servers
@@ -102,7 +102,6 @@ class Pool:
             "leases": keys.leases(name),
             "decisions": keys.decisions(name),
         }
-        self._common: dict[str, str | int] = {"now_ms": 0, "worker": "w", "epoch": 0, "position": 0, "lease_ms": 30_000}
         self._batch = 0
         self._number = 0
         settings = PoolSettings(name=name, record=case.record, record_events=100_000)
@@ -111,33 +110,36 @@ class Pool:
         arguments: dict[str, str | int] = {"now_ms": 0, "epoch": 0, "position": 0, **fence_arguments(settings, 1)}
         rules = [_encoded(rule, tactic, case) for rule, tactic in zip(self._rules, case.tactics, strict=True)]
         client.execute_command("EVAL", script.source, *script.command(names, arguments, rules))
-        for script_name in ("select", "settle"):
-            client.script_load(load(script_name).source)
+        client.script_load(load("tick").source)
 
-    def run(self, size: int) -> tuple[float, float]:
-        """Microseconds for one selection and for one settled entry, in calls of `size` of them."""
-        picked: list[list[tuple[int, str]]] = []
-        select_us = self._timed(lambda: picked.extend(self._select(size))) / size
-        settle_us = self._timed(lambda: self._settle([picked.pop() for _ in range(_AT_ONCE)])) / size
-        return select_us, settle_us
-
-    def _timed(self, calls: Callable[[], None]) -> float:
+    def run(self, size: int) -> float:
+        """Microseconds for one request, its settle and the next one's selection, in calls of `size` of them."""
+        picked = self._tick([[]] * _AT_ONCE, size)
         self._client.config_resetstat()
         for _ in range(0, _CALLS, _AT_ONCE):
-            calls()
-        return float(self._client.info("latencystats")["latency_percentiles_usec_evalsha"]["p50"])
+            picked = self._tick(picked, size)
+        us = float(self._client.info("latencystats")["latency_percentiles_usec_evalsha"]["p50"])
+        self._tick(picked, 0)
+        return us / size
 
-    def _select(self, size: int) -> list[list[tuple[int, str]]]:
-        script = load("select")
+    def _tick(self, settled: Sequence[Sequence[tuple[int, str]]], size: int) -> list[list[tuple[int, str]]]:
+        """Pipelined calls that settle these, each a batch, and select so many; the picks of each."""
+        script = load("tick")
         pipeline = self._client.pipeline(transaction=False)
-        asked = [[self._selection() for _ in range(size)] for _ in range(_AT_ONCE)]
-        for selections in asked:
-            arguments = [argument for selection in selections for argument in selection_arguments(selection)]
-            command = script.command(self._names, self._common, arguments, pin_keys(self._name, selections))
+        asked = [[self._selection() for _ in range(size)] for _ in settled]
+        for entries, selections in zip(settled, asked, strict=True):
+            self._batch += bool(entries)
+            call = call_numbers(lease_ms=30_000, batch=self._batch if entries else 0, entries=len(entries))
+            rest = [argument for number, service in entries for argument in self._entry(number, service)]
+            rest += [argument for selection in selections for argument in selection_arguments(selection)]
+            pins = pin_keys(self._name, selections)
+            command = script.command(self._names, {"worker": "w", "call": call}, rest, pins)
             pipeline.execute_command("EVALSHA", script.sha, *command)
+        replies = pipeline.execute()
+        assert {reply[0][0] for reply in replies} <= {b"applied", b"none"}
         return [
-            [(one.number, answer[1].decode()) for one, answer in zip(selections, reply, strict=False)]
-            for selections, reply in zip(asked, pipeline.execute(), strict=True)
+            [(one.number, answer[1].decode()) for one, answer in zip(selections, reply[1:], strict=True)]
+            for selections, reply in zip(asked, replies, strict=True)
         ]
 
     def _selection(self) -> Selection:
@@ -154,16 +156,6 @@ class Pool:
             session=keys.session(rule, str(self._number % 100)),
             affinity_ms=self._case.affinity_ms,
         )
-
-    def _settle(self, batches: Sequence[Sequence[tuple[int, str]]]) -> None:
-        script = load("settle")
-        pipeline = self._client.pipeline(transaction=False)
-        for picked in batches:
-            self._batch += 1
-            arguments = [argument for number, service in picked for argument in self._entry(number, service)]
-            command = script.command(self._names, self._common | {"batch": self._batch, "skip": 0}, arguments)
-            pipeline.execute_command("EVALSHA", script.sha, *command)
-        assert {reply[0] for reply in pipeline.execute()} == {b"applied"}
 
     def _entry(self, number: int, service: str) -> tuple[str | int, ...]:
         first_token_us, stream_us = (300_000, 2_000_000) if self._case.has_rates else (0, 0)
@@ -209,22 +201,15 @@ def _provider(place: int, case: Case) -> ProviderDefinition:
     return ProviderDefinition(id=f"provider-{place}", **limits, **breaker)
 
 
-def _measured(client: Any, cases: dict[str, Case], sizes: Sequence[int]) -> dict[str, dict[int, tuple[float, float]]]:
+def _measured(client: Any, cases: dict[str, Case], sizes: Sequence[int]) -> dict[str, dict[int, float]]:
     """The figures by case and size."""
     pools = {name: Pool(client, f"pool-{name}".replace(" ", "-"), case) for name, case in cases.items()}
-    found: dict[str, dict[int, list[tuple[float, float]]]] = {name: {size: [] for size in sizes} for name in cases}
+    found: dict[str, dict[int, list[float]]] = {name: {size: [] for size in sizes} for name in cases}
     for _ in range(_ROUNDS):
         for name, pool in pools.items():
             for size in sizes:
                 found[name][size].append(pool.run(size))
-    return {
-        name: {size: (_median(a for a, _ in pairs), _median(b for _, b in pairs)) for size, pairs in by_size.items()}
-        for name, by_size in found.items()
-    }
-
-
-def _median(figures: Iterable[float]) -> float:
-    return statistics.median(figures)
+    return {name: {size: statistics.median(us) for size, us in by_size.items()} for name, by_size in found.items()}
 
 
 def main() -> None:
@@ -233,18 +218,16 @@ def main() -> None:
     with servers.running("valkey-9") as url, redis.Redis.from_url(url) as client:
         features = _measured(client, {n: c for n, c in _FEATURES.items() if not wanted or n in wanted}, _SIZES)
         records = _measured(client, {n: c for n, c in _RECORDS.items() if not wanted or n in wanted}, (16,))
-    print("µs of Redis for one selection + one settle, by requests in a call")
+    print("µs of Redis for a request, by requests in a call")
     print("| switched on |", " | ".join(f"{size}" for size in _SIZES), "|")
     print("|---|" + "--:|" * len(_SIZES))
     for name, figures in features.items():
-        cells = (f"{a:.1f} + {b:.1f} = {a + b:.1f}" for a, b in figures.values())
-        print(f"| {name} |", " | ".join(cells), "|")
+        print(f"| {name} |", " | ".join(f"{us:.1f}" for us in figures.values()), "|")
     print()
-    print("| record | selection µs | settle µs |")
-    print("|---|--:|--:|")
+    print("| record | µs a request |")
+    print("|---|--:|")
     for name, figures in records.items():
-        select_us, settle_us = figures[16]
-        print(f"| {name} | {select_us:.1f} | {settle_us:.1f} |")
+        print(f"| {name} | {figures[16]:.1f} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
--- Raises the fence of rules in one pool to a revision, with what select needs to know of them; a lower or equal one is
+-- Raises the fence of rules in one pool to a revision, with what tick needs to know of them; a lower or equal one is
 -- passed over.
 -- KEYS[1] services      the pool's services, and its place in its history
 -- KEYS[2] partitions    the pool's rules and partitions
@@ -109,16 +109,17 @@ local function is_blank()
 end
 
 local function set_record()
-  if record == '' or revision < pool.record_revision then return end
-  local is_changed = record ~= pool.record or keep ~= pool.keep
-  if is_changed then
+  local was_keep, as_of = string.match(pool.record_text, ' (%d+) (-?%d+)$')
+  if record == '' or revision < as_of + 0 then return end
+  local text = string.format('%s %d %d', record, keep, revision)
+  if record ~= pool.record or keep ~= was_keep + 0 then
     local origin = is_blank() and 1 or 0
     -- The last event of a record that ends, else the first of one that begins.
     if record == 'off' then record_event(pool, 'record', {'record', record, 'keep', keep, 'origin', origin}) end
-    pool.record, pool.keep = record, keep
+    pool.record, pool.record_text = record, text
     record_event(pool, 'record', {'record', record, 'keep', keep, 'origin', origin})
   end
-  redis.call('HSET', services_key, 'record', string.format('%s %d %d', record, keep, revision))
+  redis.call('HSET', services_key, 'record', text)
 end
 
 set_record()
@@ -234,5 +235,5 @@ for at, rule in ipairs(rules) do
   end
 end
 
-close_pool(pool, services_key, changed_fields(state), {partitions_key}, true)
+close_pool(pool, services_key, changed_fields(state), partitions_key, nil, true)
 return {'raised', raised, pool.epoch, pool.position, pool.lost}

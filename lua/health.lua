@@ -48,10 +48,10 @@ for at = 5, #ARGV do
   local before = event_text(service)
   note(breaker_of(service), provider_numbers(service))
   service.is_changed = true
-  list_breaker(pool, service, id, was_open)
+  if was_open or is_open(service) then list_breaker(pool, service, id) end
   record_event(pool, 'health', {
     'service', id, 'is_alive', ARGV[4], 'before', before, 'after', event_text(service),
   })
 end
-close_pool(pool, services_key, changed_fields(state), {partitions_key}, true)
+close_pool(pool, services_key, changed_fields(state), partitions_key, nil, true)
 return {'noted', #ARGV - 4, pool.epoch, pool.position, pool.lost}

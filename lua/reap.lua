@@ -88,6 +88,6 @@ elseif is_ended and lease_end >= 0 then
   redis.call('ZADD', leases_key, '-' .. whole(now), target)
 end
 redis.call('ZREMRANGEBYSCORE', leases_key, '-' .. whole(math.max(0, now - 604800000)), 0)
-close_pool(pool, services_key, changed_fields(state), {partitions_key, leases_key}, true)
+close_pool(pool, services_key, changed_fields(state), partitions_key, leases_key, true)
 if worker == target then redis.call('PEXPIRE', holdings_key, HOLDINGS_LIVE_MS) end
 return {'reaped', is_ended and 1 or 0, lost, pool.epoch, pool.position, pool.lost, place}

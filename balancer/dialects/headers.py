@@ -64,7 +64,7 @@ _NOT_UP = HOP_BY_HOP | _FROM_CLIENT
 NOT_DOWN = HOP_BY_HOP | _FROM_UPSTREAM
 OURS = "x-balancer-"
 _OURS_OR_FORWARDED = (OURS, "x-forwarded-")
-_LIST_NOTHING = ("keep-alive", "close")
+LIST_NOTHING = ("keep-alive", "close")
 _SECONDS = re.compile(r"[0-9]+(?:\.[0-9]*)?")
 
 
@@ -81,7 +81,7 @@ def request_headers(client: Headers, ours: Mapping[str, str], *, identity_only: 
         if name in _NOT_UP:
             if name == "accept-encoding":
                 asked.append(pair[1])
-            elif name == "connection" and pair[1] not in _LIST_NOTHING:
+            elif name == "connection" and pair[1] not in LIST_NOTHING:
                 listed.append(pair[1])
         elif name not in added and not name.startswith(_OURS_OR_FORWARDED):
             kept.append(pair)
@@ -98,7 +98,7 @@ def response_headers(upstream: Headers) -> Headers:
     for pair in upstream:
         name = pair[0].lower()
         if name in NOT_DOWN:
-            if name == "connection" and pair[1] not in _LIST_NOTHING:
+            if name == "connection" and pair[1] not in LIST_NOTHING:
                 listed.append(pair[1])
         elif name == "x-request-id":
             kept.append(("x-upstream-request-id", pair[1]))

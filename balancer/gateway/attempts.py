@@ -82,7 +82,7 @@ class Attempt:
         self.is_stream = False
         self._balance = balance
         self._metrics = metrics
-        self._started = time.perf_counter()
+        self._started = time.monotonic()
         self._first_token: float | None = None
 
     def settle(self, outcome: Outcome, cooldown_ms: int = 0) -> None:
@@ -94,7 +94,7 @@ class Attempt:
     def end(self, outcome: Outcome, cooldown_ms: int = 0) -> float:
         """Settles the attempt, which was not, for somebody who counts it for the metrics; how long it took."""
         self.outcome = outcome
-        now = time.perf_counter()
+        now = time.monotonic()
         first_token_us = stream_us = 0
         if outcome is Outcome.SUCCESS and self._first_token is not None:
             first_token_us = _us(self._first_token - self._started)
@@ -133,7 +133,7 @@ class Attempt:
     def saw_token(self) -> None:
         """Notes the first content token."""
         if self._first_token is None:
-            self._first_token = time.perf_counter()
+            self._first_token = time.monotonic()
             self._metrics.first_token_s(self.pick.service, self._first_token - self._started)
 
 

@@ -46,14 +46,40 @@ _WORDS = (
     b'"usage"',
 )
 """One of them stands there. `rfind` takes a tenth of the time that the pattern takes where there is none."""
+_CHAT_PATHS = ("/v1/chat/completions", "/v1/completions")
+_CHAT_WORDS = (b"error", b"[DONE]", b'"usage"')
+"""The ones that streams of OpenAI's have which are asked for there; each word takes as long to look for."""
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
 
 
 class EventRelay:
     """Relays one stream that has been started. `decoder` is None for a coding that we cannot read.
 
-    With `remember`, nothing of an event that names the answer's id is sent before that is kept.
+    With `remember`, nothing of an event that names the answer's id is sent before that is kept. `path`: what was asked.
     """
+
+    __slots__ = (
+        "_attempt",
+        "_by_event",
+        "_decoder",
+        "_error_event",
+        "_is_coded",
+        "_mask",
+        "_may_skim",
+        "_must_abort",
+        "_parser",
+        "_remember",
+        "_rewriter",
+        "_sent_bytes",
+        "_stream",
+        "_style",
+        "_unnamed",
+        "_usage",
+        "_verdict",
+        "_withheld",
+        "_withheld_bytes",
+        "_words",
+    )
 
     def __init__(
         self,
@@ -65,6 +91,7 @@ class EventRelay:
         mask: Mask,
         error_event: Callable[[UpstreamError], bytes],
         style: ApiStyle = "openai",
+        path: str = "",
         remember: Remember | None = None,
     ) -> None:
         self._attempt = attempt
@@ -74,6 +101,7 @@ class EventRelay:
         self._mask = mask
         self._error_event = error_event
         self._style: ApiStyle = style
+        self._words = _CHAT_WORDS if style == "openai" and path in _CHAT_PATHS else _WORDS
         self._remember = remember if decoder is not None else None
         self._withheld: list[bytes] = []  # With the beginning of an event that may name the answer's id.
         self._withheld_bytes = self._unnamed = 0
@@ -90,11 +118,13 @@ class EventRelay:
         """Relays a stream, from its first chunk on, to its end."""
         try:
             while chunk:
-                rest = self._skimmed(chunk) if self._can_skim else chunk
-                if rest and self._by_event:
-                    await self._edit(rest)
-                elif rest:
-                    await self._pass(rest)
+                known = self._skimmable(chunk) if self._can_skim else 0
+                if not self._by_event:
+                    await self._pass(chunk, known, is_last=response.is_at_end)
+                elif not known or not self._stream.write_now(chunk[:known]):
+                    await self._edit(chunk)
+                elif known < len(chunk):
+                    await self._edit(chunk[known:])
                 chunk = await (response.pump(self._skim) if self._can_skim else response.read())
             await self._finish()
         except UpstreamError as exc:
@@ -113,29 +143,31 @@ class EventRelay:
             and self._parser.is_between_events
         )
 
-    def _skim(self, chunk: bytes) -> bool:
+    def _skim(self, chunk: bytes, framed: bytes = b"", /) -> bool:
         """Sends a chunk of whole events of which nothing needs to be known; False, with nothing done, for any other."""
         if not chunk.endswith(_EVENT_ENDS):
             return False
-        for word in _WORDS:
-            if chunk.rfind(word) >= 0 and _OF_INTEREST.search(chunk):
+        rfind = chunk.rfind
+        for word in self._words:
+            if rfind(word) >= 0 and _OF_INTEREST.search(chunk, chunk.find(word)):
                 return False
-        return self._stream.write_now(chunk)
+        return self._stream.write_now(chunk, framed)
 
-    def _skimmed(self, chunk: bytes) -> bytes:
-        """What is left of a chunk when its first events, of which nothing needs to be known, have been sent."""
+    def _skimmable(self, chunk: bytes) -> int:
+        """How many bytes of a chunk are its first events, of which nothing needs to be known."""
         found = _OF_INTEREST.search(chunk)
-        end = chunk.rfind(b"\n\n", 0, found.start() if found else len(chunk)) + 2
-        if end < 2 or not self._stream.write_now(chunk[:end]):
-            return chunk
-        return chunk[end:]
+        end = chunk.rfind(b"\n\n", 0, found.start() if found else len(chunk))
+        return end + 2 if end >= 0 else 0
 
-    async def _pass(self, chunk: bytes) -> None:
-        """Sends the chunk as it came, unless an error in it could show a credential."""
+    async def _pass(self, chunk: bytes, known: int, *, is_last: bool) -> None:
+        """Sends the chunk as it came, unless an error in it could show a credential.
+
+        Nothing needs to be known of its first `known` bytes. What is last is sent with the stream's end.
+        """
         sent_bytes = self._parser.tail_bytes
         events: list[Event] = []
         try:
-            for part in self._decoder.feed(chunk) if self._decoder else ():
+            for part in self._decoder.feed(chunk[known:] if known else chunk) if self._decoder else ():
                 events = self._hear(part)
                 await self._keep(events)
                 if self._is_coded and self._usage.is_error and any(self._mask.shows_in(e.raw) for e in events):
@@ -150,12 +182,14 @@ class EventRelay:
             if self._withheld:  # The whole unfinished event is at its end, and none of that was sent.
                 await self._release(but_bytes=sent_bytes)
                 sent_bytes = 0
+            if known:
+                await self._stream.write(chunk[:known])
             self._by_event, self._sent_bytes = True, sent_bytes
             await self._send(events)
         else:
             self._withheld.append(chunk)
             self._withheld_bytes += len(chunk)
-            if not self._must_withhold():
+            if not is_last and not self._must_withhold():
                 await self._release()
 
     async def _edit(self, chunk: bytes) -> None:
@@ -203,11 +237,16 @@ class EventRelay:
 
     async def _release(self, *, but_bytes: int = 0) -> None:
         """Sends what was put aside, without its last bytes."""
+        data = self._withdrawn()
+        if len(data) > but_bytes:
+            await self._stream.write(data[: len(data) - but_bytes])
+
+    def _withdrawn(self) -> bytes:
+        """What was put aside, which is not any more."""
         data = b"".join(self._withheld)
         self._withheld.clear()
         self._withheld_bytes = 0
-        if len(data) > but_bytes:
-            await self._stream.write(data[: len(data) - but_bytes])
+        return data
 
     def _hear(self, part: bytes) -> list[Event]:
         events = self._parser.feed(part)
@@ -241,11 +280,11 @@ class EventRelay:
             raise UpstreamAnswerError("the upstream's stream ends before its coding does")
         if last is not None:
             await self._keep([last])
-        await self._release()
         if self._by_event and last is not None:
+            await self._release()
             await self._send([last])
         await self._attempt.settle_before_last_byte(Outcome.SUCCESS)
-        await self._stream.end()
+        await self._stream.end(self._withdrawn())
 
     async def _break_off(self, exc: UpstreamError) -> None:
         """Tells the client that the stream broke, unless it was complete all the same."""

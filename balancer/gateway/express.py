@@ -8,6 +8,7 @@ request stands: what was picked, sent or answered until then is not done again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -16,12 +17,12 @@ import msgspec
 from balancer import bodies, log
 from balancer.bodies import Peek
 from balancer.dialects import Headers
-from balancer.dialects.headers import NOT_DOWN, OURS, client_timeout_s
+from balancer.dialects.headers import LIST_NOTHING, NOT_DOWN, OURS, client_timeout_s
 from balancer.dialects.paths import Route
 from balancer.domain import Outcome
-from balancer.errors import BalancerError, StoreUnavailableError
+from balancer.errors import BalancerError
 from balancer.gateway.attempts import Attempt
-from balancer.gateway.forwarding import Begun, Forwarder, deadline_ms, reserved
+from balancer.gateway.forwarding import Begun, Forwarder, reserved
 from balancer.gateway.handlers import Handlers
 from balancer.gateway.lane import Lane, request_of
 from balancer.gateway.lane_head import Head
@@ -49,6 +50,7 @@ _LATE_S = 0.05
 _WHOLE_BYTES = 48 * 1024
 """Of an answer beyond this a client might be too slow to take all at once."""
 _SERVICES_KEPT = 64
+_CLOSING = "Connection: close\r\n"
 
 
 class _Sent(msgspec.Struct, frozen=True, gc=False):
@@ -126,7 +128,18 @@ class Express:
         given = head.first.get("x-request-id", "")
         request_id = request_id_of(given) if given else new_request_id()
         way = Way(self, lane, approach, route, head, body, peek, plan, is_last, time.monotonic(), request_id)
-        return way if way.ask() else None
+        rule = plan.rule
+        way.asked = self.balance.begin(
+            rule,
+            reserved(plan, peek, body) if plan.needs_estimate else 0,
+            plan.deadline_ms,
+            session_of(rule, head.first, peek) if rule.session_affinity else "",
+            way.picked,
+        )
+        if way.asked is None:
+            return None
+        self.opened()
+        return way
 
     def _approach(self, head: Head) -> _Approach:
         request = request_of(head, b"", "")
@@ -178,27 +191,10 @@ class Way(msgspec.Struct, eq=False):
     task: asyncio.Task[None] | None = None
     """Once the ordinary way has it."""
     is_over: bool = False
+    is_counted: bool = False
     select_s: float = 0.0
     overhead_s: float = 0.0
     attempt_s: float = 0.0
-
-    def ask(self) -> bool:
-        """Asks for the pick; False, with nothing done, where only the ordinary way can."""
-        plan, express = self.plan, self.express
-        try:
-            self.asked = express.balance.begin(
-                plan.rule,
-                reserved=reserved(plan, self.peek, self.body),
-                deadline_ms=deadline_ms(plan, 0),
-                session=session_of(plan.rule, self.head.first, self.peek),
-                on_answer=self._on_answer,
-            )
-        except StoreUnavailableError:
-            return False
-        if self.asked is None:
-            return False
-        express.opened()
-        return True
 
     def cancel(self) -> None:
         """The client has left: what was picked for it is settled, and its answer ended."""
@@ -211,18 +207,23 @@ class Way(msgspec.Struct, eq=False):
 
     def _drop(self, outcome: Outcome) -> None:
         """Settles what was picked, and ends its answer."""
+        if self.answer is not None:
+            self.answer.on_news = None
+            self.answer.abandon("was cancelled")
         if self.attempt is not None:
             self.attempt.settle(outcome)
         elif self.asked is not None:
             self.express.balance.give_up(self.plan.rule, self.asked)
-        if self.answer is not None:
-            self.answer.on_news = None
-            self.answer.abandon("was cancelled")
 
     def _count(self) -> None:
         """Counts what was done so far of a request that does not go as usual to its end."""
-        attempt, metrics = self.attempt, self.express.metrics
+        if self.is_counted:
+            return
+        self.is_counted = True
+        attempt, asked, metrics = self.attempt, self.asked, self.express.metrics
         if attempt is None:
+            if asked is not None and asked.answer is not None:
+                metrics.select_s(self.plan.rule.pool, time.monotonic() - asked.asked_at)
             return
         metrics.select_s(attempt.pick.pool, self.select_s)
         metrics.picked(attempt.pick)
@@ -235,10 +236,12 @@ class Way(msgspec.Struct, eq=False):
         """The request is answered, or never will be."""
         self.is_over = True
         express = self.express
-        self._count()
-        express.metrics.request(self.route.scenario, self.plan.rule.uuid, outcome, time.monotonic() - self.began)
-        express.closed()
-        self.lane.answered(is_whole=is_whole, is_last=self.is_last)
+        try:
+            self._count()
+            express.metrics.request(self.route.scenario, self.plan.rule.uuid, outcome, time.monotonic() - self.began)
+        finally:
+            express.closed()
+            self.lane.answered(is_whole=is_whole, is_last=self.is_last)
 
     def _go_on(self, error: Exception | None = None) -> None:
         """Leaves the rest to the ordinary way."""
@@ -264,13 +267,15 @@ class Way(msgspec.Struct, eq=False):
             try:
                 await express.handlers.handle(request, stream, begun)
             finally:
+                if begun.attempt is not None:
+                    begun.attempt.settle(Outcome.FAILED)  # Unless it was, as it is by all that gets so far.
                 express.closed()
 
         self.task = task = lane.task(request, stream, resume)
 
     # -- callbacks -----------------------------------------------------------------------------------------------------
 
-    def _on_answer(self, asked: Asked) -> None:
+    def picked(self, asked: Asked) -> None:
         """Sends the request to the service that was picked."""
         try:
             if not self._send(asked):
@@ -279,16 +284,30 @@ class Way(msgspec.Struct, eq=False):
             self._fail(exc)
 
     def _fail(self, exc: Exception) -> None:
-        self._drop(Outcome.FAILED)
-        self._go_on(exc)
+        """Lets the ordinary way tell of a fault of ours; where that is at fault too, the client's connection breaks."""
+        try:
+            try:
+                self._drop(Outcome.FAILED)
+            finally:
+                self._go_on(exc)
+        except Exception as more:  # noqa: BLE001 - who calls has others to call.
+            log.error("a request failed in the gateway", exc=more, request=self.request_id)
+            if self.task is None:
+                self._break_off()
+
+    def _break_off(self) -> None:
+        """Ends what has no answer, unless one is on its way already."""
+        if not self.is_over:
+            with contextlib.suppress(Exception):  # Something else of it was logged.
+                self._end(Outcome.FAILED, is_whole=False)
 
     def _send(self, asked: Asked) -> bool:
         express, plan = self.express, self.plan
         pick = express.balance.finish(plan.rule, asked)
         if pick is None:
             return False
-        self.asked = None
         self.attempt = Attempt(express.balance, express.metrics, plan.rule, pick)
+        self.asked = None
         now = time.monotonic()
         self.select_s = now - asked.asked_at
         elapsed_s = self.overhead_s = now - self.began
@@ -302,7 +321,7 @@ class Way(msgspec.Struct, eq=False):
             return False
         service = pick.service
         model = service[service.index(":") + 1 :]
-        body = bodies.replace_model(self.body, model, known=self.peek.model)
+        body = bodies.replace_model(self.body, model, self.peek)
         lines = b"x-request-id: %b\r\nContent-Length: %d\r\n\r\n" % (self.request_id.encode("ascii"), len(body))
         began_at = express.loop.time() - elapsed_s
         self.answer = express.upstream.begin(sent.prepared, lines, body, began_at, self._on_news)
@@ -316,7 +335,10 @@ class Way(msgspec.Struct, eq=False):
         try:
             answer = self.answer
             assert answer is not None, "it is what there is news of"
-            if answer.has_failed or (answer.status and not self._settle(answer)):
+            if answer.status == 200 and not answer.has_failed:
+                if not self._settle(answer):
+                    self._go_on()
+            elif answer.status or answer.has_failed:
                 self._go_on()
         except Exception as exc:  # noqa: BLE001 - as above.
             self._fail(exc)
@@ -325,8 +347,6 @@ class Way(msgspec.Struct, eq=False):
         attempt, sent = self.attempt, self.sent
         assert attempt is not None, "an answer is of an attempt"
         assert sent is not None, "which was sent"
-        if answer.status != 200:
-            return False
         body = answer.whole()
         if body is None:
             if answer.is_over or answer.held_bytes > _WHOLE_BYTES or "json" not in described(answer.headers)[0]:
@@ -364,46 +384,68 @@ class Way(msgspec.Struct, eq=False):
             self._arrive(attempt)
         except Exception as exc:  # noqa: BLE001 - as above.
             log.error("a request failed in the gateway", exc=exc, request=self.request_id)
-            self.lane.break_off()
+            self._break_off()
 
     def _arrive(self, attempt: Attempt) -> None:
         """The client has its answer."""
         self.is_over = True
-        express, pick = self.express, attempt.pick
-        express.metrics.answered(
-            (
-                (self.route.scenario, pick.pool, pick.rule, pick.service, pick.reason),
-                attempt.usage,
-                pick.is_switch,
-                self.select_s,
-                self.overhead_s,
-                self.attempt_s,
-                time.monotonic() - self.began,
+        express, pick, usage = self.express, attempt.pick, attempt.usage
+        try:
+            express.metrics.answered(
+                (
+                    (self.route.scenario, pick.pool, pick.rule, pick.service, pick.reason),
+                    usage.input if usage is not None else 0,
+                    usage.output if usage is not None else 0,
+                    pick.is_switch,
+                    self.select_s,
+                    self.overhead_s,
+                    self.attempt_s,
+                    time.monotonic() - self.began,
+                ),
+                usage,
             )
-        )
-        express.closed()
-        self.lane.answered(is_whole=True, is_last=self.is_last)
+        finally:
+            express.closed()
+            self.lane.answered(is_whole=True, is_last=self.is_last)
 
 
-_DROPPED, _PLAIN, _TYPE, _UNUSUAL = range(4)
-_STARTS_KEPT = 1024
-_starts: dict[str, tuple[str, int]] = {}
-"""How a header's line begins that comes down, by its name as the upstream spells it; names recur."""
+class _Shape(msgspec.Struct, frozen=True, gc=False):
+    """What an upstream's headers come down as, by their names: `lines` are to be filled with their values in order.
+
+    The places of Content-Type and of Connection among them, -1 for none. `lines` are empty where more is to be done.
+    """
+
+    lines: str
+    count: int
+    type_at: int
+    connection_at: int
 
 
-def _start_of(name: str) -> tuple[str, int]:
-    lower = name.lower()
-    if lower == "connection" or lower == "content-encoding" or not lower.isascii():
-        start = ("", _UNUSUAL)
-    elif lower in NOT_DOWN or lower.startswith(OURS):
-        start = ("", _DROPPED)
-    elif lower == "x-request-id":
-        start = ("x-upstream-request-id: ", _PLAIN)
-    else:
-        start = (f"{name}: ", _TYPE if lower == "content-type" else _PLAIN)
-    if len(_starts) < _STARTS_KEPT:
-        _starts[name] = start
-    return start
+_SHAPES_KEPT = 256
+_shapes: dict[tuple[str, ...], _Shape] = {}
+"""By the names as the upstream spells them; they recur."""
+
+
+def _shape_of(names: tuple[str, ...]) -> _Shape:
+    lower = [name.lower() for name in names]
+    lines, count = "", 0
+    for name, low in zip(names, lower, strict=True):
+        if low in NOT_DOWN or low.startswith(OURS):
+            lines += "%.0s"  # The value, cut to nothing.
+            continue
+        lines += f"{'x-upstream-request-id' if low == 'x-request-id' else name.replace('%', '%%')}: %s\r\n"
+        count += 1
+    is_usual = lower.count("content-type") == 1 and lower.count("connection") <= 1 and "content-encoding" not in lower
+    shape = _Shape(
+        lines if is_usual else "",
+        count,
+        lower.index("content-type") if is_usual else -1,
+        lower.index("connection") if "connection" in lower else -1,
+    )
+    if len(_shapes) >= _SHAPES_KEPT:
+        _shapes.clear()
+    _shapes[names] = shape
+    return shape
 
 
 def answer_head(
@@ -413,27 +455,21 @@ def answer_head(
 
     None for an answer that is no plain JSON, or whose head needs more than to be passed on.
     """
-    parts = ["HTTP/1.1 200 OK\r\n"]
-    kind_of_body = ""
-    for name, value in headers:
-        start, kind = _starts.get(name) or _start_of(name)
-        if kind == _PLAIN:
-            parts += (start, value, "\r\n")
-        elif kind == _TYPE:
-            if kind_of_body:
-                return None
-            kind_of_body = value
-            parts += (start, value, "\r\n")
-        elif kind == _UNUSUAL and value != "keep-alive":
-            return None
-    if "json" not in kind_of_body.lower():
+    if not headers:
         return None
-    lines = 5 + len(parts) // 3 + (3 if telling else 0) + is_last
-    closing = "Connection: close\r\n" if is_last else ""
-    parts.append(f"{telling}x-request-id: {request_id}\r\nContent-Length: {length}\r\nDate: {date()}\r\n{closing}\r\n")
-    text = "".join(parts)
+    names, values = zip(*headers)  # noqa: B905 - pairs; `strict` would take as long again.
+    shape = _shapes.get(names) or _shape_of(names)
+    if not shape.lines or "json" not in values[shape.type_at].lower():
+        return None
+    if shape.connection_at >= 0 and values[shape.connection_at] not in LIST_NOTHING:
+        return None
+    text = (
+        f"HTTP/1.1 200 OK\r\n{shape.lines % values}{telling}x-request-id: {request_id}\r\n"
+        f"Content-Length: {length}\r\nDate: {date()}\r\n{_CLOSING if is_last else ''}\r\n"
+    )
     if mask.shows_in_text(text):
         return None
     head = text.encode("utf-8", "ignore")
     # All control characters in it must be the line ends that were meant.
+    lines = 5 + shape.count + (3 if telling else 0) + is_last
     return head if len(head) - len(head.translate(None, CONTROLS)) == 2 * lines else None

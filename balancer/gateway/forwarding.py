@@ -31,7 +31,7 @@ from balancer.gateway.attempts import Attempt, Balance, Providers
 from balancer.gateway.course import Course
 from balancer.gateway.deadlines import Deadlines
 from balancer.gateway.events import Remember
-from balancer.gateway.matching import SELECT_S, Plan, Plans
+from balancer.gateway.matching import SELECT_S, Plan, Plans, deadline_ms
 from balancer.gateway.messages import (
     BegunResponse,
     ClientGoneError,
@@ -49,9 +49,6 @@ from balancer.metrics import Metrics
 from balancer.sessions import session_of
 from balancer.store.pool import Asked
 from balancer.usage import usage_of
-
-_DEADLINE_MARGIN_S = 30.0
-"""Beyond the provider's timeout: when it has passed, the attempt cannot be alive any more."""
 
 _CLIENT_MARGIN_S = 1.0
 _WARN_INTERVAL_S = 10.0
@@ -219,15 +216,22 @@ class Forwarder:
         return failure.outcome
 
     async def forward_uncounted(
-        self, request: ClientRequest, route: Route, rule: Rule, service_id: str, stream: ClientStream, *, asked: str
+        self,
+        request: ClientRequest,
+        route: Route,
+        rule: Rule,
+        service_id: str,
+        stream: ClientStream,
+        *,
+        peek: bodies.Peek | None,
     ) -> None:
-        """Sends a request that no tactic picks for and nothing counts; `asked`: the model in its body, if it has one.
+        """Sends a request that no tactic picks for and nothing counts; `peek` if a model stands in its body.
 
         Raises BalancerError when nothing was sent to the client yet.
         """
         body = request.body
-        if asked:
-            body = with_model(body, request.header("content-type"), asked=asked, model=service_id.partition(":")[2])
+        if peek is not None:
+            body = with_model(body, request.header("content-type"), peek, service_id.partition(":")[2])
         needs_plain = bool(rule.response_model)
         outgoing = self.preparer.request(request, route, service_id, body, needs_plain=needs_plain)
         relay = Relay(
@@ -274,7 +278,7 @@ class Forwarder:
                 return await self._balance.select(
                     rule,
                     reserved=reserved(plan, errand.peek, request.body),
-                    deadline_ms=deadline_ms(plan, elapsed_s),
+                    deadline_ms=deadline_ms(plan.longest_s - elapsed_s),
                     excluded=tuple(dict.fromkeys((*course.tried, *late))),
                     session="" if course.only else session_of(rule, request.first, errand.peek),
                     only=course.only,
@@ -414,11 +418,6 @@ def reserved(plan: Plan, peek: bodies.Peek, body: bytes) -> int:
     tactic = plan.rule.lb_tactic
     most_output = peek.most_output if tactic.reserve == "full" else 0
     return min(bodies.estimate_tokens(body) + most_output, tactic.reserve_cap)
-
-
-def deadline_ms(plan: Plan, elapsed_s: float) -> int:
-    """The time after which an attempt counts as lost, picked when so much of the request's was over."""
-    return round((max(plan.longest_s - elapsed_s, 0) + _DEADLINE_MARGIN_S) * 1000)
 
 
 def _held(answer: Opening, verdict: Verdict, relay: Relay, outgoing: UpstreamRequest, errand: _Errand) -> _Failure:

@@ -69,13 +69,15 @@ class AiohttpStream:
             return
         await self._within_time(self.response.write(chunk))
 
-    def write_now(self, chunk: bytes) -> bool:
+    def write_now(self, chunk: bytes, framed: bytes = b"", /) -> bool:
         """False: aiohttp writes in coroutines only."""
         return False
 
-    async def end(self) -> None:
-        """Ends the body properly."""
+    async def end(self, last: bytes = b"", /) -> None:
+        """Ends the body properly, behind a last part of it."""
         assert self.response is not None, "started first"
+        if last:
+            await self.write(last)
         await self._within_time(self.response.write_eof())
 
     async def send(self, status: int, headers: Headers, body: bytes) -> None:

@@ -101,13 +101,13 @@ class Handlers:
                 return
             if wanted.kind == "by_id":
                 rule, service = await self._keeper(wanted)
-                await self._forwarder.forward_uncounted(request, wanted, rule, service, stream, asked="")
+                await self._forwarder.forward_uncounted(request, wanted, rule, service, stream, peek=None)
                 outcome = Outcome.SUCCESS
                 return
             rule, peek = (begun.rule, begun.peek) if begun else self._match(request, wanted)
             if wanted.kind == "count_tokens":
                 service = self._current_service(rule)
-                await self._forwarder.forward_uncounted(request, wanted, rule, service, stream, asked=peek.model)
+                await self._forwarder.forward_uncounted(request, wanted, rule, service, stream, peek=peek)
                 outcome = Outcome.SUCCESS
             else:
                 course = await self._course(rule, peek, wanted)

@@ -15,6 +15,7 @@ from balancer.gateway.lane_head import MAX_HEAD_BYTES, Head, Repeat, is_beginnin
 from balancer.gateway.lane_stream import LaneStream
 from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
 from balancer.gateway.request_ids import request_id_of
+from balancer.polling import DirectReader, read_directly
 
 _RECEIVED = memoryview(bytearray(262144))
 _WAITING_BYTES = 65536
@@ -81,7 +82,7 @@ class Lanes:
         self.now = self.loop.time()
         idle, slow = self.now - self._idle_s, self.now - self._slow_s
         for lane in list(self.open):
-            if lane.since < (slow if lane.is_in_request else idle):
+            if lane.is_lingering or lane.since < (slow if lane.is_in_request else idle):
                 lane.close_unless_answering()
             elif lane.since < slow:
                 lane.forget()
@@ -129,10 +130,12 @@ class Lane(asyncio.BufferedProtocol):
         "_lanes",
         "_missing",
         "_news_left",
+        "_reader",
         "_repeat",
         "_waiting",
         "is_held_up",
         "is_in_request",
+        "is_lingering",
         "kept",
         "since",
         "transport",
@@ -145,6 +148,8 @@ class Lane(asyncio.BufferedProtocol):
         self.is_held_up = False
         self.since = lanes.now
         """When it fell silent, or when its head or the last part of its body came."""
+        self.is_lingering = False
+        """True once its last answer is sent, until the client ends too."""
         self.is_in_request = False
         """True from a request's first byte to its last."""
         self.work: Work | None = None
@@ -158,6 +163,7 @@ class Lane(asyncio.BufferedProtocol):
         """What is remembered of the client's head, for as long as that is."""
         self._repeat: Repeat | None = None
         self._news_left = _NEWS
+        self._reader: DirectReader | None = None
         self._drained: asyncio.Future[None] | None = None
 
     # -- the transport's side ------------------------------------------------------------------------------------------
@@ -165,6 +171,7 @@ class Lane(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begins to wait for the first request."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods only.
+        self._reader = read_directly(transport, self._receive)
         self._lanes.open.add(self)
         if self._lanes.is_closing:
             # Accepted before the listener was closed, and in a TLS handshake until now.
@@ -173,6 +180,7 @@ class Lane(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancels what is being answered: nobody is left to read it."""
         self.transport = None
+        self._leave_to_loop()
         self._lanes.open.discard(self)
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
@@ -197,12 +205,17 @@ class Lane(asyncio.BufferedProtocol):
         return _RECEIVED
 
     def buffer_updated(self, nbytes: int) -> None:
+        """Takes what the transport has put there."""
+        self._receive(bytes(_RECEIVED[:nbytes]))
+
+    def _receive(self, data: bytes) -> None:
         """Takes what came of this request, or of the next."""
         transport = self.transport
         if transport is None or transport.is_closing():
             # TLS gives what came behind the last request to a protocol that has closed.
             return
-        data = bytes(_RECEIVED[:nbytes])
+        if self.is_lingering:
+            return
         if self.work is not None:
             self._waiting += data
             if len(self._waiting) > _WAITING_BYTES and not self._is_reading_paused:
@@ -278,7 +291,10 @@ class Lane(asyncio.BufferedProtocol):
         self.is_in_request = False
         lanes.works(self)
         if lanes.begin is not None:
-            self.work = lanes.begin(self, head, body, is_last)
+            try:
+                self.work = lanes.begin(self, head, body, is_last)
+            except Exception as exc:  # noqa: BLE001 - a root: `handle` meets it too, and tells, or it was no harm.
+                log.error("a request could not be begun", exc=exc)
             if self.work is not None:
                 return
         request = request_of(head, body, request_id_of(head.first.get("x-request-id", "")))
@@ -322,7 +338,7 @@ class Lane(asyncio.BufferedProtocol):
         if not is_whole:
             transport.abort()
         elif is_last or self._lanes.is_closing:
-            transport.close()
+            self._linger(transport)
         else:
             self.since = self._lanes.now
             if self._waiting:
@@ -330,6 +346,20 @@ class Lane(asyncio.BufferedProtocol):
             # Not as long as enough is there for the next ones: what is let in with every answer would add up.
             if len(self._waiting) <= _WAITING_BYTES:
                 self._resume_reading()
+
+    def _linger(self, transport: asyncio.Transport) -> None:
+        """Says that nothing follows, and closes when the client does, or in the next sweep.
+
+        What a client sends to a closed socket is answered by a reset, which takes from it the answer that it has not
+        read yet (RFC 9112 §9.6).
+        """
+        if self._lanes.is_closing or not transport.can_write_eof():
+            transport.close()
+            return
+        self.is_lingering = True
+        self._waiting = b""
+        self._resume_reading()
+        transport.write_eof()
 
     def _resume_reading(self) -> None:
         if self._is_reading_paused and self.transport is not None:
@@ -342,6 +372,7 @@ class Lane(asyncio.BufferedProtocol):
         assert transport is not None, "open"
         assert not self.is_held_up, "an answer ends when the client's buffer has room"
         self._resume_reading()
+        self._leave_to_loop()
         self.transport = None
         self._waiting = b""
         self._lanes.open.discard(self)
@@ -349,6 +380,11 @@ class Lane(asyncio.BufferedProtocol):
         transport.set_protocol(protocol)
         protocol.connection_made(transport)
         protocol.data_received(data)
+
+    def _leave_to_loop(self) -> None:
+        if self._reader is not None:
+            self._reader.leave()
+            self._reader = None
 
     # -- the answer's and the owner's side -----------------------------------------------------------------------------
 

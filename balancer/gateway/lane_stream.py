@@ -94,8 +94,11 @@ class LaneStream:
             self._transport()
             await self._drained()
 
-    def write_now(self, chunk: bytes) -> bool:
-        """Sends a part of the body at once; False where the client's buffer is full, or the client gone."""
+    def write_now(self, chunk: bytes, framed: bytes = b"", /) -> bool:
+        """Sends a part of the body at once; False where the client's buffer is full, or the client gone.
+
+        `framed` is the part in chunks already, and sent as it is if this body goes in chunks.
+        """
         if not self._is_open:
             raise RuntimeError("a part of a body is written between the answer's start and its end")
         line = self._line
@@ -103,7 +106,9 @@ class LaneStream:
         if line.is_held_up or transport is None or transport.is_closing():
             return False
         if self._is_chunked:
-            if chunk:
+            if framed and not self._head:
+                transport.write(framed)
+            elif chunk:
                 transport.write(b"%b%x\r\n%b\r\n" % (self._head, len(chunk), chunk))
                 self._head = b""
             return True
@@ -116,8 +121,11 @@ class LaneStream:
             self._head = b""
         return True
 
-    async def end(self) -> None:
-        """Ends the body; one that is shorter than announced ends the connection with it."""
+    async def end(self, last: bytes = b"", /) -> None:
+        """Ends the body, behind a last part of it; one that is shorter than announced ends the connection with it."""
+        if last and (not self._is_chunked or self._line.is_held_up):
+            await self.write(last)
+            last = b""
         transport = self._transport()
         if not self._is_open:
             raise RuntimeError("an answer ends once, after its start")
@@ -125,10 +133,12 @@ class LaneStream:
         if self._left:
             self.abort()
             return
-        last = self._head + b"0\r\n\r\n" if self._is_chunked else self._head
+        data = self._head
         self._head = b""
-        if last:
-            transport.write(last)
+        if self._is_chunked:
+            data += b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last) if last else b"0\r\n\r\n"
+        if data:
+            transport.write(data)
         self.is_ended = True
         if self._line.is_held_up:
             await self._drained()

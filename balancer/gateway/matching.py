@@ -13,6 +13,10 @@ SELECT_S = 30.0
 """More than a selection takes beside the time in its queue: Redis has its deadline, and so has a new configuration."""
 
 
+_DEADLINE_MARGIN_S = 30.0
+"""Beyond the provider's timeout: when it has passed, the attempt cannot be alive any more."""
+
+
 class Directory(Protocol):
     """The configuration that stands."""
 
@@ -56,6 +60,11 @@ def serving(directory: Directory, uuid: str, style: ApiStyle) -> Rule | None:
     return rule
 
 
+def deadline_ms(left_s: float) -> int:
+    """The time after which an attempt counts as lost, of which so much may be left."""
+    return round((max(left_s, 0) + _DEADLINE_MARGIN_S) * 1000)
+
+
 def standing_in(rule: Rule, find: Callable[[str], Rule | None]) -> Iterator[Rule]:
     """The rule, then those that may serve its requests in its stead, over any number of links, each once."""
     waiting, seen = [rule], {rule.uuid}
@@ -72,6 +81,7 @@ class Plan:
     """What a rule's requests have in common as long as the configuration stands, found out once."""
 
     __slots__ = (
+        "deadline_ms",
         "foreign",
         "is_usual",
         "longest_s",
@@ -101,6 +111,8 @@ class Plan:
         openings = [opening_s(p.timeouts) for s in self.usable if (p := directory.provider(s.provider))]
         self.patience_s = SELECT_S + rule.queue_timeout_ms / 1000 + max(openings, default=0.0)
         """More than passes until the first byte: who waits so long needs no limit of its own."""
+        self.deadline_ms = deadline_ms(self.longest_s)
+        """After which an attempt counts as lost that was picked for when the request came."""
         self.is_usual = bool(self.usable) and not rule.response_model and not rule.strict_settle
         """True when an answer may pass as it is, and be sent when its settle is."""
 

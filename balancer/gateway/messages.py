@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 import msgspec
@@ -10,8 +10,15 @@ import msgspec
 from balancer.dialects import Headers
 from balancer.domain import Timeouts
 
-Take = Callable[[bytes], bool]
-"""Takes a part of a body at once, in the callback that received it; False, with nothing done, where it cannot."""
+
+class Take(Protocol):
+    """Takes a part of a body at once, in the callback that received it."""
+
+    def __call__(self, chunk: bytes, framed: bytes = b"", /) -> bool:
+        """False, with nothing done, where it cannot.
+
+        `framed`: the same in chunks of HTTP, if it came so, and spelt so plainly that all read it alike.
+        """
 
 
 class ClientGoneError(Exception):
@@ -75,11 +82,14 @@ class ClientStream(Protocol):
     async def write(self, chunk: bytes) -> None:
         """Sends a part of the body, waiting while the client is slow."""
 
-    def write_now(self, chunk: bytes) -> bool:
-        """Sends a part of the body at once; False, with nothing sent, where `write` would wait, or fail."""
+    def write_now(self, chunk: bytes, framed: bytes = b"", /) -> bool:
+        """Sends a part of the body at once; False, with nothing sent, where `write` would wait, or fail.
 
-    async def end(self) -> None:
-        """Ends the body properly."""
+        `framed`: the same as plain chunks of HTTP, which may be sent instead where the body goes in chunks.
+        """
+
+    async def end(self, last: bytes = b"", /) -> None:
+        """Ends the body properly, behind a last part of it."""
 
     async def send(self, status: int, headers: Headers, body: bytes) -> None:
         """Sends an answer that is there as a whole: `start`, `write` and `end` in one."""
@@ -119,6 +129,10 @@ class UpstreamResponse(Protocol):
     @property
     def length(self) -> int | None:
         """Its body's length if it says so."""
+
+    @property
+    def is_at_end(self) -> bool:
+        """True when it is known already that nothing more comes: `read` has b"" at once."""
 
     def whole(self) -> bytes | None:
         """The body, if all of it has come and nothing was read yet; it can still be read."""

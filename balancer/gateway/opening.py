@@ -86,6 +86,11 @@ class Opening:
         """The body, if all of it was there at once and nothing was read ahead."""
         return None if self._ahead or self._is_closed else self._response.whole()
 
+    @property
+    def is_at_end(self) -> bool:
+        """True when it is known already that nothing more comes."""
+        return not self._ahead and (self._is_closed or self._response.is_at_end)
+
     async def read(self) -> bytes:
         """The next bytes: those that were read ahead, and then the rest."""
         if self._ahead:

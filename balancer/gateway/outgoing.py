@@ -115,9 +115,9 @@ class Preparer:
         hides_usage = False
         if peek.stream and route.path in ("/v1/chat/completions", "/v1/completions") and not peek.asks_for_usage:
             hides_usage = provider.stream_usage
+        body = with_model(body, request.header("content-type"), peek, service_id.partition(":")[2])
         if hides_usage:
-            body = bodies.ask_for_usage(body)
-        body = with_model(body, request.header("content-type"), asked=peek.model, model=service_id.partition(":")[2])
+            body = bodies.ask_for_usage(body, peek)
         is_plain = needs_plain or hides_usage
         outgoing, mask = self._made(provider, request, route, service_id, body, is_plain, provider.timeout - elapsed_s)
         return Outgoing(request=outgoing, mask=mask, hides_usage=hides_usage)
@@ -185,11 +185,11 @@ class Preparer:
         return account
 
 
-def with_model(body: bytes, content_type: str, *, asked: str, model: str) -> bytes:
+def with_model(body: bytes, content_type: str, peek: bodies.Peek, model: str) -> bytes:
     """The body, JSON or a form, with the service's model for the one that was asked for."""
     if not content_type.lower().startswith("multipart/"):
-        return bodies.replace_model(body, model, known=asked)
-    return body if model == asked else bodies.replace_form_model(body, content_type, model)
+        return bodies.replace_model(body, model, peek)
+    return body if model == peek.model else bodies.replace_form_model(body, content_type, model)
 
 
 def _secrets(resolved: Mapping[str, str], kept: Mapping[str, str]) -> Iterator[str]:

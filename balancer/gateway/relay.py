@@ -166,6 +166,7 @@ class Relay:
             rewriter=self._rewriter,
             mask=self._mask,
             style=self._route.dialect.name,
+            path=self._route.path,
             remember=self._remember,
             error_event=lambda error: self._route.dialect.error_event(error, self._route.path),
         )

@@ -169,8 +169,8 @@ class Balance:
         return directory
 
     def snapshot(self) -> Directory:
-        """The configuration that stands, for the gateway."""
-        return self.directory
+        """The configuration that stands, for the gateway. Raises as `directory`."""
+        return self._follower.directory or self.directory
 
     @property
     def is_ready(self) -> bool:
@@ -346,7 +346,7 @@ class Balance:
         only: str = "",
         excluded: tuple[str, ...] = (),
     ) -> Selection:
-        directory = self.directory
+        directory = self._follower.directory or self.directory
         standing = self._standing.get(rule.uuid)
         if standing is None or standing[0] is not directory:
             if len(self._standing) > len(directory.by_uuid):
@@ -377,14 +377,14 @@ class Balance:
         self._events.selected(pool.pool, time.monotonic() - began)
         return answer
 
-    def begin(self, rule: Rule, *, reserved: int, deadline_ms: int, session: str, on_answer: OnAnswer) -> Asked | None:
+    def begin(self, rule: Rule, reserved: int, deadline_ms: int, session: str, on_answer: OnAnswer) -> Asked | None:
         """Asks for the pick of a first attempt. None, with nothing asked, where that is for `select` to do.
 
         That is while Redis is away, or others wait in the rule's queue. `on_answer` is called with what has come of
         it, never before this returns.
         """
         pool = self._pools.get(rule.pool)
-        if pool is None or not pool.is_up or self._queues.has_line(rule):
+        if pool is None or not pool.is_up or (self._queues and self._queues.has_line(rule)):
             return None
         number = next(self._numbers)
         return pool.ask(self._selection(rule, number, reserved, deadline_ms, session), on_answer)
@@ -395,7 +395,7 @@ class Balance:
         if answer is None or answer[0] != "pick":
             return None
         pick = self._picked(rule, asked.selection, answer)
-        self._pool(rule.pool).local.picked(pick, asked.selection)
+        self._pools[rule.pool].local.picked(pick, asked.selection)
         return pick
 
     def give_up(self, rule: Rule, asked: Asked) -> None:
@@ -481,9 +481,9 @@ class Balance:
             first_token_us=first_token_us,
             stream_us=stream_us,
         )
-        pool = self._pool(pick.pool)
+        pool = self._pools.get(pick.pool) or self._pool(pick.pool)
         pool.local.settled(entry)
-        pool.settle(entry, is_alone=not pool.local.in_flight)
+        pool.settle(entry)
         if self._queues:
             self._queues.settled(pick.pool, pick.service)
 

@@ -25,8 +25,21 @@ from balancer.store import keys
 from balancer.tactics import tactic_name, tactic_params
 
 
+def call_numbers(
+    *,
+    lease_ms: int,
+    now_ms: int = 0,
+    seen: tuple[int, int] = (0, 0),
+    batch: int = 0,
+    skips: bool = False,
+    entries: int = 0,
+) -> str:
+    """What tick is told of its call: the place that the worker has seen, the batch (0: none) and how many entries."""
+    return f"{now_ms} {seen[0]} {seen[1]} {lease_ms} {batch} {skips:d} {entries}"
+
+
 def selection_arguments(selection: Selection) -> tuple[str, ...]:
-    """The group of arguments that select takes for one selection: its numbers in one, and the names."""
+    """The group of arguments that tick takes for one selection: its numbers in one, and the names."""
     numbers = (
         f"{selection.number} {selection.revision} {selection.draw} {selection.reserved} {selection.deadline_ms} "
         f"{selection.affinity_ms} {len(selection.excluded)}"
@@ -35,12 +48,12 @@ def selection_arguments(selection: Selection) -> tuple[str, ...]:
 
 
 def pin_keys(pool: str, selections: Iterable[Selection]) -> list[str]:
-    """The keys that select takes beside the pool's own: a pin for each selection with an affinity, in their order."""
+    """The keys that tick takes beside the pool's own: a pin for each selection with an affinity, in their order."""
     return [keys.pin(pool, selection.session) for selection in selections if selection.affinity_ms]
 
 
 def entry_arguments(entry: Entry, extra_age_ms: int = 0) -> tuple[str, str]:
-    """The two arguments that settle takes for one entry, which has waited `extra_age_ms` since it was made."""
+    """The two arguments that tick takes for one entry, which has waited `extra_age_ms` since it was made."""
     usage = entry.usage
     numbers = (
         f"{entry.number} {entry.outcome.value} {entry.age_ms + extra_age_ms} {usage.input} {usage.output} "

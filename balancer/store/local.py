@@ -74,14 +74,6 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
         return stored.meter(self.services.get(f"meter:{provider}".encode(), stored.NEW_METER.encode()).decode())
 
 
-class _Seen(msgspec.Struct, frozen=True, gc=False):
-    """Where a partition's cursor was after a pick at that place."""
-
-    place: tuple[int, int]
-    cursor: str
-    streak: int
-
-
 class _Recent(msgspec.Struct):
     """What this worker has used of a service since the last picture, and until when that asks to be left alone."""
 
@@ -106,7 +98,8 @@ class LocalPool:
         self._clock = clock
         self._wall = wall
         self._picture = Picture(partitions={}, services={}, now_ms=0, taken_at=0)
-        self._seen: dict[str, _Seen] = {}
+        self._seen: dict[str, Pick] = {}
+        """The last pick of each partition that has moved its cursor."""
         self._recent: dict[str, _Recent] = {}
         self._open: dict[int, tuple[str, int]] = {}
         self._pins: dict[str, tuple[str, int]] = {}
@@ -149,19 +142,26 @@ class LocalPool:
         """Notes a pick that Redis has made; what was made of an outage is over."""
         if self._twin is not None:
             self._end()
-        self._note(pick.service, selection)
-        place = pick.epoch, pick.position
+        service = pick.service
+        recent = self._recent.get(service)
+        if recent is None:
+            recent = self._recent[service] = _Recent()
+        recent.picks += 1
+        self._open[selection.number] = service, selection.reserved
         if pick.reason not in ASIDE:
             seen = self._seen.get(pick.partition)
-            if seen is None or seen.place < place:
-                self._seen[pick.partition] = _Seen(place, pick.service, pick.streak)
+            if seen is None or (seen.epoch, seen.position) < (pick.epoch, pick.position):
+                self._seen[pick.partition] = pick
         if selection.affinity_ms and pick.reason not in ("probe", "exhausted", "retry"):
             self._pin(selection.session, (pick.service, self.now_ms() + selection.affinity_ms))
 
     def settled(self, entry: Entry) -> None:
         """Notes the end of an attempt, whoever picked it."""
         self._open.pop(entry.number, None)
-        recent, usage = self._recent_of(entry.service), entry.usage
+        usage = entry.usage
+        recent = self._recent.get(entry.service)
+        if recent is None:
+            recent = self._recent[entry.service] = _Recent()
         recent.tokens += usage.input + usage.output
         recent.output += usage.output
         if entry.cooldown_ms:
@@ -174,7 +174,7 @@ class LocalPool:
         self._picture = picture
         self._recent.clear()
         place = picture.place
-        self._seen = {id_: seen for id_, seen in self._seen.items() if seen.place > place}
+        self._seen = {id_: seen for id_, seen in self._seen.items() if (seen.epoch, seen.position) > place}
 
     async def watch(self, take: Callable[[], Awaitable[Picture]], up: asyncio.Event) -> None:
         """Takes pictures while Redis is up, about every ten seconds, and one soon after an outage; until cancelled."""
@@ -202,14 +202,8 @@ class LocalPool:
 
     def _note(self, service: str, selection: Selection) -> None:
         """Notes an attempt in flight."""
-        self._recent_of(service).picks += 1
+        self._recent.setdefault(service, _Recent()).picks += 1
         self._open[selection.number] = service, selection.reserved
-
-    def _recent_of(self, service: str) -> _Recent:
-        recent = self._recent.get(service)
-        if recent is None:
-            recent = self._recent[service] = _Recent()
-        return recent
 
     def _pin(self, session: str, pin: tuple[str, int]) -> None:
         """Remembers where a session is, and forgets the one that was asked for longest ago."""
@@ -296,9 +290,10 @@ class LocalPool:
     def _resume(self, twin: Pool, id_: str) -> None:
         """Sets a partition's cursor, streak, tier and memory to what was seen last."""
         part, known = twin.partitions[id_], self._picture.partition(id_)
-        seen = self._seen.get(id_) or _Seen((0, 0), known.cursor, known.streak)
-        if seen.cursor in (service.id for service in part.definition.services):
-            part.cursor, part.streak = seen.cursor, seen.streak
+        seen = self._seen.get(id_)
+        cursor, streak = (seen.service, seen.streak) if seen else (known.cursor, known.streak)
+        if cursor in (service.id for service in part.definition.services):
+            part.cursor, part.streak = cursor, streak
         part.tier, part.hold, part.memory = known.tier, known.hold, known.memory
 
     def _load_service(self, twin: Pool, id_: str, now_ms: int) -> None:

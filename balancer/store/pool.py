@@ -20,7 +20,7 @@ from balancer.domain import Entry, Outcome, PoolSettings, RuleDefinition, Select
 from balancer.errors import StoreUnavailableError
 from balancer.store import keys, views
 from balancer.store.auditor import Auditor
-from balancer.store.calls import entry_arguments, fence_arguments, pin_keys, selection_arguments
+from balancer.store.calls import call_numbers, entry_arguments, fence_arguments, pin_keys, selection_arguments
 from balancer.store.connection import AGAIN_S, Link, is_noscript
 from balancer.store.local import LocalPool, Picture
 from balancer.store.refusals import RefusedError, Then
@@ -30,7 +30,9 @@ from balancer.store.spiller import Replayer, Spiller
 from balancer.store.topology import Topology
 
 SELECTIONS_PER_CALL = 64
-_SCRIPTS = ("select", "settle", "reap", "fence", "clear", "health")
+CALLS_AT_ONCE = 1
+"""With so many calls with selections unanswered others wait for an answer: calls get larger when Redis is busy."""
+_SCRIPTS = ("tick", "reap", "fence", "clear", "health")
 _REAP_LIMIT = 500
 _RETRY_S = 0.5
 _WARN_S = 60.0
@@ -91,7 +93,8 @@ def _nobody(asked: Asked) -> None:
 class PoolClient:
     """The scripts of one pool behind one link.
 
-    Everything that is asked within a loop tick goes out in one write, settles before selections. Raises
+    Everything that is asked within a loop tick goes out in one call, settles before selections; selections without
+    settles wait while such a call is under way. Raises
     StoreUnavailableError when Redis does not answer within the deadline, at once while it is known to be away. What
     Redis says it has not executed (the pool's slot moves, its master is a replica now, a script blocks it) is asked
     again under the same name while its caller waits; what it has left unanswered never is.
@@ -122,10 +125,11 @@ class PoolClient:
         self._audit_interval_s = audit_interval_s
         self._scripts = {name: load(name, scripts_dir) for name in _SCRIPTS}
         self._link = Link(topology, keys.partitions(pool), deadline_ms, self._on_up, self._on_down, name=pool)
-        staying: dict[str, str | int] = {"now_ms": 0, "worker": worker, "lease_ms": lease_ms}
-        self._select = Prepared(self._scripts["select"], self._keys(worker), staying)
-        self._settle = Prepared(self._scripts["settle"], self._keys(worker), staying)
+        self._tick = Prepared(self._scripts["tick"], self._keys(worker), {"worker": worker})
         self._asked: list[Asked] = []
+        """Not sent yet."""
+        self._selecting = 0
+        """Calls with selections that are not answered yet."""
         self._refused: list[Asked] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: deque[Asked] = deque()
@@ -216,23 +220,23 @@ class PoolClient:
     # -- selections and settles ----------------------------------------------------------------------------------------
 
     def ask(self, selection: Selection, on_answer: OnAnswer) -> Asked:
-        """Asks for one selection; `on_answer` is called with its end within the deadline, never before this returns.
+        """Asks for one selection, while Redis is up or the link moves; `on_answer` is called with its end.
+
+        That comes within the deadline, and never before this returns.
 
         A selection that is given up (deadline, lost connection, `give_up`) is settled as abandoned: should Redis have
         made the pick all the same, what it holds is given back.
         """
-        link, loop = self._link, self._loop
+        loop = self._loop
         if loop is None:
             loop = self._loop = asyncio.get_running_loop()
-        if not link.is_up and not link.is_moving:
-            raise StoreUnavailableError(f"Redis is away: {link.failure}")
         asked = Asked(selection, on_answer, time.monotonic(), loop.time() + self._deadline_s)
         self._asked.append(asked)
         self._waiting.append(asked)
         if self._deadline is None:
             self._deadline = loop.call_at(asked.until, self._end_waiting)
         if not self._flush_scheduled:
-            self._flush_soon(is_alone=not self.local.in_flight)
+            self._flush_soon()
         return asked
 
     def give_up(self, asked: Asked) -> None:
@@ -243,6 +247,8 @@ class PoolClient:
 
     async def select(self, selection: Selection) -> Answer:
         """The script's answer to one selection, waited for at most the deadline; it is given up with its caller."""
+        if not self._link.is_up and not self._link.is_moving:
+            raise StoreUnavailableError(f"Redis is away: {self._link.failure}")
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def on_answer(asked: Asked) -> None:
@@ -279,11 +285,11 @@ class PoolClient:
         if waiting:
             self._deadline = loop.call_at(waiting[0].until, self._end_waiting)
 
-    def settle(self, entry: Entry, *, is_alone: bool = False) -> None:
+    def settle(self, entry: Entry) -> None:
         """Queues an entry; it is written with the other commands of this tick, at once where there will be none."""
         self.outbox.add(entry)
         if not self._flush_scheduled:
-            self._flush_soon(is_alone=is_alone)
+            self._flush_soon()
         if self._spiller is None and self.outbox.is_full and time.monotonic() - self._full_warned_at > _WARN_S:
             self._full_warned_at = time.monotonic()
             log.warning(
@@ -323,12 +329,12 @@ class PoolClient:
     def _abandon(self, selection: Selection) -> None:
         self.settle(Entry(number=selection.number, service="", outcome=Outcome.ABANDONED))
 
-    def _flush_soon(self, *, is_alone: bool) -> None:
+    def _flush_soon(self) -> None:
         """Writes with the other commands of this tick; at once for a worker that has nothing else under way.
 
         That would only pay for another turn of its loop.
         """
-        if is_alone and self._link.is_idle:
+        if not self.local.in_flight and self._link.is_idle:
             self._flush()
         else:
             self._schedule_flush()
@@ -349,15 +355,20 @@ class PoolClient:
                 then()
 
     def _write_out(self) -> None:
-        if self._link.is_connected and self._retry is None:
-            for batch in self.outbox.take():
-                self._send_batch(batch)
-        if self._link.is_moving:
-            return  # They wait for `_on_up` or `_on_down`.
-        asked, self._asked = self._asked, []
+        link = self._link
+        batches = self.outbox.take() if link.is_connected and self._retry is None else []
+        asked: list[Asked] = []
+        # While the link moves they wait for `_on_up` or `_on_down`.
+        if self._asked and (batches or self._selecting < CALLS_AT_ONCE) and not link.is_moving:
+            asked, self._asked = [one for one in self._asked if not one.is_over], []
+        if batches:
+            for batch in batches[:-1]:
+                self._send(batch, ())
+            self._send(batches[-1], asked[:SELECTIONS_PER_CALL])
+            asked = asked[SELECTIONS_PER_CALL:]
         for start in range(0, len(asked), SELECTIONS_PER_CALL):
-            self._send_selections(asked[start : start + SELECTIONS_PER_CALL])
-        self._link.flush()
+            self._send(None, asked[start : start + SELECTIONS_PER_CALL])
+        link.flush()
 
     def _keys(self, worker: str) -> dict[str, str]:
         return {
@@ -378,41 +389,59 @@ class PoolClient:
             **more,
         }
 
-    def _send_selections(self, asked: Sequence[Asked]) -> None:
-        asked = [one for one in asked if not one.is_over]
-        if not asked:
-            return
-        rest: list[str | int] = []
-        for one in asked:
-            rest += selection_arguments(one.selection)
-            one.is_sent = True
-        pins = pin_keys(self.pool, [one.selection for one in asked])
-        epoch, position = self.seen
-        command = self._select.command({"epoch": epoch, "position": position}, rest, pins)
-        self._link.post_call(self._select.script, command, functools.partial(self._on_selected, asked))
+    def _send(self, batch: Batch | None, asked: Sequence[Asked]) -> None:
+        """One call of the script: a batch, if any, and behind it selections."""
+        pins: Sequence[str] = ()
+        if batch is None:
+            parts = [call_numbers(lease_ms=self._lease_ms, seen=self.seen)]
+        else:
+            parts = self._batch_arguments(batch)
+        if asked:
+            self._selecting += 1
+            selections = [one.selection for one in asked]
+            for one in asked:
+                parts += selection_arguments(one.selection)
+                one.is_sent = True
+            pins = pin_keys(self.pool, selections)
+        generation = batch.generation if batch else None
+        self._link.post_call(
+            self._tick.script, self._tick.command(parts, pins), functools.partial(self._on_reply, generation, asked)
+        )
 
-    def _on_selected(self, asked: Sequence[Asked], reply: Any) -> None:
+    def _on_reply(self, generation: int | None, asked: Sequence[Asked], reply: Any) -> None:
+        """What has come of a call, with a batch of a generation if any."""
+        if asked:
+            self._selecting -= 1
         if isinstance(reply, Exception):
-            self._on_refused(asked, reply)
-            return
-        _, epoch, position, lost = reply[-1]
-        self._saw(epoch, position, lost)
-        # As many answers as were asked for, and the pool's place behind them.
-        for one, answer in zip(asked, reply, strict=False):
-            if not one.is_over:
-                one.end(_decoded(answer), None)
-        # Replies come in the order of asking: those that are answered must not be kept until a deadline looks at them.
-        waiting = self._waiting
-        while waiting and waiting[0].is_over:
-            waiting.popleft()
+            self._on_refused(generation, asked, reply)
+        else:
+            word, last, epoch, position, lost = reply[0]
+            self._saw(epoch, position, lost)
+            for i, one in enumerate(asked, start=1):
+                if not one.is_over:
+                    one.end(_decoded(reply[i]), None)
+            # Replies come in the order of asking: what is answered must not be kept until a deadline looks at it.
+            waiting = self._waiting
+            while waiting and waiting[0].is_over:
+                waiting.popleft()
+            if generation is not None:
+                self._on_settled(generation, word, last)
+        if self._asked and not self._flush_scheduled and self._link.is_connected:
+            self._schedule_flush()
 
-    def _on_refused(self, asked: Sequence[Asked], exc: Exception) -> None:
+    def _on_refused(self, generation: int | None, asked: Sequence[Asked], exc: Exception) -> None:
         if is_noscript(exc):
             # Nothing was run, so asking again is safe; once more at most, since the source goes along.
-            self._link.forget(self._select.script)
-            self._send_selections(asked)
-            self._link.flush()
-        elif not (isinstance(exc, RefusedError) and self._keep(asked, exc)):
+            self._link.forget(self._tick.script)
+            if generation == self.outbox.generation:
+                self._resend(None)
+            if wanted := [one for one in asked if not one.is_over]:
+                self._send(None, wanted)
+                self._link.flush()
+            return
+        if generation is not None:
+            self._on_batch_refused(generation, exc)
+        if asked and not (isinstance(exc, RefusedError) and self._keep(asked, exc)):
             self._fail(asked, _store_error(exc))
 
     def _keep(self, asked: Sequence[Asked], refusal: RefusedError) -> bool:
@@ -450,15 +479,18 @@ class PoolClient:
                 self._events.epoch_bumped(self.pool, lost)
             self.seen = (epoch, position)
 
-    def _send_batch(self, batch: Batch) -> None:
-        epoch, position = self.seen
-        changing = {"epoch": epoch, "position": position, "batch": batch.number, "skip": int(batch.skips)}
-        command = self._settle.command(changing, self._entries(batch))
-        self._link.post_call(self._settle.script, command, functools.partial(self._on_settled, batch.generation))
-
-    def _entries(self, batch: Batch) -> list[str]:
-        arguments: list[str] = []
+    def _batch_arguments(self, batch: Batch, lease_ms: int = 0) -> list[str]:
+        """What tick is told of a batch."""
         entries, age_ms = batch.entries or (), self.outbox.age_ms
+        arguments = [
+            call_numbers(
+                lease_ms=lease_ms or self._lease_ms,
+                seen=self.seen,
+                batch=batch.number,
+                skips=batch.skips,
+                entries=len(entries),
+            )
+        ]
         # The first is the oldest: where that is fresh, all are.
         is_fresh = bool(entries) and not age_ms(entries[0][1])
         for entry, made_at in entries:
@@ -470,42 +502,37 @@ class PoolClient:
 
         The last of all ends the worker's lease, so that what it left open is reaped at once.
         """
-        arguments = self._arguments(batch=batch.number, skip=int(batch.skips))
-        arguments |= {"worker": worker, "lease_ms": 1 if is_last else self._lease_ms}
-        word, last, *place = await self._ask("settle", self._keys(worker), arguments, self._entries(batch))
-        if word == b"applied":
-            self._saw(*place)
+        parts = self._batch_arguments(batch, 1 if is_last else 0)
+        ((_, last, *place),) = await self._ask_for(worker, parts)
+        self._saw(*place)
         return int(last)
+
+    async def _ask_for(self, worker: str, parts: Sequence[str], pins: Sequence[str] = ()) -> Answer:
+        """What tick says on behalf of another worker id."""
+        call, *rest = parts
+        return await self._ask("tick", self._keys(worker), {"worker": worker, "call": call}, rest, pins)
 
     def _batches_lost(self, batches: int) -> None:
         self._events.batches_lost(self.pool, batches)
 
-    def _on_settled(self, generation: int, reply: Any) -> None:
-        if not isinstance(reply, Exception):
-            word, last, *place = reply
-            if word == b"applied":
-                self._saw(*place)
-                self.outbox.acknowledge(last)
-                if not len(self.outbox):
-                    self._quiet.set()
-                elif self.outbox.is_behind and not self._flush_scheduled:
-                    self._schedule_flush()
-            elif generation == self.outbox.generation:
-                self._resend(last)
-            return
-        if isinstance(reply, StoreUnavailableError) and not (
-            isinstance(reply, RefusedError) and self._link.is_connected
-        ):
+    def _on_settled(self, generation: int, word: bytes, last: int) -> None:
+        if word == b"applied":
+            self.outbox.acknowledge(last)
+            if not len(self.outbox):
+                self._quiet.set()
+            elif self.outbox.is_behind and not self._flush_scheduled:
+                self._schedule_flush()
+        elif generation == self.outbox.generation:
+            self._resend(last)
+
+    def _on_batch_refused(self, generation: int, exc: Exception) -> None:
+        if isinstance(exc, StoreUnavailableError) and not (isinstance(exc, RefusedError) and self._link.is_connected):
             return  # The batch stays in the outbox; it is sent again when the link is up.
         if generation != self.outbox.generation:
             return  # Sent before the last resend, which answers for it.
-        if is_noscript(reply):
-            self._link.forget(self._settle.script)
-            self._resend(None)
-            return
-        pause_s = AGAIN_S if isinstance(reply, RefusedError) and reply.then is Then.AGAIN else _RETRY_S
-        if not isinstance(reply, RefusedError):  # What Redis refuses, the link has logged, once.
-            log.warning("the store refused a batch; trying again", pool=self.pool, reason=str(_store_error(reply)))
+        pause_s = AGAIN_S if isinstance(exc, RefusedError) and exc.then is Then.AGAIN else _RETRY_S
+        if not isinstance(exc, RefusedError):  # What Redis refuses, the link has logged, once.
+            log.warning("the store refused a batch; trying again", pool=self.pool, reason=str(_store_error(exc)))
         self.outbox.generation += 1
         if self._retry is None:
             self._retry = asyncio.get_running_loop().call_later(pause_s, self._resend, None)
@@ -521,7 +548,7 @@ class PoolClient:
             log.warning("settled batches are no longer held", pool=self.pool, batches=missing)
             self._batches_lost(missing)
         for batch in batches:
-            self._send_batch(batch)
+            self._send(batch, ())
         self._link.flush()
 
     def _on_up(self) -> None:
@@ -634,23 +661,17 @@ class PoolClient:
         """As `select`, for a worker id of its own, whose lease ends with the attempt's deadline."""
         if not self._link.is_up:
             raise StoreUnavailableError(f"Redis is away: {self._link.failure}")
-        arguments = self._arguments(worker=worker, lease_ms=selection.deadline_ms)
+        parts = [call_numbers(lease_ms=selection.deadline_ms, seen=self.seen), *selection_arguments(selection)]
         try:
             async with asyncio.timeout(self._deadline_s):
-                answer, (_, epoch, position, lost) = await self._ask(
-                    "select",
-                    self._keys(worker),
-                    arguments,
-                    selection_arguments(selection),
-                    pin_keys(self.pool, (selection,)),
-                )
+                (_, _, *place), answer = await self._ask_for(worker, parts, pin_keys(self.pool, (selection,)))
         except TimeoutError:
             self._give_up(worker, selection)
             raise StoreUnavailableError("Redis did not answer in time") from None
         except (StoreUnavailableError, asyncio.CancelledError):
             self._give_up(worker, selection)
             raise
-        self._saw(epoch, position, lost)
+        self._saw(*place)
         if answer[0] != b"pick":
             await self.command("ZREM", keys.leases(self.pool), worker)  # It holds nothing.
         return _decoded(answer)
@@ -662,14 +683,13 @@ class PoolClient:
         for `kept_ms`: as long as somebody may repeat it. Raises StoreUnavailableError; then it may be repeated.
         """
         key = keys.holdings(self.pool, worker)
-        arguments = self._arguments(worker=worker, batch=1, skip=0)
+        call = call_numbers(lease_ms=self._lease_ms, seen=self.seen, batch=1, entries=1)
         try:
             async with asyncio.timeout(self._deadline_s):
-                last, (_, _, epoch, position, lost) = await asyncio.gather(
-                    self.command("HGET", key, "last"),
-                    self._ask("settle", self._keys(worker), arguments, entry_arguments(entry)),
+                last, ((_, _, *place),) = await asyncio.gather(
+                    self.command("HGET", key, "last"), self._ask_for(worker, [call, *entry_arguments(entry)])
                 )
-                self._saw(epoch, position, lost)
+                self._saw(*place)
                 await asyncio.gather(
                     self.command("ZREM", keys.leases(self.pool), worker), self.command("PEXPIRE", key, kept_ms)
                 )
@@ -774,8 +794,8 @@ class PoolClient:
 def _decoded(answer: Answer) -> Answer:
     """An answer of select with its words as text."""
     if answer[0] == b"pick":  # Nearly always; the rest of it is numbers.
-        _, service, reason, *numbers = answer
-        return ["pick", service.decode(), reason.decode(), *numbers]
+        answer[0], answer[1], answer[2] = "pick", answer[1].decode(), answer[2].decode()
+        return answer
     return [item.decode() if type(item) is bytes else item for item in answer]
 
 

@@ -358,17 +358,13 @@ class Follower:
         self._commands = client if isinstance(client, Commands) else WrappedClient(client)
         self._registry = registry
         self._kept = kept
-        self._directory: Directory | None = None
+        self.directory: Directory | None = None
+        """The newest snapshot this worker has, None before the first."""
         self._loading = asyncio.Lock()
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._failure = _NOTHING_YET
         self._looked_at = float("-inf")
-
-    @property
-    def directory(self) -> Directory | None:
-        """The newest snapshot this worker has, None before the first."""
-        return self._directory
 
     @property
     def failure(self) -> str:
@@ -388,13 +384,13 @@ class Follower:
     async def _begin_with(self, kept: Path) -> None:
         """Takes over what an earlier worker has left, if there is such a thing."""
         try:
-            self._directory = directory_of(decoded(await asyncio.to_thread(kept.read_bytes)))
+            self.directory = directory_of(decoded(await asyncio.to_thread(kept.read_bytes)))
         except FileNotFoundError:
             return
         except (OSError, ConfigurationError) as exc:
             log.warning("cannot read the configuration that was kept", file=str(kept), reason=str(exc))
         else:
-            log.warning("beginning with the configuration that was kept", revision=self._directory.revision)
+            log.warning("beginning with the configuration that was kept", revision=self.directory.revision)
 
     async def _keep(self, kept: Path, snapshot: Snapshot) -> None:
         """Leaves the snapshot to workers that start while Redis is away. Its credentials are references or sealed."""
@@ -427,7 +423,7 @@ class Follower:
             raise StoreUnavailableError(f"revision {revision} is fenced but not published yet") from None
 
     def _has(self, revision: int) -> bool:
-        return self._directory is not None and self._directory.revision >= revision
+        return self.directory is not None and self.directory.revision >= revision
 
     async def _look(self, revision: int, *, completes: bool) -> None:
         """Refreshes, unless another request that waits for the same has just done so; one of them for all."""
@@ -449,13 +445,13 @@ class Follower:
         if head.revision == 0:
             self._failure = _NOTHING_YET
             return
-        known = self._directory.snapshot if self._directory else None
+        known = self.directory.snapshot if self.directory else None
         if known and (known.revision, known.digest) == (head.revision, head.digest):
             return
         snapshot = await self._registry.load(head.revision)
         if snapshot is None:
             raise StoreUnavailableError(f"the snapshot of revision {head.revision} is missing")
-        self._directory = directory_of(snapshot)
+        self.directory = directory_of(snapshot)
         if self._kept:
             await self._keep(self._kept, snapshot)
         log.info("configuration loaded", revision=head.revision, rules=len(snapshot.configuration.rules))

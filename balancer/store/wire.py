@@ -16,6 +16,8 @@ from redis._parsers.hiredis import NOT_ENOUGH_DATA
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as LostConnectionError
 
+from balancer.polling import read_directly
+
 _BUFFER_BYTES = 65_536
 
 pack: Callable[[tuple[str | int | bytes, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
@@ -48,6 +50,7 @@ class Wire(asyncio.BufferedProtocol):
         if stream.at_eof() or self._transport.is_closing():
             raise LostConnectionError("the server closed the connection")
         self._transport.set_protocol(self)
+        self._direct = read_directly(self._transport, self._receive)
         self._transport.resume_reading()
         self._deliver()
 
@@ -66,6 +69,7 @@ class Wire(asyncio.BufferedProtocol):
 
     def release(self) -> None:
         """Lets go of it: whatever comes now concerns nobody."""
+        self._leave_to_loop()
         if not self.lost.cancel() and not self.lost.cancelled():
             self.lost.exception()
 
@@ -82,11 +86,22 @@ class Wire(asyncio.BufferedProtocol):
 
     def eof_received(self) -> None:
         """Tells whoever watches; the transport closes."""
+        self._leave_to_loop()
         self.give_up(LostConnectionError("the server closed the connection"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tells whoever watches."""
+        self._leave_to_loop()
         self.give_up(exc or LostConnectionError("the server closed the connection"))
+
+    def _receive(self, data: bytes) -> None:
+        self._reader.feed(data)
+        self._deliver()
+
+    def _leave_to_loop(self) -> None:
+        if self._direct is not None:
+            self._direct.leave()
+            self._direct = None
 
     def _deliver(self) -> None:
         gets, on_reply, lost = self._reader.gets, self._on_reply, self.lost

@@ -304,7 +304,7 @@ async def ours() -> Client:
         answer = await send(url, body)
         taken: list[bytes] = []
 
-        def take(chunk: bytes) -> bool:
+        def take(chunk: bytes, _: bytes = b"", /) -> bool:
             taken.append(chunk)
             return True
 

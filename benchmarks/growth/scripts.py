@@ -30,7 +30,7 @@ from balancer.domain import (
     WindowsDefinition,
 )
 from balancer.store import keys
-from balancer.store.calls import entry_arguments, fence_arguments, pin_keys, selection_arguments
+from balancer.store.calls import call_numbers, entry_arguments, fence_arguments, pin_keys, selection_arguments
 from balancer.store.scripts import load
 from balancer.tactics import TACTIC_NAMES, tactic_from_map, tactic_params
 from benchmarks.growth.figures import Part, Plot, Point, Table, Verdict, growth, quantile, slope
@@ -43,6 +43,7 @@ _RULES_PER_CALL = 100
 _PINS_PER_CALL = 10_000
 _AFFINITY_S = 3600
 _PROVIDERS = 10
+_LEASE_MS = 3_600_000
 _REAP_LIMIT = 500
 
 _SHARE = 0.05
@@ -110,8 +111,8 @@ class Pool:
         self._numbers = itertools.count(1)
         self._draws = itertools.count(1)
 
-    def _common(self, **more: str | int) -> dict[str, str | int]:
-        return {"now_ms": 0, "worker": self._worker, "epoch": 0, "position": 0, "lease_ms": 3_600_000, **more}
+    def _tick(self, call: str, rest: Sequence[str], *pins: str) -> Any:
+        return self._run("tick", {"worker": self._worker, "call": call}, rest, *pins)
 
     def _run(self, name: str, arguments: dict[str, str | int], rest: Sequence[str | int], *pins: str) -> Any:
         script = load(name)
@@ -148,9 +149,9 @@ class Pool:
             for i, rule in enumerate(rules)
         ]
         rest = [argument for selection in selections for argument in selection_arguments(selection)]
-        reply = self._run("select", self._common(), rest, *pin_keys(self.name, selections))
+        _, *answers = self._tick(call_numbers(lease_ms=_LEASE_MS), rest, *pin_keys(self.name, selections))
         picked = []
-        for selection, answer in zip(selections, reply, strict=False):
+        for selection, answer in zip(selections, answers, strict=True):
             assert answer[0] == b"pick", answer
             picked.append((selection.number, answer[1].decode()))
         return picked
@@ -166,12 +167,20 @@ class Pool:
                 Entry(number=number, service=service, outcome=Outcome.SUCCESS, usage=usage, first_token_us=9)
             )
         ]
-        self._run("settle", self._common(batch=self._batch, skip=0), rest)
+        self._tick(call_numbers(lease_ms=_LEASE_MS, batch=self._batch, entries=len(picked)), rest)
 
     def reap(self, looker: str = "", place: str = "") -> str:
         """Looks at some of the worker's holdings, as itself or as another; where to go on, empty at the end."""
-        arguments = self._common(target=self._worker, limit=_REAP_LIMIT, place=place)
-        arguments["worker"] = looker or self._worker
+        arguments: dict[str, str | int] = {
+            "now_ms": 0,
+            "worker": looker or self._worker,
+            "epoch": 0,
+            "position": 0,
+            "lease_ms": _LEASE_MS,
+            "target": self._worker,
+            "limit": _REAP_LIMIT,
+            "place": place,
+        }
         following: bytes = self._run("reap", arguments, ())[-1]
         return following.decode()
 

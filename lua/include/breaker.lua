@@ -5,7 +5,7 @@
 -- that tries it, 0 for none. A service has `breaker_text`, and `breaker` once somebody has looked into it.
 local BREAKER = '^(%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$'
 
-local function clear_breaker(breaker)
+local function clear_breaker(breaker) -- apart: rare
   breaker.state, breaker.consecutive, breaker.start, breaker.requests, breaker.failed = 0, 0, 0, 0, 0
   breaker.opens, breaker.successes, breaker.until_ms, breaker.probe = 0, 0, 0, 0
 end
@@ -40,13 +40,13 @@ local function is_open(service)
 end
 
 -- True for one that is half-open, and nobody tries it.
-local function is_due(breaker, now)
+local function is_due(breaker, now) -- apart: rare
   return breaker.state == 1 and breaker.until_ms <= now and breaker.probe == 0
 end
 
 -- Open for a while, twice as long each time in a row up to eight times, and up to a fifth longer: so that services that
 -- broke at once are not tried at once. The position is the dice.
-local function open_breaker(breaker, provider, now, position)
+local function open_breaker(breaker, provider, now, position) -- apart: rare
   local opens = breaker.opens + 1
   local duration = provider.open_ms * math.min(2 ^ (opens - 1), 8)
   local jitter = math.floor(duration * ((position * 7919) % 1000) / 5000)
@@ -54,7 +54,7 @@ local function open_breaker(breaker, provider, now, position)
   breaker.state, breaker.opens, breaker.until_ms = 1, opens, now + duration + jitter
 end
 
-local function count_failure(breaker, provider, now, position)
+local function count_failure(breaker, provider, now, position) -- apart: rare
   breaker.consecutive = breaker.consecutive + 1
   local ratio = provider.ratio_permille
   if (provider.failures > 0 and breaker.consecutive >= provider.failures)
@@ -65,7 +65,7 @@ local function count_failure(breaker, provider, now, position)
 end
 
 -- A probe that succeeded, or a sign of life: enough of them close the breaker.
-local function count_success(breaker, provider)
+local function count_success(breaker, provider) -- apart: rare
   breaker.successes = breaker.successes + 1
   if breaker.successes >= provider.successes then clear_breaker(breaker) end
 end
@@ -94,13 +94,11 @@ local function count_verdict(breaker, provider, verdict, now, position, probe)
   end
 end
 
--- Keeps the pool's list of breakers that are not closed, `until id` by line, once a service's has changed.
-local function list_breaker(pool, service, id, was_open)
-  local opens = is_open(service)
-  if not (was_open or opens) then return end
+-- Keeps the pool's list of breakers that are not closed, `until id` by line, once a service's opens, changes or closes.
+local function list_breaker(pool, service, id) -- apart: rare
   local until_of, ids, lines = {}, {}, {}
   for until_ms, other in string.gmatch(pool.broken, '(%d+) ([^\n]+)\n') do until_of[other] = until_ms end
-  until_of[id] = opens and whole(breaker_of(service).until_ms) or nil
+  until_of[id] = is_open(service) and whole(breaker_of(service).until_ms) or nil
   for other in pairs(until_of) do ids[#ids + 1] = other end
   table.sort(ids, is_before)
   for i, other in ipairs(ids) do lines[i] = until_of[other] .. ' ' .. other .. '\n' end
@@ -114,5 +112,5 @@ local function settle_breaker(pool, service, id, provider, verdict, probe)
   local was_open = is_open(service)
   count_verdict(breaker_of(service), provider, verdict, pool.now, pool.position, probe)
   service.is_changed = true
-  list_breaker(pool, service, id, was_open)
+  if was_open or is_open(service) then list_breaker(pool, service, id) end
 end

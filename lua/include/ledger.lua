@@ -2,15 +2,14 @@
 -- include: minute
 -- include: service
 
--- How the end of an attempt changes its service. Shared by settle, reap and health.
-local ledger_counters = {
-  'in_flight', 'reserved', 'requests', 'failures', 'input', 'output', 'cached', 'cache_creation', 'reasoning', 'lost',
-  'lost_tokens', 'abandoned', 'last_used', 'cleared', 'cooldown', 'first_token', 'per_token', 'measured',
-}
+-- How the end of an attempt changes its service. Shared by tick, reap and health.
 
--- A service as an event of settle, reap or health tells it.
-local function event_text(service)
-  return counters_text(service, ledger_counters)
+-- A service as an event of a settle, reap or health tells it: `in_flight reserved`, the totals, and
+-- `cooldown first_token per_token measured`.
+local function event_text(service) -- apart: rare
+  return with_texts(service, string.format('%d %d ', service.in_flight, service.reserved)
+    .. totals_text(service.totals) .. string.format(' %d %d %d %d', service.cooldown, service.first_token,
+    service.per_token, service.measured))
 end
 
 local LATENCY_MS, LATENCY_FORGOTTEN_MS = 10000, 600000
@@ -21,12 +20,13 @@ local function read_holding(text)
   if not reserved then return nil end
   return {
     reserved = reserved + 0, deadline = deadline + 0, probe = probe + 0, id = id, is_lost = false,
-    meters_service = meters == '1' or meters == '3', meters_provider = meters == '2' or meters == '3',
+    is_metered = meters ~= '0', meters_service = meters == '1' or meters == '3',
+    meters_provider = meters == '2' or meters == '3',
   }
 end
 
 -- What was counted as lost: `l reserved reaped_ms position id`; nil for any other text.
-local function read_lost(text)
+local function read_lost(text) -- apart: rare
   local reserved, reaped_ms, position, id = string.match(text, '^l (%d+) (%d+) (%d+) (.+)$')
   if not reserved then return nil end
   return {reserved = reserved + 0, reaped_ms = reaped_ms + 0, position = position + 0, id = id, is_lost = true}
@@ -45,7 +45,7 @@ local function add_window_tokens(service, input, output, now, age_ms)
 end
 
 -- Counts tokens in the minutes that the attempt was let through by.
-local function add_minute_tokens(service, holding, tokens, now)
+local function add_minute_tokens(service, holding, tokens, now) -- apart: limits
   if holding.meters_service then count_minute(service, now, 0, tokens) end
   if holding.meters_provider then count_minute(service.meter, now, 0, tokens) end
 end
@@ -65,19 +65,20 @@ end
 -- Counts an attempt whose worker died: one request and its reserved estimate, apart from what upstreams reported.
 local function count_lost(service, holding, now)
   release(service, holding)
-  service.requests = service.requests + 1
-  service.lost = service.lost + 1
-  service.lost_tokens = service.lost_tokens + holding.reserved
+  local totals = service.totals
+  totals[REQUESTS], totals[LOST] = totals[REQUESTS] + 1, totals[LOST] + 1
+  totals[LOST_TOKENS] = totals[LOST_TOKENS] + holding.reserved
   add_window_tokens(service, holding.reserved, 0, now, 0)
   add_minute_tokens(service, holding, holding.reserved, now)
 end
 
--- Takes back count_lost: the worker was only late. What was cleared in between is not there to be taken back.
-local function uncount_lost(service, lost)
-  if lost.position <= service.cleared then return end
-  service.requests = service.requests - 1
-  service.lost = service.lost - 1
-  service.lost_tokens = service.lost_tokens - lost.reserved
+-- Takes back what was counted as lost: the worker was only late. What was cleared in between is not there to be taken
+-- back.
+local function uncount_lost(service, lost) -- apart: rare
+  local totals = service.totals
+  if lost.position <= totals[CLEARED] + 0 then return end
+  totals[REQUESTS], totals[LOST] = totals[REQUESTS] - 1, totals[LOST] - 1
+  totals[LOST_TOKENS] = totals[LOST_TOKENS] - lost.reserved
   for _, w in ipairs(service.windows) do
     if lost.reaped_ms >= w.start then w.tokens = math.max(0, w.tokens - lost.reserved) end
   end

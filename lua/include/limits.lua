@@ -5,7 +5,7 @@ local LIMIT_NEVER = -1
 local LIMIT_UNKNOWN_MS = 1000
 
 -- The longer of two waits; nil is none, LIMIT_NEVER the longest.
-local function longer(a, b)
+local function longer(a, b) -- apart: limits
   if a == LIMIT_NEVER or b == LIMIT_NEVER then return LIMIT_NEVER end
   if a and b then return math.max(a, b) end
   return a or b
@@ -13,7 +13,7 @@ end
 
 -- Ms until a request that reserves so many tokens may be let through, LIMIT_NEVER if it is too large by itself, nil if
 -- it may at once. `used` is a service or a meter.
-local function limit_wait(limits, used, reserved, now)
+local function limit_wait(limits, used, reserved, now) -- apart: limits
   local rpm, tpm, in_flight, wait = limits.rpm, limits.tpm, limits.in_flight, nil
   if rpm < 0 or tpm < 0 or in_flight < 0 then wait = LIMIT_UNKNOWN_MS end
   if in_flight > 0 and used.in_flight >= in_flight then wait = longer(wait, LIMIT_UNKNOWN_MS) end

@@ -1,7 +1,7 @@
 local MOST_WHOLE = 9007199254740991
 
 -- Whole numbers as text: tostring would round beyond 14 digits.
-local function whole(value)
+local function whole(value) -- apart: rare
   return string.format('%.0f', value)
 end
 

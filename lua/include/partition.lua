@@ -1,7 +1,7 @@
 -- include: candidates
 -- include: number
 
--- A rule and its partitions as select reads them, and what a pick changes of them. `rule:<rule>` is
+-- A rule and its partitions as tick reads them, and what a pick changes of them. `rule:<rule>` is
 -- `revision seq retry_permille budget`, the budget -1 as long as it is full and was never used; `tactic:<p>` is
 -- `tactic top refuses params`, the parameters `name value` joined by `;`; `partition:<p>` has a line of
 -- `streak tier hold`, one of the cursor, one of its numbers, and behind them what the tactic remembers.
@@ -34,8 +34,7 @@ local function parse_partition(key, id, tactic_text, text)
   return {
     key = key, id = id, tactic = tactic, params_text = params_text, params = params, top = top + 0,
     refuses = refuses == '1', streak = streak + 0, tier = tier + 0, hold = hold + 0, cursor = cursor, line_text = line,
-    current = parse_current(cursor, line), memory = memory, services_text = false, lines = false, is_loaded = false,
-    is_changed = false,
+    current = parse_current(cursor, line), memory = memory, is_changed = false, choose = false,
   }
 end
 
@@ -45,33 +44,33 @@ local function partition_text(part)
 end
 
 -- All its services, as text and as lines; read when they are first asked for.
-local function services_text(part)
+local function services_text(part) -- apart: reading
   part.services_text = part.services_text or redis.call('HGET', part.key, 'services:' .. part.id) or ''
   return part.services_text
 end
 
-local function lines_of(part)
+local function lines_of(part) -- apart: reading
   part.lines = part.lines or parse_services(services_text(part))
   return part.lines
 end
 
-local function find_line(part, id)
+local function find_line(part, id) -- apart: reading
   if part.current and id == part.cursor then return part.current end
   return line_of(services_text(part), id)
 end
 
 -- The tier that serves; nil in a partition of one tier.
-local function serving_tier(part)
+local function serving_tier(part) -- apart: rare
   if part.top < 0 then return nil end
   return part.tier >= 0 and part.tier or part.top
 end
 
-local function of_tier(may_serve, tier)
+local function of_tier(may_serve, tier) -- apart: rare
   return function(line) return line.tier == tier and may_serve(line) end
 end
 
 -- The least tier of those that may serve, nil without one, and whether one of `tier` may.
-local function least_tier(part, may_serve, tier)
+local function least_tier(part, may_serve, tier) -- apart: rare
   local least, has_tier = nil, false
   for _, line in ipairs(lines_of(part)) do
     if may_serve(line) then
@@ -83,8 +82,6 @@ local function least_tier(part, may_serve, tier)
 end
 
 -- Sets the cursor to a line.
-local function move_cursor(part, line)
-  if part.current ~= line then
-    part.cursor, part.current, part.line_text = line.id, line, current_text(line)
-  end
+local function move_cursor(part, line) -- apart: reading
+  part.cursor, part.current, part.line_text = line.id, line, current_text(line)
 end

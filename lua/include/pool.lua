@@ -23,21 +23,22 @@ local function advance(pool)
 end
 
 -- Writes an event to the decision stream. Rare ones are written whenever events are recorded at all.
-local function record_event(pool, kind, fields)
+local function record_event(pool, kind, fields) -- apart: rare
   if pool.record == 'off' then return end
   pool.has_recorded = true
-  redis.call('XADD', pool.decisions, 'MAXLEN', '~', pool.keep, '*', 'event', kind, 'epoch', pool.epoch,
-    'position', pool.position, 'now_ms', whole(pool.now), unpack(fields))
+  local keep = string.match(pool.record_text, ' (%d+)')
+  redis.call('XADD', pool.decisions, 'MAXLEN', '~', keep, '*', 'event', kind, 'epoch', pool.epoch, 'position',
+    pool.position, 'now_ms', whole(pool.now), unpack(fields))
 end
 
 -- The pool out of its fields. When the caller has seen more than it remembers, acknowledged writes were lost in a
 -- failover: the epoch rises, numbers go on from the highest seen, `lost` says how many.
 local function open_pool(fields, decisions, seen_epoch, seen_position, now)
   local epoch, position, renewed = string.match(fields[1] or '1 0 0', '^(%d+) (%d+) +(%d+)$')
-  local record, keep, revision = string.match(fields[2] or 'off 0 -1', '^(%a+) (%d+) (-?%d+)$')
+  local record_text = fields[2] or 'off 0 -1'
   local pool = {
-    epoch = epoch + 0, position = position + 0, renewed = renewed + 0, record = record, keep = keep + 0,
-    record_revision = revision + 0, broken = fields[3] or '', decisions = decisions, now = now, lost = 0,
+    epoch = epoch + 0, position = position + 0, renewed = renewed + 0, record = string.match(record_text, '^%a+'),
+    record_text = record_text, broken = fields[3] or '', decisions = decisions, now = now, lost = 0,
     is_changed = not fields[1], is_broken_changed = false, has_recorded = false,
   }
   if seen_epoch > pool.epoch or (seen_epoch == pool.epoch and seen_position > pool.position) then
@@ -51,15 +52,10 @@ local function open_pool(fields, decisions, seen_epoch, seen_position, now)
   return pool
 end
 
--- True when what was renewed at that time is to be renewed again: once a minute.
-local function is_stale(renewed, now)
-  return now - renewed >= RENEWED_MS or renewed > now
-end
-
 -- Writes the pool's place and what else has changed in the services' hash, and keeps all of the pool's keys from
--- expiring: `keys`, which are all but the services and the stream of events. `is_new` says that one of them may be new.
-local function close_pool(pool, services_key, set, keys, is_new)
-  local renews = is_stale(pool.renewed, pool.now)
+-- expiring; `leases_key` may be nil. `is_new` says that one of them may be new.
+local function close_pool(pool, services_key, set, partitions_key, leases_key, is_new)
+  local renews = pool.now - pool.renewed >= RENEWED_MS or pool.renewed > pool.now
   if renews then pool.renewed = pool.now end
   if renews or pool.is_changed then
     set[#set + 1] = 'place'
@@ -72,7 +68,8 @@ local function close_pool(pool, services_key, set, keys, is_new)
   local added = #set > 0 and redis.call('HSET', services_key, unpack(set)) or 0
   if renews or is_new or added > 0 then
     redis.call('PEXPIRE', services_key, STATE_LIVES_MS)
-    for _, key in ipairs(keys) do redis.call('PEXPIRE', key, STATE_LIVES_MS) end
+    redis.call('PEXPIRE', partitions_key, STATE_LIVES_MS)
+    if leases_key then redis.call('PEXPIRE', leases_key, STATE_LIVES_MS) end
   end
   if renews or pool.has_recorded then redis.call('PEXPIRE', pool.decisions, STATE_LIVES_MS) end
 end

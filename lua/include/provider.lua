@@ -8,24 +8,23 @@ local function provider_of(id)
   return string.match(id, '^[^:]*')
 end
 
-local function parse_provider(text)
-  local rpm, tpm, in_flight, failures, ratio, least, window, open, successes = string.match(text,
-    '^(-?%d+) (-?%d+) (-?%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$')
-  return rpm and {
-    rpm = rpm + 0, tpm = tpm + 0, in_flight = in_flight + 0, failures = failures + 0, ratio_permille = ratio + 0,
-    min_requests = least + 0, window_ms = window + 0, open_ms = open + 0, successes = successes + 0,
-  }
-end
-
--- The numbers of a loaded service's provider, nil when none are known. Read once a call.
+-- The breaker numbers of a loaded service's provider, nil when none are known. Read once a call.
 local function provider_numbers(service)
   local meter = service.meter
-  if not meter.numbers then meter.numbers = parse_provider(meter.provider_text) end
-  return meter.numbers
+  if meter.numbers then return meter.numbers end
+  local failures, ratio, least, window, open, successes = string.match(meter.provider_text,
+    '^%-?%d+ %-?%d+ %-?%d+ (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$')
+  if not failures then return nil end
+  local numbers = {
+    failures = failures + 0, ratio_permille = ratio + 0, min_requests = least + 0, window_ms = window + 0,
+    open_ms = open + 0, successes = successes + 0,
+  }
+  meter.numbers = numbers
+  return numbers
 end
 
 -- The limits that a meter is held against, as the first numbers of its provider.
-local function provider_limits(meter)
+local function provider_limits(meter) -- apart: limits
   if not meter.limits then
     local rpm, tpm, in_flight = string.match(meter.provider_text, '^(-?%d+) (-?%d+) (-?%d+) ')
     meter.limits = {rpm = rpm + 0, tpm = tpm + 0, in_flight = in_flight + 0}

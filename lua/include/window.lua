@@ -3,10 +3,14 @@
 -- A service's windows, one for each distinct length that rules of the pool give it: an array of
 -- {length = seconds, start = ms, requests =, tokens =, output = (of the tokens)}, kept as text
 -- `length start requests tokens output` joined by `;`.
+local WINDOW = '^(%d+) (%d+) (%d+) (%d+) (%d+);?()'
+
 local function parse_windows(text)
-  local windows = {}
-  for length, start, requests, tokens, output in string.gmatch(text, '(%d+) (%d+) (%d+) (%d+) (%d+)') do
-    windows[#windows + 1] = {
+  local windows, count, at, last = {}, 0, 1, #text
+  while at <= last do
+    local length, start, requests, tokens, output, following = string.match(text, WINDOW, at)
+    count, at = count + 1, following
+    windows[count] = {
       length = length + 0, start = start + 0, requests = requests + 0, tokens = tokens + 0, output = output + 0,
     }
   end

@@ -92,7 +92,7 @@ def from_(folder: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProce
 def test_the_unpacked_wheel_checks_a_file_and_finds_its_own_scripts(unpacked: Path, tmp_path: Path) -> None:
     (tmp_path / "balancer.yaml").write_text("rules: []\n", encoding="utf-8")
     (tmp_path / "faulty.yaml").write_text("rules: {}\n", encoding="utf-8")
-    code = "from balancer.store.scripts import folder, load; print(folder()); print(load('select').sha)"
+    code = "from balancer.store.scripts import folder, load; print(folder()); print(load('tick').sha)"
 
     check = from_(unpacked, "-m", "balancer", "check", "balancer.yaml", cwd=tmp_path)
     faulty = from_(unpacked, "-m", "balancer", "check", "faulty.yaml", cwd=tmp_path)
@@ -100,7 +100,7 @@ def test_the_unpacked_wheel_checks_a_file_and_finds_its_own_scripts(unpacked: Pa
 
     assert (check.returncode, check.stdout, check.stderr) == (0, "ok: 0 providers, 0 rules\n", "")
     assert (faulty.returncode, faulty.stdout) == (1, "")
-    assert found.stdout.splitlines() == [str(unpacked / "balancer" / "lua"), scripts.load("select").sha], found.stderr
+    assert found.stdout.splitlines() == [str(unpacked / "balancer" / "lua"), scripts.load("tick").sha], found.stderr
 
 
 async def test_the_unpacked_wheel_serves_from_anywhere(

@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import struct
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -82,10 +83,24 @@ async def read_all(answer: UpstreamResponse, body: Body) -> None:
         body.extend(part)
 
 
+def unframed(chunks: bytes) -> bytes:
+    """The data in chunks that nobody could read differently; fails for any others (RFC 9112 §7.1)."""
+    data = b""
+    while chunks:
+        line, _, rest = chunks.partition(b"\r\n")
+        size = int(line, 16)
+        assert line in (b"%x" % size, b"%X" % size)
+        assert size, "the last chunk is not to be handed on: trailers may follow"
+        assert rest[size : size + 2] == b"\r\n"
+        data, chunks = data + rest[:size], rest[size + 2 :]
+    return data
+
+
 async def pump_all(answer: UpstreamResponse, body: Body) -> None:
     """The body by `pump`, every part taken."""
 
-    def take(part: bytes) -> bool:
+    def take(part: bytes, framed: bytes = b"", /) -> bool:
+        assert not framed or unframed(framed) == part
         body.extend(part)
         return True
 
@@ -96,8 +111,9 @@ async def pump_some(answer: UpstreamResponse, body: Body) -> None:
     """The body by `pump`, where every second part is refused at first."""
     is_willing = False
 
-    def take(part: bytes) -> bool:
+    def take(part: bytes, framed: bytes = b"", /) -> bool:
         nonlocal is_willing
+        assert not framed or unframed(framed) == part
         is_willing = not is_willing
         if is_willing:
             body.extend(part)
@@ -109,7 +125,7 @@ async def pump_some(answer: UpstreamResponse, body: Body) -> None:
 
 async def pump_and_read(answer: UpstreamResponse, body: Body) -> None:
     """The body by `pump` and `read` in turns: what is refused comes back, and the next part is read."""
-    while part := await answer.pump(lambda _: False):
+    while part := await answer.pump(lambda *_: False):
         body.extend(part)
         part = await answer.read()
         if not part:
@@ -182,11 +198,11 @@ class Wire:
         del self._received[:count]
         return data
 
-    async def receives(self) -> bytes:
+    async def receives(self, most: int = sys.maxsize) -> bytes:
         """Bytes that the client sent, b"" when it has closed the connection, however it did."""
         if not self._received:
             await self._fill()
-        return self._taken(len(self._received))
+        return self._taken(min(most, len(self._received)))
 
     async def head(self) -> bytes:
         """The next request's head, up to its empty line; b"" when the client has closed the connection before."""

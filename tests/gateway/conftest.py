@@ -15,7 +15,7 @@ import pytest
 import redis
 import uvloop
 
-from balancer import config, document
+from balancer import config, document, polling
 from balancer.gateway.app import Gateway
 from balancer.gateway.messages import Upstream as UpstreamClient
 from balancer.store import connection
@@ -35,9 +35,9 @@ FRONTS = ("lane", "aiohttp")
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """The loops that a test runs on: asyncio's, and in a module that is ON_BOTH_LOOPS uvloop's too."""
+    """The loops that a test runs on: ours, and in a module that is ON_BOTH_LOOPS uvloop's too."""
     is_on_both = isinstance(item, pytest.Function) and hasattr(item.module, "ON_BOTH_LOOPS")
-    return {"asyncio": asyncio.new_event_loop} | ({"uvloop": uvloop.new_event_loop} if is_on_both else {})
+    return {"asyncio": polling.new_event_loop} | ({"uvloop": uvloop.new_event_loop} if is_on_both else {})
 
 
 @pytest.fixture(scope="session")

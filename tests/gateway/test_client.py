@@ -18,7 +18,7 @@ import pytest
 
 from balancer.errors import UpstreamError, UpstreamTimeoutError
 from balancer.gateway.messages import Upstream, UpstreamRequest
-from balancer.gateway.upstream import pool
+from balancer.gateway.upstream import connection, pool
 from tests.actors import chunk
 from tests.gateway.by_hand import (
     PATIENCE_S,
@@ -611,6 +611,31 @@ async def test_a_large_body_goes_out_whole_and_is_not_held_twice(client: Upstrea
         assert await asked == ANSWERED
 
 
+async def test_what_the_kernel_takes_later_stays_in_order(
+    client: Upstream, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one body, and of the request behind it, where the answer has come before all of the body was sent."""
+    monkeypatch.setattr(connection, "_LARGE_BYTES", len(LARGE))
+    async with asking(client, a_request(listener.url, body=LARGE)) as asked:
+        wire = await listener.accept()
+        assert await wire.head()
+        wire.sends(ANSWER)
+        assert await asked == ANSWERED
+    await turns()
+    async with asking(client, a_request(f"{listener.url}/second", body=LARGE[:50_000])) as asked:
+        digest, left = hashlib.sha256(), len(LARGE)
+        while left:
+            data = await wire.receives(left)
+            assert data
+            left -= len(data)
+            digest.update(data)
+        assert digest.digest() == hashlib.sha256(LARGE).digest()
+        second = await wire.request()
+        assert (second[:13], second[-50_000:]) == (b"POST /second ", LARGE[:50_000])
+        wire.sends(ANSWER)
+        assert await asked == ANSWERED
+
+
 @pytest.mark.parametrize("how", ["stays", "reads on", "stops_sending", "resets"])
 async def test_an_answer_that_comes_before_the_body_was_sent_counts(
     client: Upstream, listener: Listener, how: str
@@ -1183,7 +1208,7 @@ async def test_an_answer_at_its_end_says_so_as_often_as_it_is_asked(client: Upst
     assert answer.length == 5
     assert await answer.read() == b"hello"
     assert [await answer.read() for _ in range(3)] == [b""] * 3
-    assert await answer.pump(lambda _: True) == b""
+    assert await answer.pump(lambda *_: True) == b""
     await answer.close()
 
 
@@ -1197,12 +1222,12 @@ async def test_a_failed_answer_fails_as_often_as_it_is_asked(client: Upstream, l
         with pytest.raises(UpstreamError, match="up broke off its answer"):
             await answer.read()
         with pytest.raises(UpstreamError, match="up broke off its answer"):
-            await answer.pump(lambda _: True)
+            await answer.pump(lambda *_: True)
     await answer.close()
 
 
 async def test_an_error_of_whoever_takes_reaches_whoever_pumps(client: Upstream, listener: Listener) -> None:
-    def take(_: bytes) -> bool:
+    def take(chunk: bytes, framed: bytes = b"", /) -> bool:
         raise ZeroDivisionError
 
     sending = asyncio.create_task(client.send(a_request(listener.url)))
@@ -1225,7 +1250,7 @@ async def test_an_answer_may_be_closed_by_whoever_takes_it(client: Upstream, lis
     answer = await sending
     pumping: asyncio.Task[bytes]
 
-    def take(_: bytes) -> bool:
+    def take(chunk: bytes, framed: bytes = b"", /) -> bool:
         pumping.cancel()
         return closes
 

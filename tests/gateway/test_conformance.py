@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import msgspec
 import pytest
+import uvloop
 from hypothesis import strategies as st
 
+from balancer import polling
 from balancer.gateway.messages import Upstream
 from tests.gateway.by_hand import READERS, Listener, Outcome, Reader, Wire, a_client, a_request, ask, turns
 
@@ -176,6 +179,9 @@ def read_chunks(body: bytes, *, kept: bool | None = None) -> End:
 
 HELLO = read_chunks(b"hello", kept=True)
 BROKEN = breaks_off(TE, body=b"hello")
+LONG = b"a body of 27 bytes in all.\n"
+LONG_BROKEN = breaks_off(TE, body=LONG)
+LONG_CUT = breaks_off(TE, body=LONG + LONG + b"\r")
 
 CHUNKS = (
     chunks(b"5\r\nhello\r\n0\r\n\r\n", HELLO, id="one"),
@@ -183,6 +189,48 @@ CHUNKS = (
     chunks(b"0\r\n\r\n", read_chunks(b"", kept=True), id="none"),
     chunks(b"a\r\n0123456789\r\n0\r\n\r\n", read_chunks(b"0123456789", kept=True), id="a lower letter"),
     chunks(b"A\r\n0123456789\r\n0\r\n\r\n", read_chunks(b"0123456789", kept=True), id="an upper letter"),
+    *(
+        chunks(size + b"\r\n" + LONG + b"\r\n0\r\n\r\n", read_chunks(LONG, kept=True), id=f"a size spelt {size!r}")
+        for size in (b"1b", b"1B", b"01b", b"0000000000001B", b"1b;a", b'1B;a="1B"')
+    ),
+    chunks(
+        b"1b\r\n" + LONG + b"\r\n1B\r\n" + LONG + b"\r\n01b\r\n" + LONG + b"\r\n0\r\n\r\n",
+        read_chunks(LONG * 3, kept=True),
+        id="sizes spelt in several ways",
+    ),
+    *(
+        chunks(
+            b"1b\r\n" + LONG + b"\r\n" + size + b"\r\n" + LONG + b"\r\n0\r\n\r\n",
+            LONG_BROKEN,
+            id=f"{size!r} behind a chunk",
+        )
+        for size in (
+            b"0x1b",
+            b"1_b",
+            b"+1b",
+            b"-1b",
+            b"1b\x00",
+            b"1b\x0b",
+            b"\xb2b",
+            b"1g",
+            b"1b\r",
+            b"\r\n1b",
+            b"\n1b",
+            b"",
+        )
+    ),
+    chunks(b"1b\r\n" + LONG + b"\r\n1b\n" + LONG + b"\r\n0\r\n\r\n", LONG_BROKEN, id="a bare line end behind a chunk"),
+    chunks(
+        b"1b\r\n" + LONG + b"\r\n1a\r\n" + LONG + b"\r\n0\r\n\r\n",
+        LONG_CUT,
+        id="a size that is too small behind a chunk",
+    ),
+    chunks(
+        b"1b\r\n" + LONG + b"\r\n1c\r\n" + LONG + b"\r\n0\r\n\r\n",
+        LONG_CUT,
+        id="a size that is too large behind a chunk",
+    ),
+    chunks(b"1b\r\n" + LONG + b"\r\n", LONG_BROKEN, id="an end that never comes", closes=True),
     chunks(b"5\r\n0\r\n\r\n\r\n0\r\n\r\n", read_chunks(b"0\r\n\r\n", kept=True), id="an end that is data"),
     chunks(b"005\r\nhello\r\n000\r\n\r\n", HELLO, id="leading zeros"),
     chunks(b"5;a\r\nhello\r\n0;b\r\n\r\n", HELLO, id="an extension"),
@@ -647,6 +695,16 @@ def cuts(sent: bytes) -> Iterator[list[bytes]]:
     yield [sent[i : i + 1 + step // 8] for i in range(0, len(sent), 1 + step // 8)]
     for place in range(1, len(sent), step):
         yield [sent[:place], sent[place:]]
+    yield from cuts_at_lines(sent)
+
+
+def cuts_at_lines(sent: bytes) -> Iterator[list[bytes]]:
+    """Behind the head and one other line, and behind all lines: so that chunks come whole, alone or several."""
+    head, end, body = sent.partition(b"\r\n\r\n")
+    places = [place + 2 for place in range(len(body)) if body.startswith(b"\r\n", place)]
+    for place in places:
+        yield [head + end, body[:place], body[place:]]
+    yield [head + end, *(body[one:two] for one, two in itertools.pairwise((0, *places, len(body))))]
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in CASES])
@@ -666,7 +724,7 @@ async def test_an_answer_comes_to_the_same_end_however_it_is_cut(
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in CASES])
 async def test_whoever_pumps_gets_what_whoever_reads_gets(client: Upstream, listener: Listener, case: Case) -> None:
     fed = Fed(client, listener, case)
-    for pieces in itertools.islice(cuts(case.sent), 2):
+    for pieces in (*itertools.islice(cuts(case.sent), 2), *(cuts_at_lines(case.sent) if case in CHUNKS else ())):
         read = await fed.comes_to(pieces, READERS["read"])
         for name, reader in READERS.items():
             pumped = await fed.comes_to(pieces, reader)
@@ -683,6 +741,7 @@ NAMES = st.from_regex(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,12}", fullmatch=True).filte
 VALUES = st.from_regex(r"([!-~é]([ -~\t]{0,20}[!-~])?)?", fullmatch=True)
 EXTENSIONS = st.sampled_from((b"", b";a", b";a=b", b';a="b;\\"c"', b";a=b;c"))
 MUTATIONS = (b"", b"\r", b"\n", b"\r\n", b"\x00", b" ", b":", b"0", b"9", b"f", b";", b",", b"\xff")
+LOOPS = st.sampled_from((asyncio.new_event_loop, polling.new_event_loop, uvloop.new_event_loop))
 INTERIMS = st.sampled_from((EARLY, HINTS, b"HTTP/1.1 102 Processing\r\nX-A: b\r\n\r\n"))
 
 
@@ -724,9 +783,12 @@ def answers(draw: st.DrawFn) -> Composed:
 
 
 @st.composite
-def in_pieces(draw: st.DrawFn, sent: bytes) -> list[bytes]:
-    """The bytes, cut anywhere."""
-    places = sorted({0, len(sent), *draw(st.lists(st.integers(0, len(sent)), max_size=8))})
+def in_pieces(draw: Callable[[st.SearchStrategy[Any]], Any], sent: bytes) -> list[bytes]:
+    """The bytes, cut anywhere; half of the time behind lines only."""
+    lines = [place + 2 for place in range(len(sent)) if sent.startswith(b"\r\n", place)]
+    at_lines = bool(lines) and draw(st.booleans())
+    places = draw(st.lists(st.sampled_from(lines) if at_lines else st.integers(0, len(sent)), max_size=8))
+    places = sorted({0, len(sent), *places})
     return [sent[one:two] for one, two in itertools.pairwise(places)]
 
 
@@ -763,16 +825,19 @@ async def story(pieces: list[bytes], read: Reader, *, closes: bool) -> Outcome:
 
 
 @hypothesis.settings(max_examples=150, deadline=None)
-@hypothesis.given(answer=answers(), data=st.data(), read=st.sampled_from(sorted(READERS)))
-def test_any_valid_answer_is_read_back_exactly(answer: Composed, data: st.DataObject, read: str) -> None:
+@hypothesis.given(answer=answers(), data=st.data(), read=st.sampled_from(sorted(READERS)), loop=LOOPS)
+def test_any_valid_answer_is_read_back_exactly(
+    answer: Composed, data: st.DataObject, read: str, loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
     pieces = data.draw(in_pieces(answer.sent))
-    assert asyncio.run(story(pieces, READERS[read], closes=answer.closes)) == answer.outcome
+    with asyncio.Runner(loop_factory=loop) as runner:
+        assert runner.run(story(pieces, READERS[read], closes=answer.closes)) == answer.outcome
 
 
 @hypothesis.settings(max_examples=300, deadline=None)
-@hypothesis.given(answer=answers(), data=st.data(), read=st.sampled_from(sorted(READERS)))
+@hypothesis.given(answer=answers(), data=st.data(), read=st.sampled_from(sorted(READERS)), loop=LOOPS)
 def test_one_wrong_byte_neither_hangs_nor_answers_the_next_request(
-    answer: Composed, data: st.DataObject, read: str
+    answer: Composed, data: st.DataObject, read: str, loop: Callable[[], asyncio.AbstractEventLoop]
 ) -> None:
     place = data.draw(st.integers(0, len(answer.sent) - 1))
     new = data.draw(
@@ -781,7 +846,8 @@ def test_one_wrong_byte_neither_hangs_nor_answers_the_next_request(
     gone = data.draw(st.integers(0, 1))
     sent = answer.sent[:place] + new + answer.sent[place + gone :]
     pieces = data.draw(in_pieces(sent))
-    outcome = asyncio.run(story(pieces, READERS[read], closes=answer.closes))
+    with asyncio.Runner(loop_factory=loop) as runner:
+        outcome = runner.run(story(pieces, READERS[read], closes=answer.closes))
     assert outcome.error == "head" or 200 <= outcome.status <= 999
     for name, value in outcome.headers:
         assert not set("\r\n\x00") & set(name + value)

@@ -45,7 +45,7 @@ class Parts:
 
     status, length = 200, None
     headers: tuple[tuple[str, str], ...] = ()
-    is_started = True
+    is_started, is_at_end = True, False
 
     def __init__(self, data: bytes, step: int) -> None:
         self.parts = [data[at : at + step] for at in range(0, len(data), step)]
@@ -76,11 +76,13 @@ class Parts:
     async def write(self, chunk: bytes) -> None:
         self.seen.append(chunk)
 
-    def write_now(self, chunk: bytes) -> bool:
+    def write_now(self, chunk: bytes, framed: bytes = b"", /) -> bool:
         self.seen.append(chunk)
         return True
 
-    async def end(self) -> None: ...
+    async def end(self, last: bytes = b"", /) -> None:
+        if last:
+            self.seen.append(last)
 
     def abort(self) -> None: ...
 

@@ -117,7 +117,7 @@ async def test_the_id_is_kept_in_whatever_form_it_comes(
 class Down:
     """An upstream's answer that comes in just these parts, and the client that gets what passes."""
 
-    status, length, is_started = 200, None, False
+    status, length, is_started, is_at_end = 200, None, False, False
 
     def __init__(self, parts: list[bytes], kind: str, coding: str) -> None:
         self.parts = parts
@@ -149,11 +149,12 @@ class Down:
     async def write(self, chunk: bytes) -> None:
         self.seen += chunk
 
-    def write_now(self, chunk: bytes) -> bool:
+    def write_now(self, chunk: bytes, framed: bytes = b"", /) -> bool:
         self.seen += chunk
         return True
 
-    async def end(self) -> None: ...
+    async def end(self, last: bytes = b"", /) -> None:
+        self.seen += last
 
     def abort(self) -> None: ...
 

@@ -43,15 +43,20 @@ class Ends:
     status, length, is_started = 200, None, True
     headers: tuple[tuple[str, str], ...] = ()
 
-    def __init__(self, parts: Sequence[bytes], refusals: Sequence[bool]) -> None:
+    def __init__(self, parts: Sequence[bytes], refusals: Sequence[bool], *, tells_end: bool = False) -> None:
         self.parts = list(parts)
+        self.tells_end = tells_end
         self.refusals = list(refusals)
         self.at_once = 0
-        self.seen = b""
+        self.seen = self.sent_last = b""
         self.usage: Usage | None = None
         self.is_stream = False
         self.outcomes: list[tuple[Outcome, int]] = []
         self.has_token = False
+
+    @property
+    def is_at_end(self) -> bool:
+        return self.tells_end and not self.parts
 
     def whole(self) -> bytes | None:
         return None
@@ -72,7 +77,7 @@ class Ends:
 
     async def send(self, status: int, headers: tuple[tuple[str, str], ...], body: bytes) -> None: ...
 
-    def write_now(self, chunk: bytes) -> bool:
+    def write_now(self, chunk: bytes, framed: bytes = b"", /) -> bool:
         if self.refusals and self.refusals.pop(0):
             return False
         self.seen += chunk
@@ -82,7 +87,9 @@ class Ends:
     async def write(self, chunk: bytes) -> None:
         self.seen += chunk
 
-    async def end(self) -> None: ...
+    async def end(self, last: bytes = b"", /) -> None:
+        self.sent_last = last
+        self.seen += last
 
     def abort(self) -> None:
         raise AssertionError("the stream was whole")
@@ -99,7 +106,7 @@ class Ends:
         self.has_token = True
 
 
-def relayed(ends: Ends, *, hides_usage: bool) -> None:
+def relayed(ends: Ends, *, hides_usage: bool, path: str = "/v1/chat/completions") -> None:
     relay = EventRelay(
         attempt=ends,
         stream=ends,
@@ -107,6 +114,7 @@ def relayed(ends: Ends, *, hides_usage: bool) -> None:
         rewriter=Rewriter("", hides_usage=hides_usage),
         mask=Mask([KEY]),
         error_event=lambda _: b"",
+        path=path,
     )
 
     async def run() -> None:
@@ -126,14 +134,22 @@ def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
     places=st.lists(st.integers(0, 5000), max_size=12),
     refusals=st.lists(st.booleans(), max_size=12),
     hides_usage=st.booleans(),
+    tells_end=st.booleans(),
+    path=st.sampled_from(["/v1/chat/completions", "/v1/responses"]),
 )
 def test_any_cuts_and_any_hurry_give_the_same(
-    events: list[bytes], end: bytes, places: list[int], refusals: list[bool], hides_usage: bool
+    events: list[bytes],
+    end: bytes,
+    places: list[int],
+    refusals: list[bool],
+    hides_usage: bool,
+    tells_end: bool,
+    path: str,
 ) -> None:
     told = [chunk("first"), *events, USAGE, DONE]
-    ends = Ends(cut(b"".join(event + end for event in told), places), refusals)
+    ends = Ends(cut(b"".join(event + end for event in told), places), refusals, tells_end=tells_end)
 
-    relayed(ends, hides_usage=hides_usage)
+    relayed(ends, hides_usage=hides_usage, path=path)
 
     shown = [event for event in told if not (hides_usage and event == USAGE)]
     assert ends.seen == b"".join(event + end for event in shown)
@@ -161,6 +177,29 @@ def test_of_events_that_come_together_those_before_the_usage_pass_unread() -> No
 
     assert ends.at_once == 1
     assert ends.seen.endswith(usual[-1] + DONE + b"\n\n")
+
+
+def test_what_comes_with_the_stream_s_end_is_sent_with_it() -> None:
+    usual = [chunk(f"word {number}") + b"\n\n" for number in range(3)]
+    ends = Ends(
+        [chunk("first") + b"\n\n", *usual, b"".join([*usual, USAGE, b"\n\n", DONE, b"\n\n"])], (), tells_end=True
+    )
+
+    relayed(ends, hides_usage=False)
+
+    assert ends.sent_last == b"".join([*usual, USAGE, b"\n\n", DONE, b"\n\n"])
+    assert ends.outcomes[0] == (Outcome.SUCCESS, len(ends.seen) - len(ends.sent_last))
+
+
+@pytest.mark.parametrize("kind", ["completed", "incomplete", "failed"])
+def test_the_end_of_a_response_is_never_missed(kind: str) -> None:
+    usual = [b'event: response.output_text.delta\ndata: {"delta":"word %d"}\n\n' % number for number in range(9)]
+    end = b'data: {"type":"response.%b","response":{"id":"r"}}\n\n' % kind.encode()
+    ends = Ends([chunk("first") + b"\n\n", *usual, end, *usual], ())
+
+    relayed(ends, hides_usage=False, path="/v1/responses")
+
+    assert ends.outcomes[0][1] == len(ends.seen) - len(end + b"".join(usual)), "settled as it came"
 
 
 def test_an_error_amid_what_passes_is_masked() -> None:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from balancer.dialects import Headers
 from balancer.domain import Timeouts
-from balancer.errors import ConfigurationError, UpstreamError
+from balancer.errors import ConfigurationError, UpstreamError, UpstreamTimeoutError
 from balancer.gateway.messages import UpstreamRequest
 from balancer.gateway.upstream import request as requests
-from balancer.gateway.upstream.answer import Answer
+from balancer.gateway.upstream.answer import answer_to
+from balancer.gateway.upstream.chunks import data_of
 from balancer.gateway.upstream.connection import Connection
 from balancer.gateway.upstream.pool import Pool
 from balancer.gateway.upstream.request import Heads, Origin, Targets
 from balancer.gateway.upstream.tls import client_context
+from tests.gateway.by_hand import unframed
 
 ON_BOTH_LOOPS = True
 BUFFER = memoryview(bytearray(1024))
@@ -171,7 +176,7 @@ async def connections() -> Connections:
 async def test_head_and_body_go_out_in_one_write(connections: Connections) -> None:
     connection, transport = connections.make()
     request = a_request()
-    assert connection.ask(Answer(request, connections.loop, 0), head(request), request.body, head_only=False)
+    assert connection.ask(answer_to(request, connections.loop, 0), head(request), request.body, head_only=False)
     assert transport.written == [head(request) + b"{}"]
     connection.connection_lost(None)
 
@@ -179,19 +184,19 @@ async def test_head_and_body_go_out_in_one_write(connections: Connections) -> No
 async def test_what_the_kernel_refuses_was_not_sent(connections: Connections) -> None:
     connection, _ = connections.make(refuses=True)
     request = a_request()
-    assert not connection.ask(Answer(request, connections.loop, 0), head(request), request.body, head_only=False)
+    assert not connection.ask(answer_to(request, connections.loop, 0), head(request), request.body, head_only=False)
     connection.connection_lost(BrokenPipeError())
     assert connections.lost == [connection]
 
 
 async def test_parts_that_came_together_are_taken_at_once(connections: Connections) -> None:
     connection, _ = connections.make()
-    answer = Answer(a_request(), connections.loop, connections.loop.time())
+    answer = answer_to(a_request(), connections.loop, connections.loop.time())
     connection.ask(answer, b"", b"", head_only=False)
     receive(connection, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
     await answer.opened(connection)
     taken: list[bytes] = []
-    pumping = asyncio.ensure_future(answer.pump(lambda chunk: not taken.append(chunk)))  # type: ignore[func-returns-value]
+    pumping = asyncio.ensure_future(answer.pump(lambda chunk, _=b"": not taken.append(chunk)))  # type: ignore[func-returns-value]
     await asyncio.sleep(0)
     receive(connection, b"1\r\na\r\n2\r\nbc\r\n3\r\ndef\r\n")
     assert taken == [b"abcdef"]
@@ -201,12 +206,64 @@ async def test_parts_that_came_together_are_taken_at_once(connections: Connectio
     connection.connection_lost(None)
 
 
+@pytest.mark.parametrize(
+    "begin",
+    [b"1", b"11b", b"11b\r", b"40\r\n", b"40\r\nabc\r\n", b"1b\r\nsome of 27 bytes", b"10\r\n0123456789abcdef\r"],
+)
+async def test_what_goes_on_in_a_chunk_is_no_chunk(connections: Connections, begin: bytes) -> None:
+    """However it looks: a size that was cut in two is read as another one."""
+    connection, _ = connections.make()
+    answer = answer_to(a_request(), connections.loop, connections.loop.time())
+    connection.ask(answer, b"", b"", head_only=False)
+    chunk = b"10\r\n0123456789abcdef\r\n"
+    receive(connection, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk + begin)
+    framings: list[bytes] = []
+    pumping = asyncio.ensure_future(answer.pump(lambda _, framed=b"": not framings.append(framed)))  # type: ignore[func-returns-value]
+    await asyncio.sleep(0)
+    receive(connection, chunk)
+    assert not any(framings)
+    pumping.cancel()
+    connection.connection_lost(None)
+    await asyncio.wait([pumping])
+
+
+PARTS = st.lists(st.binary(min_size=16, max_size=300), min_size=1, max_size=3)
+
+
+@given(parts=PARTS, size=st.sampled_from([b"%x", b"%X"]))
+def test_the_data_of_plain_chunks_is_known_without_a_parser(parts: list[bytes], size: bytes) -> None:
+    assert data_of(b"".join(size % len(part) + b"\r\n" + part + b"\r\n" for part in parts)) == b"".join(parts)
+
+
+@settings(max_examples=500)
+@given(
+    parts=PARTS,
+    place=st.integers(0, 1000),
+    gone=st.integers(0, 1),
+    new=st.sampled_from([b"", *(b"%c" % byte for byte in b"0123456789abcdefABCDEF xX;_+-\r\n\x00")]),
+    is_near=st.booleans(),
+)
+def test_chunks_that_are_spelt_or_end_in_another_way_are_left_to_the_parser(
+    parts: list[bytes], place: int, gone: int, new: bytes, is_near: bool
+) -> None:
+    """`unframed` fails for them."""
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+    place %= len(chunks)
+    if is_near:  # Where sizes and ends are.
+        place = max(0, chunks.rfind(b"\r\n", 0, place))
+    chunks = chunks[:place] + new + chunks[place + gone :]
+    data = data_of(chunks)
+    assert data is None or data == unframed(chunks)
+
+
+class Timer:
+    """A timer that never goes off by itself."""
+
+    def cancel(self) -> None: ...
+
+
 async def test_one_timer_serves_many_waits(connections: Connections, monkeypatch: pytest.MonkeyPatch) -> None:
     armed: list[float] = []
-
-    class Timer:
-        def cancel(self) -> None:
-            pass
 
     class Clock:
         def call_at(self, at: float, _: Any) -> Timer:
@@ -230,6 +287,47 @@ async def test_one_timer_serves_many_waits(connections: Connections, monkeypatch
     connection.idle_since, now = 5.0, 11.0
     connection._on_timer()
     assert transport.is_closing()
+
+
+async def test_what_is_taken_puts_the_limit_off_without_a_timer(
+    connections: Connections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    armed: list[float] = []
+
+    class Clock:
+        create_future = connections.loop.create_future
+
+        def call_at(self, at: float, _: Any) -> Timer:
+            armed.append(at)
+            return Timer()
+
+        def time(self) -> float:
+            return now
+
+    now = 0.0
+    connection, transport = connections.make()
+    clock: Any = Clock()
+    monkeypatch.setattr(connection, "_loop", clock)
+    monkeypatch.setattr("balancer.gateway.upstream.answer.monotonic", clock.time)
+    request = msgspec.structs.replace(a_request(), timeouts=Timeouts(first_byte_s=50, idle_s=10))
+    answer = answer_to(request, clock, now)
+    connection.ask(answer, b"", b"", head_only=False)
+    receive(connection, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    pumping = asyncio.ensure_future(answer.pump(lambda *_: True))
+    await asyncio.sleep(0)
+    for at in (1.0, 2.0, 8.0):
+        now = at
+        receive(connection, b"10\r\n0123456789abcdef\r\n")
+    assert armed == [50.0, 11.0]
+    now = 11.0
+    connection._on_timer()
+    assert armed == [50.0, 11.0, 18.0]
+    now = 18.0
+    connection._on_timer()
+    with pytest.raises(UpstreamTimeoutError, match=r"idle_s"):
+        await pumping
+    assert transport.is_closing()
+    connection.connection_lost(None)
 
 
 # -- the pool ----------------------------------------------------------------------------------------------------------

@@ -271,6 +271,20 @@ def evaluate(
     return _text(client.execute_command("EVAL", loaded.source, *loaded.command(names, arguments, rest)))
 
 
+def evaluate_tick(
+    client: Any,
+    names: Mapping[str, str],
+    numbers: Mapping[str, str | int],
+    rest: Sequence[Any] = (),
+    pins: Sequence[str] = (),
+) -> Any:
+    """As `evaluate`, for tick, given the numbers of its call by their names; those that are not given are zeros."""
+    order = ("now_ms", "epoch", "position", "lease_ms", "batch", "skip", "entries")
+    script, call = load("tick"), {name: numbers.get(name, 0) for name in order}
+    arguments: dict[str, str | int] = {"worker": "w1", "call": " ".join(map(str, call.values()))}
+    return _text(client.execute_command("EVAL", script.source, *script.command(names, arguments, rest, pins)))
+
+
 def contents(client: Any) -> dict[str, Any]:
     """Every key of the server with its value."""
     readers = {

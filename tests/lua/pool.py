@@ -9,7 +9,7 @@ import msgspec
 
 from balancer.domain import Entry, PoolSettings, Record, RuleDefinition, Selection
 from balancer.store import keys, views
-from balancer.store.calls import entry_arguments, fence_arguments, pin_keys, selection_arguments
+from balancer.store.calls import call_numbers, entry_arguments, fence_arguments, pin_keys, selection_arguments
 from balancer.store.scripts import load
 
 
@@ -64,6 +64,30 @@ class LuaPool:
         }
         return self._run("fence", names, arguments, [msgspec.json.encode(d).decode() for d in definitions])
 
+    def tick(
+        self,
+        now_ms: int,
+        worker: str,
+        batch: int,
+        entries: Sequence[Entry],
+        selections: Sequence[Selection],
+        lease_ms: int,
+        seen: tuple[int, int] = (0, 0),
+        *,
+        skip: bool = False,
+    ) -> Any:
+        """What the script says to a batch (number 0: none) and selections."""
+        rest = [argument for entry in entries for argument in entry_arguments(entry)]
+        rest += [argument for selection in selections for argument in selection_arguments(selection)]
+        call = call_numbers(now_ms=now_ms, seen=seen, lease_ms=lease_ms, batch=batch, skips=skip, entries=len(entries))
+        if selections:
+            self._drop_pins(now_ms)
+        pins = pin_keys(self.name, selections)
+        reply = self._run("tick", self._keys(worker), {"worker": worker, "call": call}, rest, pins)
+        for selection in selections:
+            self._hold_pin(now_ms, selection)
+        return reply
+
     def select(
         self,
         now_ms: int,
@@ -72,13 +96,9 @@ class LuaPool:
         lease_ms: int,
         seen: tuple[int, int] = (0, 0),
     ) -> Any:
-        rest = [argument for selection in selections for argument in selection_arguments(selection)]
-        arguments = self._arguments(now_ms, worker, lease_ms, seen)
-        self._drop_pins(now_ms)
-        answers = self._run("select", self._keys(worker), arguments, rest, pin_keys(self.name, selections))
-        for selection in selections:
-            self._hold_pin(now_ms, selection)
-        return answers
+        """The answers alone, and behind them the pool's place."""
+        (_, _, *place), *answers = self.tick(now_ms, worker, 0, (), selections, lease_ms, seen)
+        return [*answers, ["pool", *place]]
 
     def _drop_pins(self, now_ms: int) -> None:
         """Drops the pins whose time has passed: the server's own clock stands nearly still in a test."""
@@ -114,9 +134,9 @@ class LuaPool:
         *,
         skip: bool = False,
     ) -> Any:
-        rest = [argument for entry in entries for argument in entry_arguments(entry)]
-        arguments = self._arguments(now_ms, worker, lease_ms, seen) | {"batch": batch, "skip": int(skip)}
-        return self._run("settle", self._keys(worker), arguments, rest)
+        """What becomes of the batch alone."""
+        ((word, last, *place),) = self.tick(now_ms, worker, batch, entries, (), lease_ms, seen, skip=skip)
+        return [word, last, *place] if word == "applied" else [word, last]
 
     def reap(
         self,

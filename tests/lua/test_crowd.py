@@ -56,16 +56,16 @@ class Client:
     def work(self, rules: tuple[str, ...], picks: int) -> None:
         """Makes at least so many picks and settles every one of them."""
         while len(self.picked) < picks:
-            self.ask(rules)
-            if self.random.random() < 0.7:
+            self.ask(rules, self.random.choice((0, 0, 3)))
+            if self.random.random() < 0.5:
                 self.settle(self.random.randint(0, len(self.open)))
             if self.sent and self.random.random() < 0.1:
                 self.resend()
         self.settle(len(self.open))
         self.resend()
 
-    def ask(self, rules: tuple[str, ...]) -> None:
-        """One call; sometimes one of its names was given up before."""
+    def ask(self, rules: tuple[str, ...], settling: int = 0) -> None:
+        """One call, which settles so many too; sometimes one of its names was given up before."""
         selections = []
         for _ in range(self.random.choice((1, 2, 5, 16))):
             self.names += 1
@@ -82,8 +82,15 @@ class Client:
         given_up = self.random.choice(selections).number if self.random.random() < 0.05 else 0
         if given_up:
             self.send([an_abandoned(given_up)])
-        *answers, place = self.pool.select(SERVERS_CLOCK, self.worker, selections, LEASE_MS, self.seen)
-        self.seen = max(self.seen, (place[1], place[2]))
+        entries = self.draw_entries(settling)
+        if entries:
+            self.sent.append(entries)
+            self.settled += entries
+        batch = len(self.sent) if entries else 0
+        reply = self.pool.tick(SERVERS_CLOCK, self.worker, batch, entries, selections, LEASE_MS, self.seen)
+        (word, last, epoch, position, lost), *answers = reply
+        assert (word, last, lost) == ("applied" if entries else "none", len(self.sent), 0)
+        self.seen = max(self.seen, (epoch, position))
         for selection, answer in zip(selections, answers, strict=True):
             if selection.number == given_up:
                 assert answer == ["abandoned"]
@@ -95,7 +102,11 @@ class Client:
                 self.open.append(pick)
 
     def settle(self, count: int) -> None:
-        """A batch of so many open attempts, in no order; a few of them were never sent."""
+        """A batch of so many open attempts."""
+        self.send(self.draw_entries(count))
+
+    def draw_entries(self, count: int) -> list[Entry]:
+        """How so many open attempts end, in no order; a few of them were never sent."""
         self.random.shuffle(self.open)
         entries = []
         for pick in self.open[:count]:
@@ -106,7 +117,7 @@ class Client:
                 used = self.random.randrange(50)
                 entries.append(an_entry(number, pick.service, self.random.choice(OUTCOMES), input=used, output=1))
         del self.open[:count]
-        self.send(entries)
+        return entries
 
     def send(self, entries: list[Entry]) -> None:
         """The next batch."""

@@ -16,7 +16,7 @@ from balancer.errors import ConfigurationError
 from balancer.store import scripts
 from balancer.store.scripts import Script, load
 
-NAMES = ("checkpoint", "clear", "commit", "fence", "health", "publish", "reap", "select", "settle")
+NAMES = ("checkpoint", "clear", "commit", "fence", "health", "publish", "reap", "tick")
 
 # Commands and their words that Redis 6.2 has, and that the scripts may use. PEXPIRE only without NX, XX, GT, LT (7.0).
 WORDS_OF_REDIS_6_2 = frozenset(
@@ -38,9 +38,9 @@ GLOBALS_OF_A_SCRIPT = frozenset(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of scripts that has a select, without which it is none."""
+    """A folder of scripts that has a tick, without which it is none."""
     (tmp_path / "include").mkdir()
-    (tmp_path / "select.lua").write_text("return 1\n")
+    (tmp_path / "tick.lua").write_text("return 1\n")
     return tmp_path
 
 
@@ -106,7 +106,7 @@ def test_numbers_out_of_order_are_refused(folder: Path, lines: list[str], fault:
 
 def test_a_folder_without_scripts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no Lua scripts"):
-        load("select", str(tmp_path))
+        load("tick", str(tmp_path))
 
 
 # -- includes ----------------------------------------------------------------------------------------------------------
@@ -370,3 +370,55 @@ def test_functions_that_a_script_never_calls_are_left_out(folder: Path) -> None:
         "return four()",
     ]
     assert [line for line in script.source.splitlines() if line] == kept
+
+
+# -- what a script makes in each call ----------------------------------------------------------------------------------
+
+GATHERED = (
+    "-- Does a thing.",
+    "local SIZE, WORDS = 3, '%d+ ' .. 'b'",
+    "",
+    "-- Often needed.",
+    "local function often(x)",
+    "  return {often = x + SIZE}",
+    "end",
+    "",
+    "local function seldom(x) -- apart: rare",
+    "  return often(x).often + never(x)",
+    "end",
+    "",
+    "local function never(x) -- apart: rare",
+    "  return #WORDS -- often",
+    "end",
+    "",
+    "-- main",
+    "return often(1).often, seldom(1), 'often'",
+)
+
+
+def test_functions_of_a_script_with_a_main_part_are_fields_of_one_table(folder: Path) -> None:
+    script = written(folder, *GATHERED)
+    assert lua51.LuaRuntime().execute(script.source) == (4, 9, "often")
+    assert "local SIZE" not in script.source
+    assert "return fn.often(1).often, fn.rare().seldom(1), 'often'" in script.source
+
+
+def test_functions_that_are_made_apart_are_made_when_the_first_of_them_is_called(folder: Path) -> None:
+    source = written(folder, *GATHERED[:-1], "if KEYS then return seldom(1) end", "return fn").source
+    functions = lua51.LuaRuntime().execute(source)
+    before = functions["rare"]
+    assert sorted(before()) == ["never", "seldom"]
+    assert functions["rare"] != before, "it gives what is made"
+    assert sorted(functions["rare"]()) == ["never", "seldom"]
+
+
+def test_a_function_of_such_a_script_that_is_a_variable_too_is_refused(folder: Path) -> None:
+    """It would be taken for the function where the variable is meant."""
+    lines = [*GATHERED[:-1], "local often = 1", "return often"]
+    with pytest.raises(ConfigurationError, match=r"story\.lua: often is a function and a variable"):
+        written(folder, *lines)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: path.stem)
+def test_lines_of_the_sources_are_no_longer_than_elsewhere(path: Path) -> None:
+    assert [line for line in path.read_text().splitlines() if len(line) > 120] == []

@@ -11,7 +11,6 @@ from balancer.domain import Configuration, Provider, Rule, ServiceDefinition
 from balancer.domain import Service as ConfiguredService
 from balancer.store import keys
 from balancer.store.calls import Definer, selection_arguments
-from balancer.store.scripts import load
 from balancer.tactics import Hybrid, RoundRobin, TokenBased
 from tests.lua.builders import (
     ABC,
@@ -30,7 +29,7 @@ from tests.lua.builders import (
     a_tombstone,
     an_abandoned,
     an_entry,
-    evaluate,
+    evaluate_tick,
     pool_keys,
     refused,
 )
@@ -675,13 +674,7 @@ def test_names_with_spaces_colons_bars_and_other_alphabets_are_kept_apart(fleet:
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
-ARGUMENTS: dict[str, str | int] = {
-    "now_ms": NOW_MS,
-    "worker": "w1",
-    "epoch": 0,
-    "position": 0,
-    "lease_ms": LEASE_MS,
-}
+CALL: dict[str, str | int] = {"now_ms": NOW_MS, "lease_ms": LEASE_MS}
 NUMBERS = [1, 1, 0, 5, 1000, 0, 1]
 """number, revision, draw, reserved, deadline_ms, affinity_ms, and how many are excluded."""
 NAMES = ["chat", keys.partition("chat"), "", A]
@@ -705,12 +698,12 @@ def group(numbers: Sequence[Any]) -> list[str]:
 
 def ask_raw(fleet: Fleet, arguments: dict[str, str | int], rest: Sequence[Any]) -> Any:
     assert isinstance(fleet.pool, LuaPool)
-    return evaluate(fleet.pool.client, "select", pool_keys(fleet.pool.name, "w1"), ARGUMENTS | arguments, rest)
+    return evaluate_tick(fleet.pool.client, pool_keys(fleet.pool.name, "w1"), CALL | arguments, rest)
 
 
 def test_the_arguments_of_the_cases_below_are_taken_when_none_is_malformed(new_pool: NewPool) -> None:
     fleet = used(new_pool)
-    assert ask_raw(fleet, {}, group([100, *NUMBERS[1:]]))[0][0] == "pick"
+    assert ask_raw(fleet, {}, group([100, *NUMBERS[1:]]))[1][0] == "pick"
     assert list(selection_arguments(a_selection(1, reserved=5, deadline_ms=1000, excluded=[A]))) == group(NUMBERS)
 
 
@@ -726,7 +719,7 @@ def test_no_or_too_many_selections_are_refused_and_nothing_is_written(new_pool: 
     fleet = used(new_pool)
     selections = [a_selection(number) for number in range(100, 100 + count)]
     assert isinstance(fleet.pool, LuaPool)
-    with refused(fleet.pool.client, "select"):
+    with refused(fleet.pool.client, "tick"):
         fleet.select(*selections, seen=(9, 9))
 
 
@@ -738,7 +731,7 @@ def test_no_or_too_many_selections_are_refused_and_nothing_is_written(new_pool: 
 def test_a_malformed_argument_is_refused_and_nothing_is_written(new_pool: NewPool, name: str, value: str) -> None:
     fleet = used(new_pool)
     assert isinstance(fleet.pool, LuaPool)
-    with refused(fleet.pool.client, "select"):
+    with refused(fleet.pool.client, "tick"):
         ask_raw(fleet, {name: value}, group([100, *NUMBERS[1:]]))
 
 
@@ -754,7 +747,7 @@ def test_a_malformed_selection_is_refused_with_all_others_of_its_call(
     malformed: list[Any] = [101, *NUMBERS[1:]]
     malformed[place] = value
     assert isinstance(fleet.pool, LuaPool)
-    with refused(fleet.pool.client, "select"):
+    with refused(fleet.pool.client, "tick"):
         ask_raw(fleet, {"epoch": 9}, [*group([100, *NUMBERS[1:]]), *group(malformed)])
 
 
@@ -762,7 +755,7 @@ def test_a_malformed_selection_is_refused_with_all_others_of_its_call(
 def test_a_selection_that_is_cut_short_is_refused(new_pool: NewPool, kept: int) -> None:
     fleet = used(new_pool)
     assert isinstance(fleet.pool, LuaPool)
-    with refused(fleet.pool.client, "select"):
+    with refused(fleet.pool.client, "tick"):
         ask_raw(fleet, {}, [*group([100, *NUMBERS[1:]]), *group([101, *NUMBERS[1:]])[:kept]])
 
 
@@ -770,7 +763,7 @@ def test_a_selection_that_is_cut_short_is_refused(new_pool: NewPool, kept: int) 
 def test_a_selection_without_all_its_numbers_is_refused(new_pool: NewPool, kept: int) -> None:
     fleet = used(new_pool)
     assert isinstance(fleet.pool, LuaPool)
-    with refused(fleet.pool.client, "select"):
+    with refused(fleet.pool.client, "tick"):
         ask_raw(fleet, {}, group([100, *NUMBERS[1:]][:kept]))
 
 
@@ -785,10 +778,8 @@ def test_a_call_with_another_number_of_pins_than_its_sessions_is_refused(
     rest: list[Any] = []
     for number, affinity_ms in enumerate(affinities, start=100):
         rest += group([number, *NUMBERS[1:5], affinity_ms, 1])
-    script = load("select")
-    names = [keys.pin(name, f"s{number}") for number in range(pins)]
-    with refused(client, "select"):
-        client.execute_command("EVAL", script.source, *script.command(pool_keys(name, "w1"), ARGUMENTS, rest, names))
+    with refused(client, "tick"):
+        evaluate_tick(client, pool_keys(name, "w1"), CALL, rest, [keys.pin(name, f"s{i}") for i in range(pins)])
 
 
 @pytest.mark.parametrize("number", ["01", "1.0", "1e0", "0x1", " 1", "1 ", "+1"])
@@ -796,13 +787,13 @@ def test_a_number_in_another_spelling_is_refused(new_pool: NewPool, number: str)
     """It would be a second name for the same pick, which no settle and no reap ever takes away."""
     fleet = used(new_pool)
     assert isinstance(fleet.pool, LuaPool)
-    with refused(fleet.pool.client, "select"):
+    with refused(fleet.pool.client, "tick"):
         ask_raw(fleet, {}, group([number, *NUMBERS[1:]]))
 
 
 def test_a_refused_call_does_not_start_an_epoch(new_pool: NewPool) -> None:
     fleet = used(new_pool)
     assert isinstance(fleet.pool, LuaPool)
-    with refused(fleet.pool.client, "select"):
+    with refused(fleet.pool.client, "tick"):
         fleet.select(a_selection(0), seen=(5, 500))
     assert fleet.view().epoch == 1

@@ -23,7 +23,7 @@ from tests.lua.builders import (
     a_service,
     an_abandoned,
     an_entry,
-    evaluate,
+    evaluate_tick,
     nothing_written,
     pool_keys,
     refused,
@@ -346,15 +346,7 @@ def test_a_late_settle_is_taken_back_once(fleet: Fleet) -> None:
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
-ARGUMENTS: dict[str, str | int] = {
-    "now_ms": NOW_MS,
-    "worker": "w1",
-    "epoch": 0,
-    "position": 0,
-    "lease_ms": LEASE_MS,
-    "batch": 2,
-    "skip": 0,
-}
+CALL: dict[str, str | int] = {"now_ms": NOW_MS, "lease_ms": LEASE_MS, "batch": 2}
 NUMBERS = [2, "success", 0, 1, 2, 3, 4, 5, 6, 7, 8]
 """number, outcome, age_ms, input, output, cached, cache_creation, reasoning, cooldown_ms, first_token_us, stream_us."""
 
@@ -376,7 +368,12 @@ def settle_raw(fleet: Fleet, client: Any) -> Callable[[dict[str, str | int], Seq
     fleet.ask(3, reserved=5)
     fleet.settle(an_entry(1, A, input=5), an_abandoned(90))
     names = pool_keys(fleet.pool.name, "w1")
-    return lambda arguments, rest: evaluate(client, "settle", names, ARGUMENTS | arguments, rest)
+
+    def send(arguments: dict[str, str | int], rest: Sequence[Any]) -> Any:
+        (reply,) = evaluate_tick(client, names, CALL | {"entries": (len(rest) + 1) // 2} | arguments, rest)
+        return reply
+
+    return send
 
 
 def test_the_arguments_of_the_cases_below_are_taken_when_none_is_malformed(settle_raw: Callable[..., Any]) -> None:
@@ -395,7 +392,7 @@ def test_the_arguments_of_the_cases_below_are_taken_when_none_is_malformed(settl
 def test_a_malformed_argument_is_refused_and_nothing_is_written(
     settle_raw: Callable[..., Any], client: Any, name: str, value: str
 ) -> None:
-    with refused(client, "settle"):
+    with refused(client, "tick"):
         settle_raw({name: value}, ENTRY)
 
 
@@ -410,20 +407,20 @@ def test_a_malformed_entry_is_refused_with_all_others_of_its_batch(
 ) -> None:
     malformed: list[Any] = [3, *NUMBERS[1:]]
     malformed[place] = value
-    with refused(client, "settle"):
+    with refused(client, "tick"):
         settle_raw({"epoch": 9}, [*ENTRY, *group(malformed)])
 
 
 def test_an_entry_without_a_service_is_refused(settle_raw: Callable[..., Any], client: Any) -> None:
-    with refused(client, "settle"):
+    with refused(client, "tick"):
         settle_raw({"epoch": 9}, [*ENTRY, *group([3, *NUMBERS[1:]], "")])
 
 
 @pytest.mark.parametrize("kept", range(11))
 def test_an_entry_that_is_cut_short_is_refused(settle_raw: Callable[..., Any], client: Any, kept: int) -> None:
-    with refused(client, "settle"):
+    with refused(client, "tick"):
         settle_raw({}, [*ENTRY, *group(NUMBERS[:kept])])
-    with refused(client, "settle"):
+    with refused(client, "tick"):
         settle_raw({}, [*ENTRY, *group(NUMBERS)[:1]])
 
 
@@ -431,7 +428,7 @@ def test_an_entry_that_is_cut_short_is_refused(settle_raw: Callable[..., Any], c
 def test_a_malformed_entry_is_refused_in_a_batch_that_is_not_the_next_too(
     settle_raw: Callable[..., Any], client: Any, batch: int
 ) -> None:
-    with refused(client, "settle"):
+    with refused(client, "tick"):
         settle_raw({"batch": batch}, group([*NUMBERS[:-1], "x"]))
 
 

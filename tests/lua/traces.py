@@ -65,8 +65,9 @@ class Trace:
         for rule in self.rules:
             self.raise_fence(rule)
         doings = (
-            [self.select] * 8
-            + [self.settle] * 5
+            [self.select] * 5
+            + [self.settle] * 3
+            + [self.tick] * 5
             + [self.pass_time] * 4
             + [self.health] * 2
             + [self.reap, self.resend, self.rewind, self.clear]
@@ -183,6 +184,33 @@ class Trace:
     def select(self) -> None:
         """One call of a few selections."""
         worker = self.random.choice(WORKERS)
+        selections = self.draw_selections(worker)
+        self.note(worker, selections, self.both("select", self.now_ms, worker, selections, LEASE_MS, self.seen()))
+
+    def tick(self) -> None:
+        """A batch and selections in one call, told to the reference one after the other."""
+        worker = self.random.choice(WORKERS)
+        entries, skip = self.draw_entries(worker), self.random.random() < 0.05
+        is_gap = not skip and self.random.random() < 0.1
+        self.batches[worker] += 1 + skip
+        batch = self.batches[worker] + is_gap
+        selections = self.draw_selections(worker)
+        if entries and entries[0].number and self.random.random() < 0.2:
+            selections[0] = msgspec.structs.replace(selections[0], number=entries[0].number)
+        seen = self.seen()
+        word, last, *place = self.reference.settle(self.now_ms, worker, batch, entries, LEASE_MS, seen, skip=skip)
+        *answers, (_, epoch, position, lost) = self.reference.select(self.now_ms, worker, selections, LEASE_MS, seen)
+        if place:
+            lost = place[2]
+        reply = self.lua.tick(self.now_ms, worker, batch, entries, selections, LEASE_MS, seen, skip=skip)
+        assert reply == [[word, last, epoch, position, lost], *answers]
+        self.met[f"{word} in one call"] += 1
+        self.note(worker, selections, answers)
+        if is_gap:
+            self.both("settle", self.now_ms, worker, self.batches[worker], entries, LEASE_MS, self.seen())
+
+    def draw_selections(self, worker: str) -> list[Selection]:
+        """A few, each under a new name."""
         selections = []
         for _ in range(self.random.choice((1, 1, 1, 2, 2, 5, 20, 64))):
             self.numbers[worker] += 1
@@ -203,7 +231,10 @@ class Trace:
                     excluded=tuple(self.random.sample(SERVICES, 2)) if self.random.random() < 0.2 else (),
                 )
             )
-        answers = self.both("select", self.now_ms, worker, selections, LEASE_MS, self.seen())
+        return selections
+
+    def note(self, worker: str, selections: list[Selection], answers: list[Any]) -> None:
+        """Remembers what was answered, and what is open now."""
         for selection, answer in zip(selections, answers, strict=False):
             self.met[answer[2] if answer[0] == "pick" else " ".join(map(str, answer[:2]))] += 1
             if answer[0] == "pick":
@@ -211,8 +242,20 @@ class Trace:
                 self.open[worker].append(selection)
 
     def settle(self) -> None:
-        """A batch of some open attempts, an abandoned name that never arrived, and a stranger."""
+        """The next batch."""
         worker = self.random.choice(WORKERS)
+        entries = self.draw_entries(worker)
+        self.batches[worker] += 1
+        skip = False
+        if self.random.random() < 0.05:
+            self.both("settle", self.now_ms, worker, self.batches[worker] + 1, entries, LEASE_MS, self.seen())
+        elif self.random.random() < 0.05:
+            self.batches[worker] += 2
+            skip = True
+        self.both("settle", self.now_ms, worker, self.batches[worker], entries, LEASE_MS, self.seen(), skip=skip)
+
+    def draw_entries(self, worker: str) -> list[Entry]:
+        """Some open attempts, an abandoned name that never arrived, and a stranger."""
         entries = []
         for _ in range(min(len(self.open[worker]), self.random.choice((1, 6, 40)))):
             selection = self.open[worker].pop(self.random.randrange(len(self.open[worker])))
@@ -240,14 +283,7 @@ class Trace:
             entries.append(Entry(number=number, service="", outcome=Outcome.ABANDONED))
         if self.random.random() < 0.1:
             entries.append(Entry(number=0, service=SERVICES[0], outcome=Outcome.SUCCESS, usage=Usage(input=7)))
-        self.batches[worker] += 1
-        skip = False
-        if self.random.random() < 0.05:
-            self.both("settle", self.now_ms, worker, self.batches[worker] + 1, entries, LEASE_MS, self.seen())
-        elif self.random.random() < 0.05:
-            self.batches[worker] += 2
-            skip = True
-        self.both("settle", self.now_ms, worker, self.batches[worker], entries, LEASE_MS, self.seen(), skip=skip)
+        return entries
 
     def resend(self) -> None:
         """A batch that was applied before, with other entries: nothing of it may count."""

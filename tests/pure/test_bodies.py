@@ -32,6 +32,7 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
     max_leaves=20,
 )
 OBJECTS = st.dictionaries(KEYS, VALUES, max_size=6)
+REQUESTS = st.dictionaries(KEYS.filter(lambda key: key != "stream_options"), VALUES, max_size=6)
 
 
 @st.composite
@@ -48,6 +49,16 @@ def with_model(objects: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[
     return st.tuples(objects, st.booleans()).map(
         lambda pair: pair[0] | {"model": "old"} if pair[1] else {"model": "old"} | pair[0] | {"model": "old"}
     )
+
+
+def renamed(body: bytes, new: str = "new") -> bytes:
+    """The body of a request with another model."""
+    return replace_model(body, new, peek(body))
+
+
+def asking(body: bytes) -> bytes:
+    """The body of a request that asks for its usage."""
+    return ask_for_usage(body, peek(body))
 
 
 # -- peek --------------------------------------------------------------------------------------------------------------
@@ -142,6 +153,30 @@ def test_a_character_across_two_steps_of_the_check_is_valid() -> None:
     assert peek(body).model == "m"
 
 
+@pytest.mark.parametrize(
+    ("body", "names_one"),
+    [
+        (b'{"model":"m"}', True),
+        (b'{"x":{"model":"n"},"model":"m","y":"\\"model\\":1"}', True),
+        (b'{"mod\\u0065l":"m"}', True),
+        (b'{"model":"n","model":"m"}', False),
+        (b'{"mod\\u0065l":"n","model":"m"}', False),
+        (b'{"model":"n","x":1,"\\u006do\\u0064el":"m"}', False),
+    ],
+)
+def test_a_second_model_is_noticed_however_it_is_spelt(body: bytes, names_one: bool) -> None:
+    request = peek(body)
+
+    assert (request.model, request.names_one_model) == ("m", names_one)
+
+
+def test_one_request_says_nothing_about_the_next() -> None:
+    with pytest.raises(RequestError):
+        peek(b'{"model":"m",')
+
+    assert peek(b'{"model":"m"}').names_one_model
+
+
 @given(st.binary(max_size=30))
 def test_any_bytes_are_read_or_refused(rest: bytes) -> None:
     with contextlib.suppress(RequestError):
@@ -170,19 +205,105 @@ def test_any_bytes_are_read_or_refused(rest: bytes) -> None:
     ],
 )
 def test_only_the_top_level_model_changes(body: bytes, edited: bytes) -> None:
-    assert replace_model(body, "new") == edited
+    assert renamed(body) == edited
 
 
 def test_a_new_model_is_spelt_as_json() -> None:
-    assert json.loads(replace_model(b'{"model":"old"}', 'a"\\é\n')) == {"model": 'a"\\é\n'}
+    assert json.loads(renamed(b'{"model":"old"}', 'a"\\é\n')) == {"model": 'a"\\é\n'}
 
 
-@given(bodies(with_model(OBJECTS)))
+@given(bodies(with_model(REQUESTS)))
 def test_replacing_the_model_says_what_setting_it_says(body: bytes) -> None:
-    edited = replace_model(body, "new")
+    edited = renamed(body)
 
     assert json.loads(edited) == json.loads(body) | {"model": "new"}
-    assert replace_model(edited, "old") == body
+    assert renamed(edited, "old") == body
+
+
+MESSAGES = b'[{"role":"user","content":"%b"}]' % (rb"a \"model\" or two: \u006dodel, " * 200)
+LONG = [
+    b'{"model":@,"messages":%b}',
+    b'{"messages":%b,"model":@}',
+    b'\n{ "temperature" : 0.5 ,\n "stop" : ["a"] , "messages" : %b ,\t"model" : @ } ',
+    b'{"a":1,"b":"x\\"","c":null,"messages":%b,"model":@,"tools":[{"model":"old"}]}',
+    b'{"tools":%b,"mod\\u0065l":@,"system":"s"}',
+    b'{"unknown":%b,"model":@,"x":{"model":"old"}}',
+    b'{"unknown":%b,"model":@}',
+    b'{"x":{"model":"old"},"messages":%b,"model":@}',
+    b'{"system":"' + b"word " * 200 + b'","messages":%b,"model":@}',
+    b"{" + b"".join(b'"k%d":%d,' % (i, i) for i in range(100)) + b'"messages":%b,"model":@}',
+]
+"""Bodies that are long once there is a prompt in them, `@` where their model stands."""
+
+
+@pytest.mark.parametrize("body", LONG)
+def test_a_long_body_changes_in_nothing_but_its_model(body: bytes) -> None:
+    body %= MESSAGES
+
+    assert renamed(body.replace(b"@", b'"old"')) == body.replace(b"@", b'"new"')
+
+
+@pytest.mark.parametrize("body", [b'{"model":@}', *LONG])
+def test_a_body_with_the_right_model_alone_is_not_copied(body: bytes) -> None:
+    body = body.replace(b"%b", MESSAGES).replace(b"@", b'"old"')
+
+    assert renamed(body, "old") is body
+
+
+@pytest.mark.parametrize(
+    "first", [rb'["x\",\"model\":\"old\""]', b'[{"a":1,"model":"old"}]', b'[],"messages":[1]', b"[1,[2]]", b"12", b"[]"]
+)
+@pytest.mark.parametrize("last", [b"[1]", b"[12345]", b'["x"]', b"1", b'"x"', b"[]"])
+def test_members_that_are_there_twice_lead_to_no_wrong_place(first: bytes, last: bytes) -> None:
+    """The decoder tells only of the last of them, and of its length."""
+    padding = b'"pad":"%b"' % (b"p q " * 2000)
+    for start in (first, last):
+        body = b'{"messages":%b,"messages":%b,"model":"old",%b}' % (start, last, padding)
+
+        assert renamed(body) == body.replace(b',"model":"old","pad"', b',"model":"new","pad"')
+
+
+@pytest.mark.parametrize("padding", [b"", b"p q " * 2000])
+@pytest.mark.parametrize("key", [b'"model"', rb'"mod\u0065l"', rb'"\u006d\u006fdel"'])
+def test_none_of_several_models_is_passed_on(key: bytes, padding: bytes) -> None:
+    """Which of them counts is the upstream's choice: the right one may be the one that it does not take."""
+    for models in ((b"other", b"new"), (b"new", b"other"), (b"new", b"new")):
+        body = b'{"x":"%b",%b:"%b","y":1,"model":"%b"}' % (padding, key, *models)
+
+        assert renamed(body) == b'{"x":"%b",%b:"new","y":1,"model":"new"}' % (padding, key)
+
+
+def test_a_body_with_half_an_emoji_changes_in_nothing_but_its_model() -> None:
+    body = rb'{"model":"old","messages":[{"content":"\ud83d"}]}'
+
+    assert renamed(body) == body.replace(b"old", b"new")
+    assert renamed(body, "old") == body
+
+
+MEMBERS = st.tuples(
+    st.sampled_from(
+        ['"model"', '"mod\\u0065l"', '"messages"', '"m\\u0065ssages"', '"tools"', '"x"', '"a \\"model"', '""']
+    ),
+    VALUES.map(json.dumps) | st.sampled_from(["[1]", "1", "12", '["x\\",\\"model\\":\\"old"]', "1E+2", "{}"]),
+)
+
+
+@given(st.lists(MEMBERS, min_size=1, max_size=8), st.sampled_from([None, 0, -1]), st.sampled_from(["", " ", "\n\t"]))
+def test_every_model_changes_and_nothing_else(
+    members: list[tuple[str, str]], padded_at: int | None, space: str
+) -> None:
+    """The whole truth about a body, keys that are repeated and all, is its members in order."""
+    members = [(key, '"old"' if json.loads(key) == "model" else value) for key, value in [*members, ('"model"', "")]]
+    if padded_at is not None:
+        members.insert(padded_at, ('"messages"', json.dumps(["word " * 1000])))
+    body = ("{" + ",".join(space + key + space + ":" + space + value for key, value in members) + "}").encode()
+
+    def pairs(text: bytes) -> Any:
+        return json.loads(text, object_pairs_hook=list)
+
+    assert pairs(renamed(body)) == [(key, "new" if key == "model" else value) for key, value in pairs(body)]
+    assert len(renamed(body)) == len(body)
+    assert renamed(body, "old") == body
 
 
 @pytest.mark.parametrize("path", [("model",), ("message", "model"), ("response", "model"), ("x", "x", "model")])
@@ -245,7 +366,7 @@ def test_megabytes_are_edited_without_a_stall() -> None:
     body = json.dumps(prompt).encode()
     began = time.process_time()
 
-    edited = ask_for_usage(replace_model(body, "new"))
+    edited = asking(renamed(body))
 
     assert time.process_time() - began < 1
     assert edited.endswith(b'"model": "new"}')
@@ -256,7 +377,7 @@ def test_a_key_repeated_very_often_is_no_stall() -> None:
     body = b"{" + b",".join([b'"model":"old"'] * 50_000) + b"}"
     began = time.process_time()
 
-    assert replace_model(body, "new").count(b'"new"') == 50_000
+    assert renamed(body).count(b'"new"') == 50_000
     assert time.process_time() - began < 2
 
 
@@ -264,40 +385,53 @@ def test_a_key_repeated_very_often_is_no_stall() -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "edited"),
+    [
+        (b"null", b'{"include_usage":true}'),
+        (b"{ }", b'{"include_usage":true }'),
+        (b'{"x":[1]}', b'{"include_usage":true,"x":[1]}'),
+        (b'{"include_usage":false,"x":1}', b'{"include_usage":true,"x":1}'),
+        (b'{"include_usage": null}', b'{"include_usage": true}'),
+        (b'{"include_usage":true}', b'{"include_usage":true}'),
+    ],
+)
+@pytest.mark.parametrize("key", [b'"stream_options"', b'"stream\\u005foptions"'])
+def test_asking_for_usage_sets_one_option_and_keeps_the_rest(key: bytes, options: bytes, edited: bytes) -> None:
+    body = b'{"model":"m",%b: %%b ,"x":{"stream_options":{}}}' % key
+
+    assert asking(body % options) == body % edited
+
+
+@pytest.mark.parametrize(
     ("body", "edited"),
     [
-        (b"{}", b'{"stream_options":{"include_usage":true}}'),
-        (b' { "a":1}', b' {"stream_options":{"include_usage":true}, "a":1}'),
-        (b'{"stream_options":null}', b'{"stream_options":{"include_usage":true}}'),
-        (b'{"stream_options": { } }', b'{"stream_options": {"include_usage":true } }'),
-        (b'{"stream_options":{"x":[1]}}', b'{"stream_options":{"include_usage":true,"x":[1]}}'),
-        (b'{"stream_options":{"include_usage":false,"x":1}}', b'{"stream_options":{"include_usage":true,"x":1}}'),
-        (b'{"stream_options":{"include_usage": null}}', b'{"stream_options":{"include_usage": true}}'),
-        (b'{"stream_options":{"include_usage":true}}', b'{"stream_options":{"include_usage":true}}'),
-        (b'{"stream\\u005foptions":{}}', b'{"stream\\u005foptions":{"include_usage":true}}'),
+        (b' { "model":"m"}', b' {"stream_options":{"include_usage":true}, "model":"m"}'),
         (
-            b'{"x":{"stream_options":{}}}',
-            b'{"x":{"stream_options":{}}}'.replace(b"{", b'{"stream_options":{"include_usage":true},', 1),
+            b'{"x":{"stream_options":{}},"model":"m"}',
+            b'{"stream_options":{"include_usage":true},"x":{"stream_options":{}},"model":"m"}',
         ),
         (
-            b'{"stream_options":{"include_usage":false},"stream_options":{}}',
-            b'{"stream_options":{"include_usage":true},"stream_options":{"include_usage":true}}',
+            b'{"stream_options":{"include_usage":false},"model":"m","stream_options":null}',
+            b'{"stream_options":{"include_usage":true},"model":"m","stream_options":{"include_usage":true}}',
         ),
     ],
 )
-def test_asking_for_usage_sets_one_option_and_keeps_the_rest(body: bytes, edited: bytes) -> None:
-    assert ask_for_usage(body) == edited
+def test_options_are_added_where_there_are_none_and_each_of_several_is_set(body: bytes, edited: bytes) -> None:
+    assert asking(body) == edited
 
 
 OPTIONS = st.none() | st.dictionaries(KEYS, VALUES, max_size=4)
 
 
-@given(bodies(st.tuples(OBJECTS, OPTIONS).map(lambda pair: {**pair[0], "stream_options": pair[1]})), st.booleans())
+@given(
+    bodies(st.tuples(OBJECTS, OPTIONS).map(lambda pair: {**pair[0], "stream_options": pair[1], "model": "old"})),
+    st.booleans(),
+)
 def test_asking_for_usage_says_what_setting_it_says(body: bytes, twice: bool) -> None:
     table = json.loads(body)
     table["stream_options"] = {**(table["stream_options"] or {}), "include_usage": True}
 
-    edited = ask_for_usage(ask_for_usage(body)) if twice else ask_for_usage(body)
+    edited = asking(asking(body)) if twice else asking(body)
 
     assert json.loads(edited) == table
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from balancer.domain import Configuration, Limits, Outcome, Pick, Usage
 from balancer.errors import NoServiceError, RateLimitedError, StoreUnavailableError
 from balancer.store import keys
 from balancer.store.balance import Balance
-from balancer.store.pool import PoolClient
+from balancer.store.pool import Asked, PoolClient
+from balancer.store.settlement import Batch
 from balancer.tactics import RoundRobin
 from tests.faults import FaultProxy
 from tests.store.conftest import eventually
@@ -335,8 +336,14 @@ async def test_a_stopped_server_makes_the_first_requests_wait_for_the_deadline_a
         assert min(p.number for p in first) > 23, "names that Redis may have heard are used again"
         assert waited_ms >= DEADLINE_MS / 2
         asked: list[int] = []
+        send = PoolClient._send
+
+        def counted(self: PoolClient, batch: Batch | None, some: Sequence[Asked]) -> None:
+            asked.append(len(some))
+            send(self, batch, some)
+
         with monkeypatch.context() as patch:
-            patch.setattr(PoolClient, "_send_selections", lambda _, some: asked.append(len(some)))
+            patch.setattr(PoolClient, "_send", counted)
             for _ in range(500):
                 assert (await account.serve(worker)).is_local
         assert sum(asked) == 0

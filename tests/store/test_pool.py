@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -21,7 +21,8 @@ from balancer.domain import (
 )
 from balancer.errors import StoreUnavailableError
 from balancer.store import keys
-from balancer.store.pool import PoolClient, PoolEvents
+from balancer.store.pool import Asked, PoolClient, PoolEvents
+from balancer.store.settlement import Batch
 from balancer.store.topology import Topology
 from tests.store.conftest import eventually
 
@@ -82,21 +83,88 @@ async def join(url: str) -> AsyncIterator[Callable[..., Any]]:
         await pool.close(timeout_s=0.5)
 
 
-async def calls(control: Any) -> int:
-    stats = await control.info("commandstats")
-    return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("eval", "evalsha"))
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of each call of tick, how many entries it settles and how many selections it asks for."""
+    noted: list[tuple[int, int]] = []
+    send = PoolClient._send
+
+    def noting(self: PoolClient, batch: Batch | None, asked: Sequence[Asked]) -> None:
+        noted.append((batch.count if batch else 0, len(asked)))
+        send(self, batch, asked)
+
+    monkeypatch.setattr(PoolClient, "_send", noting)
+    return noted
 
 
-async def test_selections_and_settles_of_one_tick_are_two_calls(join: Any, control: Any) -> None:
+async def turn() -> None:
+    """Lets the loop turn, and with it all that was scheduled before."""
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+
+async def test_settles_and_selections_of_one_tick_are_one_call(join: Any, sent: list[tuple[int, int]]) -> None:
     pool: PoolClient = await join("w")
     await pool.raise_fence([a_definition()])
-    first = await asyncio.gather(*(pool.select(a_selection(n)) for n in range(1, 41)))
-    before = await calls(control)
-    for number, answer in enumerate(first, start=1):
-        pool.settle(an_entry(number, answer[1]))
-    await asyncio.gather(*(pool.select(a_selection(n)) for n in range(41, 81)))
+    service = (await pool.select(a_selection(1)))[1]
+    sent.clear()
+    asked = [asyncio.create_task(pool.select(a_selection(number))) for number in range(2, 42)]
+    asyncio.get_running_loop().call_soon(pool.settle, an_entry(1, service))
+    await asyncio.gather(*asked)
     assert await pool.acknowledged(5)
-    assert await calls(control) - before == 2
+    assert sum(entries for entries, _ in sent) == 1
+    assert sum(selections for _, selections in sent) == 40
+    assert len(sent) == 2, "the first goes out at once, as there is nothing else under way; then all others"
+
+
+async def test_selections_of_later_ticks_wait_for_the_answer_that_is_under_way(
+    join: Any, control: Any, sent: list[tuple[int, int]]
+) -> None:
+    pool: PoolClient = await join("w")
+    await pool.raise_fence([a_definition()])
+    await control.client_pause(100)
+    asked = []
+    for number in range(1, 11):
+        asked.append(asyncio.create_task(pool.select(a_selection(number))))
+        await turn()
+    answers = await asyncio.gather(*asked)
+    assert [answer[3] for answer in answers] == list(range(1, 11)), "in the order of asking"
+    assert sent == [(0, 1), (0, 9)]
+
+
+async def test_selections_ride_along_with_a_settle_whatever_is_under_way(
+    join: Any, control: Any, sent: list[tuple[int, int]]
+) -> None:
+    pool: PoolClient = await join("w")
+    await pool.raise_fence([a_definition()])
+    service = (await pool.select(a_selection(1)))[1]
+    sent.clear()
+    await control.client_pause(100)
+    asked = []
+    for number in (2, 3):
+        asked.append(asyncio.create_task(pool.select(a_selection(number))))
+        await turn()
+    pool.settle(an_entry(1, service))
+    asked.append(asyncio.create_task(pool.select(a_selection(4))))
+    assert [answer[3] for answer in await asyncio.gather(*asked)] == [2, 3, 4]
+    assert await pool.acknowledged(5)
+    assert sent == [(0, 1), (1, 1), (0, 1)]
+
+
+async def test_a_selection_that_was_never_sent_is_not_given_up_in_redis(join: Any, control: Any) -> None:
+    """There is nothing to be given back: Redis has never heard of its name."""
+    pool: PoolClient = await join("w", deadline_ms=100)
+    await pool.raise_fence([a_definition()])
+    await control.client_pause(400)
+    first = asyncio.create_task(pool.select(a_selection(1)))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(pool.select(a_selection(2)))
+    for waits in (first, second):
+        with pytest.raises(StoreUnavailableError):
+            await waits
+    assert await pool.acknowledged(10)
+    assert await control.hget(keys.holdings("default", "w"), "2") is None
+    assert sum(service.abandoned for service in (await pool.view()).services.values()) == 1
 
 
 async def test_sessions_of_one_call_stay_where_they_were_and_the_others_go_on(join: Any, control: Any) -> None:

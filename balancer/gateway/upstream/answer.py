@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from time import monotonic
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from balancer.dialects import Headers
 from balancer.errors import UpstreamError, UpstreamTimeoutError
@@ -20,69 +23,45 @@ _HELD_BYTES = 256 * 1024
 """What waits unread beyond this holds the upstream back."""
 
 
-class Answer:
-    """An UpstreamResponse; its connection fills it."""
+class Answer(msgspec.Struct, eq=False):
+    """An UpstreamResponse; its connection fills it. `answer_to` makes it."""
 
-    __slots__ = (
-        "_chunks",
-        "_connection",
-        "_deadline",
-        "_error",
-        "_first_at",
-        "_has_begun",
-        "_held",
-        "_is_over",
-        "_limit",
-        "_loop",
-        "_request",
-        "_take",
-        "_waiter",
-        "headers",
-        "length",
-        "on_news",
-        "status",
-    )
-
-    def __init__(self, request: UpstreamRequest, loop: asyncio.AbstractEventLoop, sent_at: float) -> None:
-        self.status = 0
-        self.headers: Headers = ()
-        self.length: int | None = None
-        self.on_news: Callable[[], None] | None = None
-        """Called, in place of a reader who waits, when something has come, or no more will come."""
-        self._request = request
-        self._loop = loop
-        self._connection: Connection | None = None
-        self._deadline = sent_at + request.timeout_s
-        self._first_at = min(sent_at + request.timeouts.headers_s, self._deadline)
-        self._limit = ""
-        self._chunks: list[bytes] = []
-        self._held = 0
-        self._has_begun = False
-        self._is_over = False
-        self._error: UpstreamError | None = None
-        self._take: Take | None = None
-        self._waiter: asyncio.Future[bytes] | None = None
+    _request: UpstreamRequest
+    _loop: asyncio.AbstractEventLoop
+    _deadline: float
+    first_at: float
+    """When its headers must be there, of the loop's clock."""
+    status: int = 0
+    headers: Headers = ()
+    length: int | None = None
+    on_news: Callable[[], None] | None = None
+    """Called, in place of a reader who waits, when something has come, or no more will come."""
+    is_over: bool = False
+    """True when all of it has come."""
+    _connection: Connection | None = None
+    _chunks: list[bytes] = []
+    _held: int = 0
+    _has_begun: bool = False
+    _heard_at: float = 0.0
+    _error: UpstreamError | None = None
+    _take: Take | None = None
+    _waiter: asyncio.Future[bytes] | None = None
 
     # -- who reads -----------------------------------------------------------------------------------------------------
 
     @property
     def left_s(self) -> float:
         """Seconds until its headers must be there."""
-        return self._first_at - self._loop.time()
+        return self.first_at - self._loop.time()
 
     @property
     def is_awaited(self) -> bool:
         """True while somebody waits for what comes next."""
         return self._waiter is not None or self.on_news is not None
 
-    @property
-    def first_at(self) -> float:
-        """When its headers must be there, of the loop's clock."""
-        return self._first_at
-
     async def opened(self, connection: Connection) -> None:
         """Waits for the headers. Raises UpstreamError, and leaves no connection behind when it is cancelled."""
-        connection.arm(self._first_at)
+        connection.arm(self.first_at)
         if not self.status and self._error is None:
             await self._more()
         if self._error is not None and not self.status:
@@ -99,9 +78,9 @@ class Answer:
             raise self._error
 
     @property
-    def is_over(self) -> bool:
-        """True when all of it has come."""
-        return self._is_over
+    def is_at_end(self) -> bool:
+        """True when all of it has come and was read."""
+        return self.is_over and not self._chunks and self._error is None
 
     @property
     def has_failed(self) -> bool:
@@ -116,7 +95,7 @@ class Answer:
     def whole(self) -> bytes | None:
         """The body, if all of it has come and nothing was read yet; it can still be read."""
         chunks = self._chunks
-        if not self._is_over or not chunks:
+        if not self.is_over or not chunks:
             return None
         if len(chunks) > 1:
             chunks[:] = [b"".join(chunks)]
@@ -127,7 +106,7 @@ class Answer:
         while not self._chunks:
             if self._error is not None:
                 raise self._error
-            if self._is_over:
+            if self.is_over:
                 return b""
             self._arm()
             await self._more()
@@ -139,7 +118,7 @@ class Answer:
             chunk = self._taken()
             if not take(chunk):
                 return chunk
-        if self._error is None and not self._is_over:
+        if self._error is None and not self.is_over:
             self._take = take
             self._arm()
             if chunk := await self._more():
@@ -174,10 +153,7 @@ class Answer:
         connection = self._connection
         assert connection is not None, "an answer without a connection is over, or has failed"
         timeouts = self._request.timeouts
-        if self._has_begun:
-            self._limit, limit_s = "idle_s", timeouts.idle_s
-        else:
-            self._limit, limit_s = "first_byte_s", timeouts.first_byte_s
+        limit_s = timeouts.idle_s if self._has_begun else timeouts.first_byte_s
         connection.arm(min(self._loop.time() + limit_s, self._deadline))
 
     async def _more(self) -> bytes:
@@ -209,7 +185,7 @@ class Answer:
         if body:
             self._chunks.append(body)
             self._held = self.length
-        self._is_over = True
+        self.is_over = True
         self._connection = None
 
     def tell(self) -> None:
@@ -219,11 +195,16 @@ class Answer:
         else:
             self._wake()
 
-    def receive(self, chunk: bytes) -> None:
-        """A part of its body has come."""
-        self._has_begun = True
+    @property
+    def due_at(self) -> float:
+        """When what comes next must be there, since something was taken last."""
+        return min(self._heard_at + self._request.timeouts.idle_s, self._deadline)
+
+    def receive(self, chunk: bytes, framed: bytes = b"") -> None:
+        """A part of its body has come; `framed`: the same with its framing, where that is plain."""
         take = self._take
         if take is None:
+            self._has_begun = True
             self._chunks.append(chunk)
             self._held += len(chunk)
             if self._held > _HELD_BYTES and self._connection is not None:
@@ -232,21 +213,26 @@ class Answer:
             return
         waiter = self._waiter
         try:
-            if take(chunk):
-                if self._connection is not None:
-                    self._arm()
+            if take(chunk, framed):
+                if self._has_begun:
+                    self._heard_at = monotonic()  # The timer looks at it when it goes off.
+                else:
+                    self._has_begun = True
+                    if self._connection is not None:
+                        self._arm()
                 return
         except Exception as exc:  # noqa: BLE001  # It is raised where `pump` is awaited.
             self._take = None
             if waiter is not None and not waiter.done():
                 waiter.set_exception(exc)
             return
+        self._has_begun = True
         self._take = None
         self._wake(chunk)
 
     def end(self) -> None:
         """All of it has come; the connection is somebody else's from now on."""
-        self._is_over = True
+        self.is_over = True
         self._connection = None
         self.tell()
 
@@ -261,7 +247,9 @@ class Answer:
         """Nothing came before the limit."""
         self._connection = None
         if self.status:
-            limit = "timeout" if self._loop.time() >= self._deadline else self._limit
+            limit = "idle_s" if self._has_begun else "first_byte_s"
+            if self._loop.time() >= self._deadline:
+                limit = "timeout"
             self._error = UpstreamTimeoutError(f"{self._request.provider} was silent for too long ({limit})")
         else:
             self._error = self.unanswered()
@@ -269,7 +257,7 @@ class Answer:
 
     def unanswered(self) -> UpstreamTimeoutError:
         """The error when its headers are not there in time."""
-        limit = "headers_s" if self._first_at < self._deadline else "timeout"
+        limit = "headers_s" if self.first_at < self._deadline else "timeout"
         return UpstreamTimeoutError(f"{self._request.provider} did not answer in time ({limit})")
 
     def _wake(self, chunk: bytes = b"") -> None:
@@ -281,3 +269,9 @@ class Answer:
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(chunk)
+
+
+def answer_to(request: UpstreamRequest, loop: asyncio.AbstractEventLoop, sent_at: float) -> Answer:
+    """The answer to a request, of which nothing has come yet; its limits count from that time of the loop's."""
+    timeout_s, headers_s = request.timeout_s, request.timeouts.headers_s
+    return Answer(request, loop, sent_at + timeout_s, sent_at + (headers_s if headers_s < timeout_s else timeout_s))

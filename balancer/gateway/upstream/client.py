@@ -10,8 +10,8 @@ import msgspec
 
 from balancer.errors import UpstreamError, UpstreamTimeoutError
 from balancer.gateway.messages import UpstreamRequest, UpstreamResponse
-from balancer.gateway.upstream.answer import Answer
-from balancer.gateway.upstream.connection import Connection
+from balancer.gateway.upstream.answer import Answer, answer_to
+from balancer.gateway.upstream.connection import BroughtConnection, Connection
 from balancer.gateway.upstream.dialing import Dialer
 from balancer.gateway.upstream.pool import Pool
 from balancer.gateway.upstream.request import Heads, Origin, Targets, head_of
@@ -55,7 +55,7 @@ class UpstreamClient:
         target = self._targets.of(request.url, request.proxy_url)
         head = self._heads.of(request, target)
         pool = self._pools.get(target.origin) or self._new_pool(target.origin)
-        answer = Answer(request, pool.loop, pool.loop.time())
+        answer = answer_to(request, pool.loop, pool.loop.time())
         connection, is_new = pool.take(), False
         if connection is None:
             connection, is_new = await self._another(pool, target.origin, answer, request)
@@ -92,7 +92,7 @@ class UpstreamClient:
         pool = self._pools.get(prepared.origin)
         if pool is None:
             return None
-        answer = Answer(prepared.request, pool.loop, began_at)
+        answer = answer_to(prepared.request, pool.loop, began_at)
         while (connection := pool.take()) is not None:
             if connection.ask(answer, prepared.head + lines, body, head_only=False):
                 answer.on_news = on_news
@@ -142,9 +142,11 @@ class UpstreamClient:
 
     async def _dialled(self, pool: Pool, origin: Origin, answer: Answer, request: UpstreamRequest) -> Connection:
         loop = pool.loop
+        is_plain = origin.scheme == "http" and not origin.proxy_url.startswith("https")
+        kind = BroughtConnection if is_plain and not isinstance(loop, asyncio.SelectorEventLoop) else Connection
 
         def new() -> Connection:
-            return Connection(loop, self._buffer, first=self._tls.remember, freed=pool.free, lost=lost)
+            return kind(loop, self._buffer, first=self._tls.remember, freed=pool.free, lost=lost)
 
         def lost(connection: Connection) -> None:
             if connection not in self._connections:

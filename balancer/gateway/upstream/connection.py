@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import select
 import ssl
 from collections.abc import Callable
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING
 
 import httptools
 
+from balancer.gateway.upstream.chunks import data_of
 from balancer.gateway.upstream.whole import read_whole
+from balancer.polling import Loop, Readers
 
 if TYPE_CHECKING:
     from balancer.gateway.upstream.answer import Answer
@@ -25,6 +28,7 @@ _HEAD_BYTES = 64 * 1024
 """The longest head; as much may stand between two parts of a body in chunks, and behind the last."""
 _HEADERS = 256
 _PART_BYTES = 256 * 1024
+_READ_BYTES = 64 * 1024
 _LARGE_BYTES = 2**20
 """A body beyond this goes out in parts, so that one large prompt neither doubles memory nor holds up the loop."""
 
@@ -42,15 +46,19 @@ class Connection(asyncio.BufferedProtocol):
         "_buffer",
         "_due_at",
         "_fault",
+        "_fd",
         "_fed",
         "_first",
         "_freed",
         "_has_head",
         "_head_only",
         "_headers",
+        "_is_at_chunk",
+        "_is_between_chunks",
         "_is_broken",
         "_is_chunked",
         "_is_complete",
+        "_is_fresh",
         "_is_held_back",
         "_is_paused",
         "_keeps_alive",
@@ -60,6 +68,7 @@ class Connection(asyncio.BufferedProtocol):
         "_parser",
         "_parts",
         "_poll",
+        "_readers",
         "_rest",
         "_timer",
         "_timer_at",
@@ -92,15 +101,19 @@ class Connection(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = self._due_at = math.inf
         self._parser = httptools.HttpResponseParser(self)
+        self._fd = -1
+        self._readers: Readers | None = None
         self._headers: list[tuple[str, str]] = []
         self._parts: list[bytes] = []
         self._expect(head_only=False)
 
     def _expect(self, *, head_only: bool) -> None:
-        """An answer is to come."""
+        """An answer is to come; `_is_fresh` until something of it has been read."""
         self._head_only = head_only
+        self._is_fresh = True
         self._fed = 0
         self._has_head = self._is_complete = self._is_chunked = self._keeps_alive = False
+        self._is_at_chunk = self._is_between_chunks = False
         self._length: int | None = None
         self._fault = ""
 
@@ -109,6 +122,10 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It can be written to; again when TLS was started on it."""
         self.transport = transport  # type: ignore[assignment]
+        sock = transport.get_extra_info("socket")
+        if isinstance(self._loop, Loop) and sock is not None and transport.get_extra_info("sslcontext") is None:
+            self._fd, self._readers = sock.fileno(), self._loop.readers
+            self._readers[self._fd] = self._on_readable
 
     @property
     def is_usable(self) -> bool:
@@ -125,6 +142,7 @@ class Connection(asyncio.BufferedProtocol):
     def drop(self) -> None:
         """Ends it; nobody waits for an answer on it any more."""
         self._is_broken = True
+        self._leave_to_loop()
         self._answer = self._rest = None
         if self.transport is not None:
             self.transport.abort()
@@ -132,6 +150,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
         self._is_broken = True
+        self._leave_to_loop()
         self._rest = None
         if self._timer is not None:
             self._timer.cancel()
@@ -158,10 +177,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def _on_timer(self) -> None:
         self._timer, self._timer_at = None, math.inf
-        if self._loop.time() < self._due_at:
-            self.arm(self._due_at)
-            return
         answer = self._answer
+        due_at = self._due_at if answer is None else max(self._due_at, answer.due_at)
+        if self._loop.time() < due_at:
+            self.arm(due_at)
+            return
         if answer is None:
             if self.idle_since != math.inf:
                 self.drop()
@@ -179,9 +199,11 @@ class Connection(asyncio.BufferedProtocol):
             return False
         self.idle_since = math.inf
         self._answer = answer
-        self._expect(head_only=head_only)
+        if not self._is_fresh or head_only != self._head_only:
+            self._expect(head_only=head_only)
         if len(body) <= _LARGE_BYTES:
-            transport.write(head + body)
+            if not self._writes_at_once(transport, head, body):
+                transport.write(head + body)
         else:
             self._rest = memoryview(body)
             transport.write(head)
@@ -192,6 +214,21 @@ class Connection(asyncio.BufferedProtocol):
         answer.attach(self)
         if self._rest is not None and not self._is_paused:
             self.resume_writing()
+        return True
+
+    def _writes_at_once(self, transport: asyncio.Transport, head: bytes, body: bytes) -> bool:
+        """Writes both in the transport's stead, and so without a copy; False where that has sent nothing.
+
+        What the kernel does not take is left to the transport, and so is finding out why it takes none.
+        """
+        if self._readers is None or transport.get_write_buffer_size() or transport.is_closing():
+            return False
+        try:
+            sent = os.writev(self._fd, (head, body))
+        except OSError:
+            return False
+        if sent < len(head) + len(body):
+            transport.write((head + body)[sent:])
         return True
 
     def _has_news(self, transport: asyncio.Transport) -> bool:
@@ -233,18 +270,65 @@ class Connection(asyncio.BufferedProtocol):
             if not self.transport.is_closing():
                 self.transport.resume_reading()
 
+    def _leave_to_loop(self) -> None:
+        """Lets the loop see for itself what there is to be read."""
+        if self._readers is not None:
+            self._readers.pop(self._fd, None)
+            self._readers = None
+
+    def _on_readable(self) -> None:
+        """Reads in the loop's stead."""
+        if self._is_held_back:
+            return
+        try:
+            data = os.read(self._fd, _READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.fail("")
+            return
+        if not data:
+            self._leave_to_loop()
+            return
+        try:
+            answer = self._answer
+            if self._is_between_chunks and answer is not None and (part := data_of(data)) is not None:
+                answer.receive(part, data)  # As `data_received` does, one call less.
+            else:
+                self._read(data)
+        except Exception as exc:  # noqa: BLE001  # As the loop does.
+            self._loop.call_exception_handler({"message": "an answer could not be read", "exception": exc})
+            self.fail("")
+
     def get_buffer(self, sizehint: int) -> memoryview:
         """What is received comes here."""
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         """Reads what was received, and hands what it holds of a body on as one chunk."""
+        part = self._buffer[:nbytes]
+        if self._is_between_chunks:
+            self.data_received(bytes(part))
+        else:
+            self._read(part)
+
+    def data_received(self, data: bytes) -> None:
+        """The same where the loop brings the bytes along."""
+        if self._is_between_chunks and self._answer is not None:
+            part = data_of(data)
+            if part is not None:
+                # Behind whole chunks the parser would stand where it stands.
+                self._answer.receive(part, data)
+                return
+        self._read(data)
+
+    def _read(self, data: bytes | memoryview) -> None:
         answer = self._answer
         if answer is None:
             self.drop()  # Nobody has asked: a late 408, or a second answer.
             return
         if not self._fed and not self._has_head and not self._head_only:
-            whole = read_whole(bytes(self._buffer[:nbytes]))
+            whole = read_whole(bytes(data))
             if whole is not None:
                 self._answer = None
                 answer.complete(*whole)
@@ -252,9 +336,10 @@ class Connection(asyncio.BufferedProtocol):
                 self._give_back()
                 answer.tell()
                 return
-        self._fed += nbytes
+        self._is_fresh = False
+        self._fed += len(data)
         try:
-            self._parser.feed_data(self._buffer[:nbytes])
+            self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             self._fault = "switched protocols, which it was not asked for"
         except httptools.HttpParserError as exc:
@@ -262,6 +347,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._keeps_alive = False
             else:
                 self._fault = f"sent what is no HTTP: {exc}"
+        self._is_between_chunks = self._is_at_chunk and data[-2:] == b"\r\n"
         parts = self._parts
         if parts:
             self._fed = 0
@@ -353,6 +439,7 @@ class Connection(asyncio.BufferedProtocol):
         self._fed = 0
         if self._head_only or status in (204, 304):
             self._length, self._is_chunked, self._is_complete = 0, False, True
+        self._is_at_chunk = self._is_chunked
         answer = self._answer
         if answer is not None and not self._fault:
             answer.begin(status, tuple(headers), self._length)
@@ -364,10 +451,24 @@ class Connection(asyncio.BufferedProtocol):
         elif not self._fault:
             self._parts.append(part)
 
+    def on_chunk_header(self) -> None:
+        """A chunk's size is known."""
+        self._is_at_chunk = False
+
+    def on_chunk_complete(self) -> None:
+        """A chunk is whole: the next one's size is to come, unless this was the last."""
+        self._is_at_chunk = True
+
     def on_message_complete(self) -> None:
         """The answer is whole; one of 1xx is none yet."""
         if self._has_head:
             self._is_complete = True
+
+
+class BroughtConnection(Connection, asyncio.Protocol):
+    """The same for a loop that brings what it has read along cheaper than it reads into a buffer: uvloop."""
+
+    __slots__ = ()
 
 
 _LENGTH, _CODING, _CONNECTION = 1, 2, 3

@@ -91,6 +91,11 @@ class SocksAnswer:
         self._has_begun = True
         return chunk
 
+    @property
+    def is_at_end(self) -> bool:
+        """False: whether more comes is not known before it is asked for."""
+        return False
+
     def whole(self) -> bytes | None:
         """None: what has come is not looked at before it is read."""
         return None

@@ -17,18 +17,15 @@ _LINE = b"HTTP/1.1 200 OK\r\n"
 _FIELD = re.compile(r"(?<=\n)([!#$%&'*+.^_`|~0-9A-Za-z-]++):[ \t]*+([ -~\t]*+)\r\n")
 _LONGEST_LENGTH = 15
 
-_LENGTH, _CONNECTION, _ELSEWHERE = 1, 2, 3
-_KINDS = {
-    "content-length": _LENGTH,
-    "connection": _CONNECTION,
-    "proxy-connection": _ELSEWHERE,
-    "trailer": _ELSEWHERE,
-    "transfer-encoding": _ELSEWHERE,
-    "upgrade": _ELSEWHERE,
-}
-_KNOWN = 1024
-_known: dict[str, int] = {}
-"""What a header means to us, 0 for nothing, by its name as it is spelt; names recur."""
+_ELSEWHERE = frozenset(["proxy-connection", "trailer", "transfer-encoding", "upgrade"])
+"""What frames a body in another way, or is about the connection."""
+
+_KEPT = 256
+_places: dict[tuple[str, ...], tuple[int, int]] = {}
+"""Where among headers of these names Content-Length and Connection stand, -1 for nowhere; names recur.
+
+The first is -1 too where an answer with such names is not for us.
+"""
 
 
 def read_whole(data: bytes) -> tuple[Headers, bytes] | None:
@@ -39,26 +36,24 @@ def read_whole(data: bytes) -> tuple[Headers, bytes] | None:
     text = data[: end + 2].decode("latin-1")
     headers: list[tuple[str, str]] = _FIELD.findall(text, len(_LINE))
     # Each match is one line and begins behind one: as many as there are lines means that nothing was passed over.
-    if len(headers) != text.count("\n") - 1 or " \r\n" in text or "\t\r\n" in text:
+    if not headers or len(headers) != text.count("\n") - 1 or " \r\n" in text or "\t\r\n" in text:
         return None
-    length = ""
-    for name, value in headers:
-        kind = _known.get(name)
-        if kind is None:
-            kind = _learned(name)
-        if not kind:
-            continue
-        if kind == _LENGTH and not length and value.isdecimal() and len(value) <= _LONGEST_LENGTH:
-            length = value
-        elif kind != _CONNECTION or value.lower() != "keep-alive":
-            return None
-    if not length or len(data) - end - 4 != int(length):
+    names, values = zip(*headers)  # noqa: B905 - pairs; `strict` would take as long again.
+    length_at, connection_at = _places.get(names) or _places_of(names)
+    if length_at < 0 or (connection_at >= 0 and values[connection_at].lower() != "keep-alive"):
         return None
-    return tuple(headers), data[end + 4 :]
+    length, body = values[length_at], data[end + 4 :]
+    if not length.isdecimal() or len(length) > _LONGEST_LENGTH or len(body) != int(length):
+        return None
+    return tuple(headers), body
 
 
-def _learned(name: str) -> int:
-    kind = _KINDS.get(name.lower(), 0)
-    if len(_known) < _KNOWN:
-        _known[name] = kind
-    return kind
+def _places_of(names: tuple[str, ...]) -> tuple[int, int]:
+    lower = [name.lower() for name in names]
+    is_ours = lower.count("content-length") == 1 and lower.count("connection") <= 1 and _ELSEWHERE.isdisjoint(lower)
+    connection_at = lower.index("connection") if "connection" in lower else -1
+    places = (lower.index("content-length") if is_ours else -1, connection_at)
+    if len(_places) >= _KEPT:
+        _places.clear()
+    _places[names] = places
+    return places
