@@ -283,6 +283,19 @@ def test_an_event_without_a_token_is_no_content(data: object) -> None:
     assert not heard(data).has_content
 
 
+@given(st.lists(TABLES, min_size=1, max_size=4))
+def test_what_the_events_of_a_stream_report_adds_up(tables: list[dict[str, Any]]) -> None:
+    """What stood beside something odd in the first of them was once left out."""
+    told: dict[str, Any] = {}
+    for table in tables:
+        for name, value in table.items():
+            is_details = name.endswith("details")
+            if isinstance(value, dict) if is_details else type(value) is int and 0 <= value < 2**48:
+                told[name] = value
+
+    assert heard(*({"usage": table} for table in tables)).usage == read(told)
+
+
 @pytest.mark.parametrize("odd", ["x", 7, [], {"usage": 3}, {"usage": {"input_tokens": "x"}}])
 def test_odd_fields_hide_neither_the_end_nor_what_was_reported(odd: object) -> None:
     begin = {"type": "message_start", "message": {"usage": ANTHROPIC}}
