@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balancer.dialects import Headers
 from balancer.domain import Timeouts
-from balancer.errors import ConfigurationError, UpstreamError
+from balancer.errors import ConfigurationError, UpstreamError, UpstreamTimeoutError
 from balancer.gateway.messages import UpstreamRequest
 from balancer.gateway.upstream import request as requests
 from balancer.gateway.upstream.answer import answer_to
@@ -255,12 +256,14 @@ def test_chunks_that_are_spelt_or_end_in_another_way_are_left_to_the_parser(
     assert data is None or data == unframed(chunks)
 
 
+class Timer:
+    """A timer that never goes off by itself."""
+
+    def cancel(self) -> None: ...
+
+
 async def test_one_timer_serves_many_waits(connections: Connections, monkeypatch: pytest.MonkeyPatch) -> None:
     armed: list[float] = []
-
-    class Timer:
-        def cancel(self) -> None:
-            pass
 
     class Clock:
         def call_at(self, at: float, _: Any) -> Timer:
@@ -284,6 +287,47 @@ async def test_one_timer_serves_many_waits(connections: Connections, monkeypatch
     connection.idle_since, now = 5.0, 11.0
     connection._on_timer()
     assert transport.is_closing()
+
+
+async def test_what_is_taken_puts_the_limit_off_without_a_timer(
+    connections: Connections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    armed: list[float] = []
+
+    class Clock:
+        create_future = connections.loop.create_future
+
+        def call_at(self, at: float, _: Any) -> Timer:
+            armed.append(at)
+            return Timer()
+
+        def time(self) -> float:
+            return now
+
+    now = 0.0
+    connection, transport = connections.make()
+    clock: Any = Clock()
+    monkeypatch.setattr(connection, "_loop", clock)
+    monkeypatch.setattr("balancer.gateway.upstream.answer.monotonic", clock.time)
+    request = msgspec.structs.replace(a_request(), timeouts=Timeouts(first_byte_s=50, idle_s=10))
+    answer = answer_to(request, clock, now)
+    connection.ask(answer, b"", b"", head_only=False)
+    receive(connection, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    pumping = asyncio.ensure_future(answer.pump(lambda *_: True))
+    await asyncio.sleep(0)
+    for at in (1.0, 2.0, 8.0):
+        now = at
+        receive(connection, b"10\r\n0123456789abcdef\r\n")
+    assert armed == [50.0, 11.0]
+    now = 11.0
+    connection._on_timer()
+    assert armed == [50.0, 11.0, 18.0]
+    now = 18.0
+    connection._on_timer()
+    with pytest.raises(UpstreamTimeoutError, match=r"idle_s"):
+        await pumping
+    assert transport.is_closing()
+    connection.connection_lost(None)
 
 
 # -- the pool ----------------------------------------------------------------------------------------------------------
