@@ -17,6 +17,7 @@ from balancer import checkpoint
 from balancer.domain import Candidate, Entry, Outcome, RuleDefinition, Selection, Usage
 from balancer.ledger import CLEAR_COUNTERS, LEDGER_COUNTERS, PICK_COUNTERS, ServiceState
 from balancer.reference import BY_SERVICE, Held, Pool, Reply, minute_tokens
+from balancer.steps import Steps, finished
 from balancer.tactics import choose, tactic_of
 
 Event = Mapping[str, str]
@@ -116,6 +117,10 @@ class Checker:
 
     def feed(self, event: Event) -> None:
         """Checks the next event."""
+        finished(self.feeding(event))
+
+    def feeding(self, event: Event) -> Steps[None]:
+        """As `feed`, in steps: a checkpoint may be of thousands of rules."""
         kind = event["event"]
         place = int(event["epoch"]), int(event["position"])
         verdict = self.verdict
@@ -128,7 +133,8 @@ class Checker:
         handler = _HANDLERS.get(kind)
         if handler is None:
             raise ValueError(f"unknown event {kind!r}")
-        handler(self, event)
+        if (steps := handler(self, event)) is not None:
+            yield from steps
         self._place = place
         if self._pool is not None:
             self._pool.epoch, self._pool.position = place
@@ -201,12 +207,12 @@ class Checker:
     def _on_epoch(self, event: Event) -> None:
         pass  # All that it says was checked with its place.
 
-    def _on_checkpoint(self, event: Event) -> None:
+    def _on_checkpoint(self, event: Event) -> Steps[None]:
         self.verdict.checkpoints += 1
-        state = checkpoint.read(event["state"])
-        wrong = checkpoint.broken_invariants(state.pool)
+        state = yield from checkpoint.reading(event["state"])
+        wrong = yield from checkpoint.checking(state.pool)
         if self._pool is not None:
-            wrong += checkpoint.differences(self._pool, state.pool)
+            wrong += yield from checkpoint.comparing(self._pool, state.pool)
         if state.broken != state.pool.broken:
             wrong.append(f"breakers are listed as {state.broken!r}, and are {state.pool.broken!r}")
         if wrong:
@@ -446,7 +452,7 @@ def _shortened(event: Event) -> Event:
     return {k: v if len(v) <= 300 else v[:300] + "…" for k, v in event.items()}
 
 
-_HANDLERS: dict[str, Callable[[Checker, Event], None]] = {
+_HANDLERS: dict[str, Callable[[Checker, Event], Steps[None] | None]] = {
     "record": Checker._on_record,
     "epoch": Checker._on_epoch,
     "checkpoint": Checker._on_checkpoint,

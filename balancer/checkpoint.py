@@ -1,9 +1,12 @@
-"""A pool's whole state, as the checkpoint script tells it, read into the reference's structs."""
+"""A pool's whole state, as the checkpoint script tells it, read into the reference's structs.
+
+There may be thousands of rules: what goes through all of them does so in steps (`reading`, `checking`, `comparing`).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -25,6 +28,7 @@ from balancer.reference import (
     WorkerState,
     provider_of,
 )
+from balancer.steps import Steps, finished
 
 _SERVICE_LINE = re.compile(r"([^\n]+)\t(\d) (\d+) (-?\d+) (-?\d+) (-?\d+) (-?\d+) (-?\d+) (\d+)\n")
 _HELD = re.compile(r"h (\d+) (\d+) (\d+) (\d+) (.+)", re.DOTALL)
@@ -41,19 +45,25 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Raw(msgspec.Struct):
-    """Flat arrays of fields and values; an empty one comes as `{}`, for Lua knows no difference."""
+    """Flat arrays of fields and values, each parsed by itself; an empty one comes as `{}`: Lua knows no difference."""
 
-    services: Any
-    partitions: Any
-    leases: Any
-    holdings: Any
+    services: msgspec.Raw
+    partitions: msgspec.Raw
+    leases: msgspec.Raw
+    holdings: msgspec.Raw
 
 
 def read(text: str | bytes) -> State:
     """The state in a checkpoint's JSON. Raises msgspec.DecodeError or ValueError for what is none."""
+    return finished(reading(text))
+
+
+def reading(text: str | bytes) -> Steps[State]:
+    """As `read`, in steps."""
     raw = msgspec.json.decode(text, type=_Raw)
+    yield
     pool = Pool()
-    partitions, services = dict(_pairs(raw.partitions)), dict(_pairs(raw.services))
+    services = yield from _fields(raw.services)
     pool.epoch, pool.position = stored.place(services)
     for field, value in services.items():
         name, _, key = field.partition(":")
@@ -74,15 +84,18 @@ def read(text: str | bytes) -> State:
                 _set(meter, measured.counters)
             case _:
                 pass
+        yield
+    partitions = yield from _fields(raw.partitions)
     for field, value in partitions.items():
         name, _, key = field.partition(":")
         if name == "rule":
             pool.rules[key] = _rule(stored.rule(value), partitions.get(f"partitions:{key}", ""))
         elif name == "tactic":
             pool.partitions[key] = _partition(key, partitions)
-    for worker, flat in raw.holdings or ():
-        pool.workers[worker] = _worker(_pairs(flat))
-    for worker, end_ms in _pairs(raw.leases):
+        yield
+    for worker, flat in msgspec.json.decode(raw.holdings) or ():
+        pool.workers[worker] = yield from _worker(_pairs(flat))
+    for worker, end_ms in _pairs(msgspec.json.decode(raw.leases)):
         pool.workers.setdefault(worker, WorkerState()).lease_end_ms = int(float(end_ms))
     return State(pool=pool, record=stored.record(services), broken=services.get("broken", ""))
 
@@ -149,6 +162,14 @@ def _rule(numbers: Mapping[str, int], partitions: str) -> RuleState:
     )
 
 
+def _fields(raw: msgspec.Raw) -> Steps[dict[str, str]]:
+    flat = msgspec.json.decode(raw)
+    yield
+    fields = dict(_pairs(flat))
+    yield
+    return fields
+
+
 def _pairs(flat: Any) -> Iterable[tuple[str, str]]:
     return zip(flat[::2], flat[1::2], strict=True) if flat else ()
 
@@ -173,9 +194,10 @@ def _partition(key: str, fields: Mapping[str, str]) -> PartitionState:
     )
 
 
-def _worker(fields: Iterable[tuple[str, str]]) -> WorkerState:
+def _worker(fields: Iterable[tuple[str, str]]) -> Steps[WorkerState]:
     worker = WorkerState()
     for name, value in fields:
+        yield
         if name == "last":
             worker.last = int(value.partition(" ")[0])
         elif match := _HELD.fullmatch(value):
@@ -195,14 +217,21 @@ def _worker(fields: Iterable[tuple[str, str]]) -> WorkerState:
 
 def broken_invariants(pool: Pool) -> list[str]:
     """What cannot be, whatever the events were: holdings that do not add up, probes without one, numbers below 0."""
+    return finished(checking(pool))
+
+
+def checking(pool: Pool) -> Steps[list[str]]:
+    """As `broken_invariants`, in steps."""
     found: list[str] = []
-    held = [name for worker in pool.workers.values() for name in worker.names.values() if isinstance(name, Held)]
     measured: dict[str, ServiceState | Meter] = {**pool.services, **pool.meters}
     holdings: dict[str, list[Held]] = {}
-    for name in held:
-        holdings.setdefault(name.service, []).append(name)
-        if name.meters & BY_PROVIDER:
-            holdings.setdefault(provider_of(name.service), []).append(name)
+    for worker in pool.workers.values():
+        for name in worker.names.values():
+            if isinstance(name, Held):
+                holdings.setdefault(name.service, []).append(name)
+                if name.meters & BY_PROVIDER:
+                    holdings.setdefault(provider_of(name.service), []).append(name)
+            yield
     for id_, state in measured.items():
         own = holdings.get(id_, [])
         reserved = sum(name.reserved for name in own)
@@ -211,10 +240,13 @@ def broken_invariants(pool: Pool) -> list[str]:
         if state.reserved != reserved:
             found.append(f"{id_}: {state.reserved} tokens reserved, holdings of {reserved}")
         found += [f"{id_}: {name} is {value}" for name, value in _numbers(state) if value < 0]
+        yield
     for id_, service in pool.services.items():
-        probes = sum(name.probe == service.breaker.probe for name in holdings.get(id_, []))
-        if service.breaker.probe > 0 and probes != 1:
-            found.append(f"{id_}: a probe is out from position {service.breaker.probe}, {probes} holdings of it")
+        if service.breaker.probe > 0:
+            probes = sum(name.probe == service.breaker.probe for name in holdings.get(id_, []))
+            if probes != 1:
+                found.append(f"{id_}: a probe is out from position {service.breaker.probe}, {probes} holdings of it")
+        yield
     found += [f"rule {id_}: its budget is {r.budget}" for id_, r in pool.rules.items() if r.budget and r.budget < 0]
     found += [f"{id_}: holdings, but no counters" for id_ in holdings.keys() - measured.keys()]
     return found
@@ -234,43 +266,50 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
 
 def differences(expected: Pool, actual: Pool) -> list[str]:
     """What two states disagree on, a line each. No event tells of leases and abandoned names: they are left out."""
+    return finished(comparing(expected, actual))
+
+
+def comparing(expected: Pool, actual: Pool) -> Steps[list[str]]:
+    """As `differences`, in steps."""
     found = []
-    for kind, before, after in (
-        ("service", _services(expected), _services(actual)),
-        ("provider", _builtins(expected.providers), _builtins(actual.providers)),
-        ("meter", _meters(expected), _meters(actual)),
-        ("rule", _rules(expected), _rules(actual)),
-        ("partition", _builtins(expected.partitions), _builtins(actual.partitions)),
-        ("holding", _holdings(expected), _holdings(actual)),
-    ):
-        found += [
-            f"{kind} {key}: {after.get(key)}, expected {before.get(key)}"
-            for key in sorted(before.keys() | after.keys(), key=str)
-            if before.get(key) != after.get(key)
-        ]
+    for kind, tell in _KINDS:
+        before, after = tell(expected), tell(actual)
+        yield
+        for key in sorted(before.keys() | after.keys(), key=str):
+            one, other = _unless_new(before.get(key)), _unless_new(after.get(key))
+            if one != other:
+                found.append(f"{kind} {key}: {_told(other)}, expected {_told(one)}")
+            yield
     return found
 
 
-def _services(pool: Pool) -> dict[Any, Any]:
-    return _builtins({k: v for k, v in pool.services.items() if v != ServiceState()})
+def _unless_new(struct: msgspec.Struct | None) -> msgspec.Struct | None:
+    """The struct, None for one that says no more than if it were not there."""
+    return None if struct in _NEW else struct
 
 
-def _meters(pool: Pool) -> dict[Any, Any]:
-    return _builtins({k: v for k, v in pool.meters.items() if v != Meter()})
+def _told(struct: msgspec.Struct | None) -> Any:
+    return None if struct is None else msgspec.to_builtins(struct)
 
 
-def _rules(pool: Pool) -> dict[Any, Any]:
-    return _builtins({k: v for k, v in pool.rules.items() if v.revision})
+_Structs = Mapping[Any, msgspec.Struct]
 
 
-def _builtins(structs: Mapping[str, msgspec.Struct]) -> dict[Any, Any]:
-    return {k: msgspec.to_builtins(v) for k, v in structs.items()}
-
-
-def _holdings(pool: Pool) -> dict[Any, Any]:
+def _holdings(pool: Pool) -> _Structs:
     return {
-        (worker, number): msgspec.structs.astuple(name)
+        (worker, number): name
         for worker, state in pool.workers.items()
         for number, name in state.names.items()
         if isinstance(name, Held | Lost)
     }
+
+
+_NEW = (ServiceState(), Meter())
+_KINDS: tuple[tuple[str, Callable[[Pool], _Structs]], ...] = (
+    ("service", lambda pool: pool.services),
+    ("provider", lambda pool: pool.providers),
+    ("meter", lambda pool: pool.meters),
+    ("rule", lambda pool: {k: v for k, v in pool.rules.items() if v.revision}),
+    ("partition", lambda pool: pool.partitions),
+    ("holding", _holdings),
+)

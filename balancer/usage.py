@@ -20,6 +20,9 @@ T = TypeVar("T")
 
 WHOLE_LIMIT_BYTES = 4 * 1024 * 1024
 TAIL_BYTES = 64 * 1024
+_LONG_BYTES = 2048
+_END_BYTES = 1024
+_BACKSLASH = ord("\\")
 _MOST = 2**48
 _BOM = b"\xef\xbb\xbf"
 
@@ -60,40 +63,51 @@ class _Chunk(msgspec.Struct):
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=_MOST)]
 
 
-class _CommonDetails(msgspec.Struct, frozen=True):
-    cached_tokens: _Count = 0
-    reasoning_tokens: _Count = 0
+class _Details(msgspec.Struct, frozen=True, gc=False):
+    cached_tokens: _Count | None = None
+    reasoning_tokens: _Count | None = None
 
 
-_NO_DETAILS = _CommonDetails()
+class _Counts(msgspec.Struct, frozen=True, gc=False):
+    """A vendor's table in which nothing is odd, as nearly all are."""
 
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
+    input_tokens: _Count | None = None
+    output_tokens: _Count | None = None
+    cache_read_input_tokens: _Count | None = None
+    cache_creation_input_tokens: _Count | None = None
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+    input_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
 
-class _CommonCounts(msgspec.Struct):
-    """OpenAI's counts as nearly all upstreams write them."""
-
-    prompt_tokens: _Count
-    completion_tokens: _Count
-    prompt_tokens_details: _CommonDetails = _NO_DETAILS
-    completion_tokens_details: _CommonDetails = _NO_DETAILS
-    cache_read_input_tokens: None = None
-    cache_creation_input_tokens: None = None
-
-    def read(self) -> Usage:
+    def read(self) -> Usage | None:
         """The same as `read` makes of the table."""
+        input_, output = self.prompt_tokens, self.completion_tokens
+        if input_ is None:
+            input_ = self.input_tokens
+        if output is None:
+            output = self.output_tokens
+        if input_ is None and output is None:
+            return None
+        was_read = self.prompt_tokens_details or self.input_tokens_details
+        was_written = self.completion_tokens_details or self.output_tokens_details
         return Usage(
-            input=self.prompt_tokens,
-            output=self.completion_tokens,
-            cached=self.prompt_tokens_details.cached_tokens,
-            reasoning=self.completion_tokens_details.reasoning_tokens,
+            input=input_ or 0,
+            output=output or 0,
+            cached=self.cache_read_input_tokens or (was_read and was_read.cached_tokens) or 0,
+            cache_creation=self.cache_creation_input_tokens or 0,
+            reasoning=(was_written and was_written.reasoning_tokens) or 0,
         )
 
 
-class _Common(msgspec.Struct):
-    usage: _CommonCounts
+class _Usual(msgspec.Struct, frozen=True, gc=False):
+    usage: _Counts | None = None
 
 
-_counts = msgspec.json.Decoder(_CommonCounts)
-_common = msgspec.json.Decoder(_Common)
+_counts = msgspec.json.Decoder(_Counts)
+_usual = msgspec.json.Decoder(_Usual)
 _body = msgspec.json.Decoder(_Body)
 _chunk = msgspec.json.Decoder(_Chunk)
 _any = msgspec.json.Decoder()
@@ -130,6 +144,14 @@ def read(table: object) -> Usage | None:
     )
 
 
+def _read_usual(table: msgspec.Raw) -> Usage | None:
+    """The same in one step, None too for a table in which something is odd."""
+    try:
+        return _counts.decode(table).read()
+    except lenient.UNREADABLE:
+        return None
+
+
 def _first(table: dict[str, Any], *names: str) -> int | None:
     return next((table[name] for name in names if _is_count(table.get(name))), None)
 
@@ -143,15 +165,32 @@ def _details(table: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def usage_of(body: bytes | bytearray) -> Usage | None:
-    """The usage that a whole JSON answer reports, if any."""
+    """The usage that a whole JSON answer reports, if any. Of a long answer mostly its end alone is read."""
     try:
-        counts = _common.decode(body).usage
+        return _usage_in(body) if len(body) < _LONG_BYTES else _usage_at_end(body)
     except lenient.UNREADABLE:
-        counts = None
-    if counts is not None:
-        return counts.read()
-    answer = _decoded(_body, body.removeprefix(_BOM))
-    return read(answer.usage) if answer else None
+        return None
+
+
+def _usage_in(body: bytes | bytearray) -> Usage | None:
+    """What a JSON object reports. Raises UNREADABLE."""
+    try:
+        usage = _usual.decode(body).usage
+    except lenient.UNREADABLE:
+        return read(lenient.decode(_body, body.removeprefix(_BOM)).usage)
+    return usage.read() if usage is not None else None
+
+
+def _usage_at_end(body: bytes | bytearray) -> Usage | None:
+    at = body.rfind(b'"usage"', -_END_BYTES)
+    # This begins a string, as no backslash stands before it. That it is a key of the outermost object is proven by what
+    # follows, if that ends with the object.
+    if at > 0 and body[at - 1] != _BACKSLASH:
+        try:
+            return _usage_in(b"{" + body[at:])
+        except lenient.UNREADABLE:
+            pass  # It is a key of something else.
+    return _usage_in(body)
 
 
 class UsageTap:
@@ -250,13 +289,10 @@ class StreamUsage:
                 pass
 
     def _report(self, usage: msgspec.Raw) -> None:
-        """Takes over a table of OpenAI's, most often the only one of its stream."""
+        """Takes over a table, most often the only one of its stream."""
         if self.usage is None:
-            try:
-                self.usage = _counts.decode(usage).read()
-            except lenient.UNREADABLE:
-                pass
-            else:
+            self.usage = _read_usual(usage)
+            if self.usage is not None:
                 self._first = usage
                 return
         self._add(_decoded(_any, usage))

@@ -224,7 +224,7 @@ def main() -> None:
     for name, figures in features.items():
         print(f"| {name} |", " | ".join(f"{us:.1f}" for us in figures.values()), "|")
     print()
-    print("| record | µs |")
+    print("| record | µs a request |")
     print("|---|--:|")
     for name, figures in records.items():
         print(f"| {name} | {figures[16]:.1f} |")

@@ -1,10 +1,10 @@
 """What a worker's own part of a request costs on its way to Redis and back: microseconds of the worker's CPU.
 
-`python -m benchmarks.store` prints a table: select, settle and the metrics of both, through `Balance`, with so many
-requests at a time and rules without more, with limits and with session pins; beside it how many selections went into
-a call of the script. A real Valkey answers, on another core where there is one. The figures are the process' own CPU
-time, system time included, the least of some rounds; Redis' part is not in them. `--profile KIND` prints where one kind
-of rule spends it.
+`python -m benchmarks.store` prints a table: select, settle and the metrics of both, through `Balance` as the express
+way calls it, with so many requests at a time and rules without more, with limits and with session pins; beside it how
+many calls of the script a request took. A real Valkey answers, on another core where there is one. The figures are the
+process' own CPU time, system time included, the least of some rounds; Redis' part is not in them. `--profile KIND`
+prints where one kind of rule spends it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import cProfile
+import functools
 import os
 import pstats
 import sys
@@ -29,6 +30,7 @@ from balancer.domain import Configuration, Limits, Outcome, Provider, Rule, Serv
 from balancer.metrics import Metrics
 from balancer.store import connection
 from balancer.store.balance import Balance, BalanceEvents
+from balancer.store.pool import Asked
 from balancer.store.registry import Registry
 from balancer.tactics import RoundRobin
 from tests import servers
@@ -36,6 +38,7 @@ from tests import servers
 _CONCURRENCIES = (1, 4, 32, 256)
 _LIMITS = Limits(rpm=1_000_000_000, tpm=1_000_000_000_000, in_flight=1_000_000)
 _SESSIONS = 1000
+_USAGE = Usage(input=100, output=20)
 
 
 def _rule(uuid: str, limits: Limits, affinity_s: int = 0) -> Rule:
@@ -63,25 +66,43 @@ class Load:
         self._metrics = metrics
         self._rule = balance.directory.by_uuid[kind]
         self._sessions = [f"session-{i}" for i in range(_SESSIONS)] if kind == "session" else [""]
-        self._left = 0
+        self._left = self._running = 0
+        self._over: asyncio.Future[None]
 
     async def run(self, requests: int, concurrency: int) -> float:
         """Microseconds of this process' CPU for one of so many requests."""
-        self._left = requests
+        loop = asyncio.get_running_loop()
+        self._left, self._running, self._over = requests, concurrency, loop.create_future()
         began = time.process_time()
-        await asyncio.gather(*(self._client(i) for i in range(concurrency)))
+        for client in range(concurrency):
+            loop.call_soon(self._begin, client)
+        await self._over
         return (time.process_time() - began) / requests * 1e6
 
-    async def _client(self, number: int) -> None:
-        balance, metrics, usage = self._balance, self._metrics, Usage(input=100, output=20)
-        session = self._sessions[number % len(self._sessions)]
-        while self._left > 0:
-            self._left -= 1
-            pick, _ = await balance.select(self._rule, reserved=100, deadline_ms=60_000, session=session)
-            metrics.picked(pick)
-            balance.settle(pick, Outcome.SUCCESS, usage, stream_us=1000)
-            metrics.settled(pick, Outcome.SUCCESS, usage, 0.001)
-            await balance.flushed(pick.pool)
+    def _begin(self, client: int) -> None:
+        if not self._left:
+            self._running -= 1
+            if not self._running:
+                self._over.set_result(None)
+            return
+        self._left -= 1
+        asked = self._balance.begin(
+            self._rule,
+            reserved=100,
+            deadline_ms=60_000,
+            session=self._sessions[client % len(self._sessions)],
+            on_answer=functools.partial(self._answered, client),
+        )
+        assert asked, "Redis is away"
+
+    def _answered(self, client: int, asked: Asked) -> None:
+        balance, metrics = self._balance, self._metrics
+        pick = balance.finish(self._rule, asked)
+        assert pick, asked.answer
+        metrics.picked(pick)
+        balance.settle(pick, Outcome.SUCCESS, _USAGE, stream_us=1000)
+        metrics.settled(pick, Outcome.SUCCESS, _USAGE, 0.001)
+        balance.when_flushed(pick.pool, functools.partial(self._begin, client))
 
 
 def _profile(load: Load, requests: int, concurrency: int) -> Any:

@@ -37,7 +37,7 @@ local ENTRY = '^(%d+) ([%l_]+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (
 local SERVICE_ID, HOLDING, NUMBER, OUTCOME, AGE_MS, ENTRY_INPUT, ENTRY_OUTPUT = 1, 2, 3, 4, 5, 6, 7
 local ENTRY_CACHED, ENTRY_CREATION, ENTRY_REASONING, COOLDOWN_MS, FIRST_TOKEN_US, STREAM_US = 8, 9, 10, 11, 12, 13
 local SELECTION = '^([1-9]%d*) ([1-9]%d*) (%d+) (%d+) (%d+) (%d+) (%d+)$'
-local metered_text, pick_counters = {[0] = ' 0 ', ' 1 ', ' 2 ', ' 3 '}, {'in_flight', 'reserved', 'picks'}
+local metered_text = {[0] = ' 0 ', ' 1 ', ' 2 ', ' 3 '}
 -- Whether an outcome is a failure, and what it says of the service: all others say nothing.
 local is_failure = {
   rate_limited = true, unauthorized = true, overloaded = true, failed = true, success = false, rejected = false,
@@ -474,7 +474,7 @@ local function take(selection, rule, part, line, reason, streak, is_switch, memo
   local is_recorded, before, sample = advance(pool), '', nil
   local cursor, streak_before = part.cursor, part.streak
   if is_recorded then
-    before = counters_text(service, pick_counters)
+    before = pick_text(service)
     local is_by_tactic = reason ~= 'pinned' and reason ~= 'probe'
     sample = pool.record == 'sampled' and is_by_tactic and seen_by_tactic(part) or {}
   end
@@ -497,7 +497,7 @@ local function take(selection, rule, part, line, reason, streak, is_switch, memo
     record_pick(selection, part, {
       'service', id, 'reason', reason, 'seq', whole(seq), 'cursor', cursor, 'streak_before', streak_before,
       'streak', streak, 'is_switch', is_switch, 'meters', metered, 'before', before,
-      'after', counters_text(service, pick_counters),
+      'after', pick_text(service),
     }, sample)
   end
   return {'pick', id, reason, seq, pool.epoch, pool.position, streak, is_switch}

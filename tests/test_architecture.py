@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
                 "routing",
                 "sessions",
                 "sse",
+                "steps",
                 "stored",
                 "tactics",
                 "usage",

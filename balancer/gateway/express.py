@@ -8,6 +8,7 @@ request stands: what was picked, sent or answered until then is not done again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 
@@ -190,6 +191,7 @@ class Way(msgspec.Struct, eq=False):
     task: asyncio.Task[None] | None = None
     """Once the ordinary way has it."""
     is_over: bool = False
+    is_counted: bool = False
     select_s: float = 0.0
     overhead_s: float = 0.0
     attempt_s: float = 0.0
@@ -205,16 +207,19 @@ class Way(msgspec.Struct, eq=False):
 
     def _drop(self, outcome: Outcome) -> None:
         """Settles what was picked, and ends its answer."""
+        if self.answer is not None:
+            self.answer.on_news = None
+            self.answer.abandon("was cancelled")
         if self.attempt is not None:
             self.attempt.settle(outcome)
         elif self.asked is not None:
             self.express.balance.give_up(self.plan.rule, self.asked)
-        if self.answer is not None:
-            self.answer.on_news = None
-            self.answer.abandon("was cancelled")
 
     def _count(self) -> None:
         """Counts what was done so far of a request that does not go as usual to its end."""
+        if self.is_counted:
+            return
+        self.is_counted = True
         attempt, asked, metrics = self.attempt, self.asked, self.express.metrics
         if attempt is None:
             if asked is not None and asked.answer is not None:
@@ -231,10 +236,12 @@ class Way(msgspec.Struct, eq=False):
         """The request is answered, or never will be."""
         self.is_over = True
         express = self.express
-        self._count()
-        express.metrics.request(self.route.scenario, self.plan.rule.uuid, outcome, time.monotonic() - self.began)
-        express.closed()
-        self.lane.answered(is_whole=is_whole, is_last=self.is_last)
+        try:
+            self._count()
+            express.metrics.request(self.route.scenario, self.plan.rule.uuid, outcome, time.monotonic() - self.began)
+        finally:
+            express.closed()
+            self.lane.answered(is_whole=is_whole, is_last=self.is_last)
 
     def _go_on(self, error: Exception | None = None) -> None:
         """Leaves the rest to the ordinary way."""
@@ -260,6 +267,8 @@ class Way(msgspec.Struct, eq=False):
             try:
                 await express.handlers.handle(request, stream, begun)
             finally:
+                if begun.attempt is not None:
+                    begun.attempt.settle(Outcome.FAILED)  # Unless it was, as it is by all that gets so far.
                 express.closed()
 
         self.task = task = lane.task(request, stream, resume)
@@ -275,16 +284,30 @@ class Way(msgspec.Struct, eq=False):
             self._fail(exc)
 
     def _fail(self, exc: Exception) -> None:
-        self._drop(Outcome.FAILED)
-        self._go_on(exc)
+        """Lets the ordinary way tell of a fault of ours; where that is at fault too, the client's connection breaks."""
+        try:
+            try:
+                self._drop(Outcome.FAILED)
+            finally:
+                self._go_on(exc)
+        except Exception as more:  # noqa: BLE001 - who calls has others to call.
+            log.error("a request failed in the gateway", exc=more, request=self.request_id)
+            if self.task is None:
+                self._break_off()
+
+    def _break_off(self) -> None:
+        """Ends what has no answer, unless one is on its way already."""
+        if not self.is_over:
+            with contextlib.suppress(Exception):  # Something else of it was logged.
+                self._end(Outcome.FAILED, is_whole=False)
 
     def _send(self, asked: Asked) -> bool:
         express, plan = self.express, self.plan
         pick = express.balance.finish(plan.rule, asked)
         if pick is None:
             return False
-        self.asked = None
         self.attempt = Attempt(express.balance, express.metrics, plan.rule, pick)
+        self.asked = None
         now = time.monotonic()
         self.select_s = now - asked.asked_at
         elapsed_s = self.overhead_s = now - self.began
@@ -361,27 +384,29 @@ class Way(msgspec.Struct, eq=False):
             self._arrive(attempt)
         except Exception as exc:  # noqa: BLE001 - as above.
             log.error("a request failed in the gateway", exc=exc, request=self.request_id)
-            self.lane.break_off()
+            self._break_off()
 
     def _arrive(self, attempt: Attempt) -> None:
         """The client has its answer."""
         self.is_over = True
         express, pick, usage = self.express, attempt.pick, attempt.usage
-        express.metrics.answered(
-            (
-                (self.route.scenario, pick.pool, pick.rule, pick.service, pick.reason),
-                usage.input if usage is not None else 0,
-                usage.output if usage is not None else 0,
-                pick.is_switch,
-                self.select_s,
-                self.overhead_s,
-                self.attempt_s,
-                time.monotonic() - self.began,
-            ),
-            usage,
-        )
-        express.closed()
-        self.lane.answered(is_whole=True, is_last=self.is_last)
+        try:
+            express.metrics.answered(
+                (
+                    (self.route.scenario, pick.pool, pick.rule, pick.service, pick.reason),
+                    usage.input if usage is not None else 0,
+                    usage.output if usage is not None else 0,
+                    pick.is_switch,
+                    self.select_s,
+                    self.overhead_s,
+                    self.attempt_s,
+                    time.monotonic() - self.began,
+                ),
+                usage,
+            )
+        finally:
+            express.closed()
+            self.lane.answered(is_whole=True, is_last=self.is_last)
 
 
 class _Shape(msgspec.Struct, frozen=True, gc=False):

@@ -291,7 +291,10 @@ class Lane(asyncio.BufferedProtocol):
         self.is_in_request = False
         lanes.works(self)
         if lanes.begin is not None:
-            self.work = lanes.begin(self, head, body, is_last)
+            try:
+                self.work = lanes.begin(self, head, body, is_last)
+            except Exception as exc:  # noqa: BLE001 - a root: `handle` meets it too, and tells, or it was no harm.
+                log.error("a request could not be begun", exc=exc)
             if self.work is not None:
                 return
         request = request_of(head, body, request_id_of(head.first.get("x-request-id", "")))

@@ -14,6 +14,7 @@ from balancer.audit import Checker
 from balancer.errors import StoreUnavailableError
 from balancer.store import history, keys
 from balancer.store.history import Send
+from balancer.store.slices import in_slices
 
 _PAGE = 50
 _PAUSE_S = 0.01
@@ -66,10 +67,10 @@ class Auditor:
         if self._checker is None:
             self._checker = Checker()
             self._last = await history.last_id(self._send, self._pool)
-        state = checkpoint.read(await history.checkpoint(self._send, self._pool))
+        state = await in_slices(checkpoint.reading(await history.checkpoint(self._send, self._pool)))
         found = 0
         if state.record == "off":
-            wrong = checkpoint.broken_invariants(state.pool)
+            wrong = await in_slices(checkpoint.checking(state.pool))
             found = len(wrong)
             if wrong:
                 self._report(found, wrong[0])
@@ -80,7 +81,7 @@ class Auditor:
             if not page.follows:
                 checker.lose_track("the record was trimmed faster than it was read")
             for event in page.events:
-                checker.feed(event)
+                await in_slices(checker.feeding(event))
             self._last = page.last
             await asyncio.sleep(_PAUSE_S)
         found = checker.verdict.violation_count - before

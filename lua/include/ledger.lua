@@ -3,14 +3,13 @@
 -- include: service
 
 -- How the end of an attempt changes its service. Shared by tick, reap and health.
-local ledger_counters = {
-  'in_flight', 'reserved', 'requests', 'failures', 'input', 'output', 'cached', 'cache_creation', 'reasoning', 'lost',
-  'lost_tokens', 'abandoned', 'last_used', 'cleared', 'cooldown', 'first_token', 'per_token', 'measured',
-}
 
--- A service as an event of a settle, reap or health tells it.
+-- A service as an event of a settle, reap or health tells it: `in_flight reserved`, the totals, and
+-- `cooldown first_token per_token measured`.
 local function event_text(service) -- apart: rare
-  return counters_text(service, ledger_counters)
+  return with_texts(service, string.format('%d %d ', service.in_flight, service.reserved)
+    .. totals_text(service.totals) .. string.format(' %d %d %d %d', service.cooldown, service.first_token,
+    service.per_token, service.measured))
 end
 
 local LATENCY_MS, LATENCY_FORGOTTEN_MS = 10000, 600000

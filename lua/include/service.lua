@@ -106,6 +106,10 @@ local function breaker_text(service)
   return text ~= '0 0 0 0 0 0 0 0 0' and text or ''
 end
 
+local function totals_text(totals)
+  return string.format('%d %d %d %d %d %d %d %d %d %d %d %d', unpack(totals))
+end
+
 local function kept_minute(used)
   local minute = used.minute
   return minute and minute.is_counted and minute_text(minute) or used.minute_text
@@ -123,7 +127,7 @@ local function changed_fields(pool_services)
       count = count + 2
       if service.totals then
         set[count + 1] = 'totals:' .. id
-        set[count + 2] = string.format('%d %d %d %d %d %d %d %d %d %d %d %d', unpack(service.totals))
+        set[count + 2] = totals_text(service.totals)
         count = count + 2
       end
     end
@@ -138,17 +142,14 @@ local function changed_fields(pool_services)
   return set
 end
 
--- The named counters as an event tells them, joined by blanks; then windows, minute and breaker, behind a `|` each.
-local function counters_text(service, names) -- apart: rare
-  local values, totals = {}, service.totals
-  local places = {
-    requests = REQUESTS, failures = FAILURES, input = INPUT, output = OUTPUT, cached = CACHED,
-    cache_creation = CACHE_CREATION, reasoning = REASONING, lost = LOST, lost_tokens = LOST_TOKENS,
-    abandoned = ABANDONED, last_used = LAST_USED, cleared = CLEARED,
-  }
-  for i, name in ipairs(names) do values[i] = whole(service[name] or totals[places[name]]) end
-  return table.concat(values, ' ') .. '|' .. windows_text(service.windows) .. '|' .. kept_steps(service)
-    .. '|' .. breaker_text(service)
+-- Counters as an event tells them, given as text; then windows, minute and breaker, behind a `|` each.
+local function with_texts(service, counters) -- apart: rare
+  return counters .. '|' .. windows_text(service.windows) .. '|' .. kept_steps(service) .. '|' .. breaker_text(service)
+end
+
+-- A service as an event of a pick tells it: `in_flight reserved picks`.
+local function pick_text(service) -- apart: rare
+  return with_texts(service, string.format('%d %d %d', service.in_flight, service.reserved, service.picks))
 end
 
 -- Loads all services of a partition at once, for who looks at each.

@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 import struct
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -197,11 +198,11 @@ class Wire:
         del self._received[:count]
         return data
 
-    async def receives(self) -> bytes:
+    async def receives(self, most: int = sys.maxsize) -> bytes:
         """Bytes that the client sent, b"" when it has closed the connection, however it did."""
         if not self._received:
             await self._fill()
-        return self._taken(len(self._received))
+        return self._taken(min(most, len(self._received)))
 
     async def head(self) -> bytes:
         """The next request's head, up to its empty line; b"" when the client has closed the connection before."""

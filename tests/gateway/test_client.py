@@ -18,7 +18,7 @@ import pytest
 
 from balancer.errors import UpstreamError, UpstreamTimeoutError
 from balancer.gateway.messages import Upstream, UpstreamRequest
-from balancer.gateway.upstream import pool
+from balancer.gateway.upstream import connection, pool
 from tests.actors import chunk
 from tests.gateway.by_hand import (
     PATIENCE_S,
@@ -607,6 +607,31 @@ async def test_a_large_body_goes_out_whole_and_is_not_held_twice(client: Upstrea
             assert await asked == ANSWERED
     async with asking(client, a_request(f"{listener.url}/second")) as asked:
         assert b"/second" in await wire.request()
+        wire.sends(ANSWER)
+        assert await asked == ANSWERED
+
+
+async def test_what_the_kernel_takes_later_stays_in_order(
+    client: Upstream, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one body, and of the request behind it, where the answer has come before all of the body was sent."""
+    monkeypatch.setattr(connection, "_LARGE_BYTES", len(LARGE))
+    async with asking(client, a_request(listener.url, body=LARGE)) as asked:
+        wire = await listener.accept()
+        assert await wire.head()
+        wire.sends(ANSWER)
+        assert await asked == ANSWERED
+    await turns()
+    async with asking(client, a_request(f"{listener.url}/second", body=LARGE[:50_000])) as asked:
+        digest, left = hashlib.sha256(), len(LARGE)
+        while left:
+            data = await wire.receives(left)
+            assert data
+            left -= len(data)
+            digest.update(data)
+        assert digest.digest() == hashlib.sha256(LARGE).digest()
+        second = await wire.request()
+        assert (second[:13], second[-50_000:]) == (b"POST /second ", LARGE[:50_000])
         wire.sends(ANSWER)
         assert await asked == ANSWERED
 

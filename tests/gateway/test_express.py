@@ -121,6 +121,7 @@ EXPRESS: dict[str, Case] = {
         "express", upstream=sends(b"HTTP/1.1 102 Working\r\n\r\n" + HEAD + LENGTH + OPENAI_JSON)
     ),
     "HTTP/1.0": case("express", upstream=sends(HEAD.replace(b"1.1", b"1.0") + LENGTH + OPENAI_JSON)),
+    "the connection's last answer": case("express", upstream=answers(headers=(("Connection", "close"),))),
     "48 KiB": case("express", upstream=answers(body=large(48 * 1024))),
     "headers of all kinds": case(
         "express",
@@ -229,7 +230,6 @@ AT_THE_ANSWER: dict[str, Case] = {
     ),
     "another content type": case("answer", upstream=answers(content_type="text/plain")),
     "two content types": case("answer", upstream=answers(headers=(("content-type", "application/json"),))),
-    "the connection's last answer": case("answer", upstream=answers(headers=(("Connection", "close"),))),
     "a header of the connection": case("answer", upstream=answers(headers=(("Connection", "X-A"), ("X-A", "b")))),
     "its credential in a header": case("answer", upstream=answers(headers=(("X-Debug", f"Bearer {KEY}"),))),
     "its credential in a name": case("answer", upstream=answers(headers=((f"X-{KEY}", "x"),))),

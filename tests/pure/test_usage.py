@@ -6,6 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import zstandard
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from balancer.domain import Usage
 from balancer.sse import Event, Parser
-from balancer.usage import TAIL_BYTES, WHOLE_LIMIT_BYTES, StreamUsage, UsageTap, read
+from balancer.usage import TAIL_BYTES, WHOLE_LIMIT_BYTES, StreamUsage, UsageTap, read, usage_of
 
 CHAT = {
     "prompt_tokens": 20,
@@ -91,14 +92,56 @@ def test_an_odd_number_counts_as_absent(odd: object) -> None:
         b'{"usage":null}',
         b'{"usage":"x"}',
         b'{"usage":[]}',
-        b'{"usage":{"input_tokens":1,"x":"\xff"}}',
-        b'{"usage":{"input_tokens":1,"x":1e999}}',
+        b'{"usage":{"input_tokens":1,"output_tokens":"\xff"}}',
+        b'{"usage":{"input_tokens":1,"output_tokens":1e999}}',
         b'{"usage":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     ],
 )
 def test_a_body_that_cannot_be_read_reports_nothing(body: bytes) -> None:
     """Bad UTF-8 and deep nesting once raised, and the relay with it."""
     assert tapped(body) is None
+
+
+COUNTS = st.integers(0, 500) | st.sampled_from([None, *ODD])
+DETAILS = st.dictionaries(st.sampled_from(["cached_tokens", "reasoning_tokens", "audio_tokens"]), COUNTS) | COUNTS
+TABLES = st.fixed_dictionaries(
+    {},
+    optional={name: DETAILS if name.endswith("details") else COUNTS for name in (*CHAT, *RESPONSES, *ANTHROPIC)},
+)
+
+
+@given(TABLES | COUNTS, st.sampled_from(["", "word " * 1000]), st.booleans())
+def test_a_table_is_read_alike_wherever_it_stands(table: Any, text: str, is_last: bool) -> None:
+    answer = {"content": text, "usage": table} if is_last else {"usage": table, "content": text}
+
+    assert usage_of(json.dumps(answer).encode()) == read(table)
+
+
+@pytest.mark.parametrize(
+    ("end", "input_"),
+    [
+        (b'"usage":{"input_tokens":5}}', 5),
+        (b' "usage" : {"input_tokens":5} , "x":[{"usage_":1}]}\n', 5),
+        (b'"usage":{"input_tokens":5},"x":{"usage":{"input_tokens":6}}}', 5),
+        (b'"usage":{"input_tokens":5},"x":[{"usage":{"input_tokens":6}}]}', 5),
+        (b'"x":{"usage":{"input_tokens":6}}}', None),
+        (b'"usage":{"input_tokens":5,"usage":{"input_tokens":6}}}', 5),
+        (b'"usage":{"input_tokens":5},"x":"\\"usage\\":{\\"input_tokens\\":6}"}', 5),
+        (b'"usage":{"input_tokens":5},"x \\"usage":{"input_tokens":6}}', 5),
+        (b'"usage":{"input_tokens":5},"x":["usage"]}', 5),
+        (b'"usage":{"input_tokens":5},"usage":{"input_tokens":6}}', 6),
+        (b'"usage":{"input_tokens":5},"us\\u0061ge":{"input_tokens":6}}', 6),
+        (b'"usage":{"input_tokens":5},"usage":null}', None),
+        (b'"usage":{"input_tokens":5}', None),
+        (b'"usage":{"input_tokens":5}}}', None),
+        (b'"usage":{"input_tokens":5}} x', None),
+    ],
+)
+def test_the_end_of_a_long_answer_says_what_the_whole_says(end: bytes, input_: int | None) -> None:
+    usage = Usage(input=input_) if input_ is not None else None
+
+    assert usage_of(b'{"content":"%b",%b' % (b'a \\"word\\" ' * 400, end)) == usage
+    assert usage_of(b'{"content":"",%b' % end) == usage
 
 
 @pytest.mark.parametrize("step", [1, 10, 100_000])

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import msgspec
 import pytest
 
+from balancer import stored
 from balancer.domain import PoolSettings, Record
 from balancer.store import history, keys
 from balancer.store.auditor import Auditor
@@ -64,6 +66,49 @@ async def test_a_pool_that_is_right_has_no_violation(join: Join, record: Record)
     for start in (1, 101, 201):
         await work(pool, range(start, start + 100))
         assert await auditor.audit() == 0
+
+
+def a_checkpoint(services: int, record: Record) -> str:
+    """The state of a pool with so many services, as the script tells it."""
+    fields = ["place", stored.NEW_PLACE, "record", f"{record} 0 1"]
+    for i in range(services):
+        fields += [f"service:a:m{i}", stored.NEW_SERVICE]
+    return msgspec.json.encode({"services": fields, "partitions": {}, "leases": {}, "holdings": {}}).decode()
+
+
+@pytest.mark.parametrize(("record", "passes"), [("off", 3), ("full", 8)])
+async def test_the_loop_turns_while_many_services_are_audited(
+    record: Record, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten thousand rules held every request of the auditor's worker up for most of a second."""
+    monkeypatch.setattr("balancer.store.slices.SLICE_S", 0.0)  # A slice is a step, however fast the machine.
+    monkeypatch.setattr("balancer.store.auditor._PAUSE_S", 0.0)
+    services = 1000
+    state = a_checkpoint(services, record)
+    told = {"event": "checkpoint", "epoch": "1", "position": "0", "now_ms": "1", "state": state}
+    page = [[f"1-{i}".encode(), told] for i in range(2)]
+
+    async def send(*command: str | int) -> Any:
+        match command[0]:
+            case "EVAL":
+                return [b"checkpoint", 1, 0, 1, state.encode()]
+            case "XRANGE":
+                return page if command[2] == history.FIRST else []
+            case _:
+                return []
+
+    turns = 0
+
+    async def turning() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    watching = asyncio.create_task(turning())
+    assert await Auditor(send, "default", "w", 60, lambda *_: None).audit() == 0
+    watching.cancel()
+    assert turns == pytest.approx(passes * services, abs=100), "read, and checked twice; so is an event, and compared"
 
 
 async def add_by_hand(control: Any, name: str, by: int) -> None:
