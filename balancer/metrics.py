@@ -17,12 +17,13 @@ from typing import Any, Literal, Protocol
 import msgspec
 import prometheus_client.values
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from balancer import __version__
-from balancer.domain import Configuration, Outcome, Pick, Usage
+from balancer.domain import Configuration, Outcome, Pick, Rule, Usage
+from balancer.steps import Steps, finished
 from balancer.tally import Counts, Times
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -242,52 +243,74 @@ class Metrics:
 
     def exposition(self, pools: Iterable[PoolGauges], stores_up: Mapping[str, bool]) -> bytes:
         """The text that Prometheus reads: every worker's counters, and the gauges given."""
+        return finished(self.exposing(pools, stores_up))
+
+    def exposing(self, pools: Iterable[PoolGauges], stores_up: Mapping[str, bool]) -> Steps[bytes]:
+        """As `exposition`, in steps."""
         self.flush()
-        registry = self._registry
+        registry: Collector = self._registry
         if self._folder is not None:
             registry = CollectorRegistry()
             MultiProcessCollector(registry, str(self._folder))  # type: ignore[no-untyped-call]
-        text: bytes = generate_latest(registry)
-        at_scrape = CollectorRegistry()
-        at_scrape.register(_Fleet(tuple(pools), stores_up))
-        return text + generate_latest(at_scrape)
+        text = bytearray()
+        for family in registry.collect():
+            text += generate_latest(_Only(family))
+            yield
+        for lines in (yield from _gauge_lines(pools, stores_up)):
+            text += "".join(lines).encode()
+            yield
+        return bytes(text)
 
 
-class _Fleet(Collector):
-    """The gauges that are the same from every worker."""
+class _Only(Collector):
+    """One family."""
 
-    def __init__(self, pools: Sequence[PoolGauges], stores_up: Mapping[str, bool]) -> None:
-        self._pools = pools
-        self._stores_up = stores_up
+    def __init__(self, family: Metric) -> None:
+        self._family = family
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """One family after the other."""
+    def collect(self) -> Iterator[Metric]:
+        yield self._family
 
-        def family(name: str, help_: str, *labels: str) -> GaugeMetricFamily:
-            return GaugeMetricFamily(f"balancer_{name}", help_, labels=labels)
 
-        in_flight = family("in_flight_requests", "Attempts in flight.", "pool", "service")
-        reserved = family("reserved_tokens", "Tokens held by attempts in flight.", "pool", "service")
-        requests = family("window_requests", "Picks in the window.", "pool", "service", "window")
-        tokens = family("window_tokens", "Settled tokens in the window.", "pool", "service", "window")
-        breaker = family("breaker_state", "0 closed, 1 half-open, 2 open.", "pool", "service")
-        cooldown = family("cooldown_seconds", "How much longer the service is left alone.", "pool", "service")
-        cursor = family("current_service_index", "The cursor's place among the rule's services.", "pool", "rule")
-        store_up = family("store_up", "1 while the pool's Redis answers this worker.", "pool")
-        for pool in self._pools:
-            for service, state in pool.services.items():
-                in_flight.add_metric([pool.pool, service], state.in_flight)
-                reserved.add_metric([pool.pool, service], state.reserved)
-                breaker.add_metric([pool.pool, service], state.breaker)
-                cooldown.add_metric([pool.pool, service], state.cooldown_s)
-                for seconds, window_requests, window_tokens in state.windows:
-                    requests.add_metric([pool.pool, service, str(seconds)], window_requests)
-                    tokens.add_metric([pool.pool, service, str(seconds)], window_tokens)
-            for rule, index in pool.cursors.items():
-                cursor.add_metric([pool.pool, rule], index)
-        for name, is_up in self._stores_up.items():
-            store_up.add_metric([name], int(is_up))
-        yield from (in_flight, reserved, requests, tokens, breaker, cooldown, cursor, store_up)
+def _gauge_lines(pools: Iterable[PoolGauges], stores_up: Mapping[str, bool]) -> Steps[list[list[str]]]:
+    """The gauges that are the same from every worker: the lines of each family, in Prometheus' text format.
+
+    A pool of thousands of services has hundreds of thousands of them, of which the library would make structs first.
+    """
+
+    def family(name: str, help_: str) -> list[str]:
+        return [f"# HELP balancer_{name} {help_}\n# TYPE balancer_{name} gauge\n"]
+
+    in_flight = family("in_flight_requests", "Attempts in flight.")
+    reserved = family("reserved_tokens", "Tokens held by attempts in flight.")
+    requests = family("window_requests", "Picks in the window.")
+    tokens = family("window_tokens", "Settled tokens in the window.")
+    breaker = family("breaker_state", "0 closed, 1 half-open, 2 open.")
+    cooldown = family("cooldown_seconds", "How much longer the service is left alone.")
+    cursor = family("current_service_index", "The cursor's place among the rule's services.")
+    store_up = family("store_up", "1 while the pool's Redis answers this worker.")
+    for pool in pools:
+        of_pool = f'{{pool="{_escaped(pool.pool)}"'
+        for service, state in pool.services.items():
+            labels = f'{of_pool},service="{_escaped(service)}"'
+            in_flight.append(f"balancer_in_flight_requests{labels}}} {float(state.in_flight)}\n")
+            reserved.append(f"balancer_reserved_tokens{labels}}} {float(state.reserved)}\n")
+            breaker.append(f"balancer_breaker_state{labels}}} {float(state.breaker)}\n")
+            cooldown.append(f"balancer_cooldown_seconds{labels}}} {float(state.cooldown_s)}\n")
+            for seconds, window_requests, window_tokens in state.windows:
+                requests.append(f'balancer_window_requests{labels},window="{seconds}"}} {float(window_requests)}\n')
+                tokens.append(f'balancer_window_tokens{labels},window="{seconds}"}} {float(window_tokens)}\n')
+            yield
+        for rule, index in pool.cursors.items():
+            cursor.append(f'balancer_current_service_index{of_pool},rule="{_escaped(rule)}"}} {float(index)}\n')
+            yield
+    for name, is_up in stores_up.items():
+        store_up.append(f'balancer_store_up{{pool="{_escaped(name)}"}} {float(is_up)}\n')
+    return [in_flight, reserved, requests, tokens, breaker, cooldown, cursor, store_up]
+
+
+def _escaped(label: str) -> str:
+    return label.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
 
 
 class _Settled(Protocol):
@@ -320,22 +343,32 @@ class _Pool(Protocol):
     def cooldown_ms(self, service: str) -> int: ...
 
 
-def pool_gauges(view: _Pool, configuration: Configuration) -> PoolGauges:
-    """The gauges of a pool's picture, for the rules and services that are configured in it."""
-    rules = [rule for rule in configuration.rules if rule.pool == view.pool]
-    configured = {service.id for rule in rules for service in rule.services}
-    return PoolGauges(
-        pool=view.pool,
-        services={
-            name: ServiceGauges(
-                in_flight=state.in_flight,
-                reserved=state.reserved,
-                breaker=_BREAKER_STATES.index(view.breaker_state(name)),
-                cooldown_s=view.cooldown_ms(name) / 1000,
-                windows=tuple((w.length_s, *w.counts(view.now_ms)) for w in state.windows),
-            )
-            for name, state in view.services.items()
-            if name in configured
-        },
-        cursors={rule.uuid: rule.current_service_index_of(view.cursor(rule.uuid)) for rule in rules},
-    )
+def pool_gauges(views: Sequence[_Pool], configuration: Configuration) -> Steps[list[PoolGauges]]:
+    """The gauges of pools' pictures, for the rules and services that are configured in them; in steps."""
+    rules: defaultdict[str, list[Rule]] = defaultdict(list)
+    for rule in configuration.rules:
+        rules[rule.pool].append(rule)
+    yield
+    gauges: dict[str, PoolGauges] = {}
+    for view in views:
+        gauges[view.pool] = yield from _gauges_of(view, rules[view.pool])
+    return list(gauges.values())
+
+
+def _gauges_of(view: _Pool, rules: Sequence[Rule]) -> Steps[PoolGauges]:
+    services: dict[str, ServiceGauges] = {}
+    cursors: dict[str, int] = {}
+    for rule in rules:
+        for service in rule.services:
+            state = view.services.get(service.id)
+            if state is not None and service.id not in services:
+                services[service.id] = ServiceGauges(
+                    in_flight=state.in_flight,
+                    reserved=state.reserved,
+                    breaker=_BREAKER_STATES.index(view.breaker_state(service.id)),
+                    cooldown_s=view.cooldown_ms(service.id) / 1000,
+                    windows=tuple((w.length_s, *w.counts(view.now_ms)) for w in state.windows),
+                )
+        cursors[rule.uuid] = rule.current_service_index_of(view.cursor(rule.uuid))
+        yield
+    return PoolGauges(pool=view.pool, services=services, cursors=cursors)

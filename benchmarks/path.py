@@ -76,7 +76,7 @@ class _Balance:
     def cursor(self, rule: Rule) -> str:
         return ""
 
-    async def recall(self, response_id: str) -> Recalled | None:
+    async def recall(self, response_id: str, rule: Rule | None = None) -> Recalled | None:
         return None
 
     async def select(

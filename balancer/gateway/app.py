@@ -30,6 +30,7 @@ from balancer.metrics import CONTENT_TYPE, Metrics, pool_gauges
 from balancer.store.balance import Balance, BalanceEvents
 from balancer.store.credentials import Credentials, Sealer
 from balancer.store.pool import PoolEvents
+from balancer.store.slices import in_slices
 
 _TICK_S = 1.0
 _LAST_SETTLES_S = 5.0
@@ -215,10 +216,10 @@ class Gateway:
     async def _metrics(self, request: web.BaseRequest) -> web.Response:
         try:
             configuration = self.balance.directory.configuration
-            pools = [pool_gauges(view, configuration) for view in await self.balance.views()]
+            pools = await in_slices(pool_gauges(await self.balance.views(), configuration))
         except StoreUnavailableError:
             pools = []  # Absent, not 0: nobody knows.
-        body = self.metrics.exposition(pools, self.balance.pools_up())
+        body = await in_slices(self.metrics.exposing(pools, self.balance.pools_up()))
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
 

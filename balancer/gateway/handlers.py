@@ -65,8 +65,11 @@ class Source(Protocol):
     def cursor(self, rule: Rule) -> str:
         """The service where this worker last saw the rule's cursor, empty if never."""
 
-    async def recall(self, response_id: str) -> Recalled | None:
-        """Who keeps a response, None for one that is not known (any more). Raises StoreUnavailableError."""
+    async def recall(self, response_id: str, rule: Rule | None = None) -> Recalled | None:
+        """Who keeps a response, None for one that is not known (any more). Raises StoreUnavailableError.
+
+        `rule` is one that may have given it.
+        """
 
 
 class Handlers:
@@ -205,7 +208,7 @@ class Handlers:
             return Course(rule, find)
         has_choice = len(self._plans.of(rule).usable) > 1
         try:
-            recalled = await self._source.recall(previous)
+            recalled = await self._source.recall(previous, rule)
         except StoreUnavailableError:
             if has_choice:
                 raise

@@ -7,7 +7,7 @@ import itertools
 import random
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -566,13 +566,49 @@ class Balance:
         pool = self._pool(pick.pool)
         await pool.put(keys.response(pick.pool, response_id), f"{pick.rule}\n{pick.service}", _RESPONSE_MS)
 
-    async def recall(self, response_id: str) -> Recalled | None:
-        """Who gave the answer of that id, None when no pool knows it. All pools are asked at once.
+    async def recall(self, response_id: str, rule: Rule | None = None) -> Recalled | None:
+        """Who gave the answer of that id, None when no pool knows it.
+
+        The pool of the rule that it is asked for with is asked first. The others are asked at once where it does not
+        know: in one command, but on a Cluster, where each has a server of its own.
 
         Raises StoreUnavailableError when it was not found, and a pool that may know it did not answer in time.
         """
-        asked = [asyncio.create_task(self._recall(name, response_id)) for name in self.directory.pools]
+        pools = set(self.directory.pools)
         away: StoreUnavailableError | None = None
+        if rule is not None and rule.pool in pools:
+            pools.remove(rule.pool)
+            try:
+                if found := await self._recall(rule.pool, response_id):
+                    return found
+            except StoreUnavailableError as exc:
+                away = exc
+        if self._topology.kind != "cluster" and len(pools) > 1:
+            try:
+                found = await self._recall_of_any(sorted(pools), response_id)
+            except StoreUnavailableError as exc:
+                log.debug("pools must be asked one by one", reason=exc.message)
+            else:
+                if found is None and away:
+                    raise away
+                return found
+        return await self._recall_of_each(pools, response_id, away)
+
+    async def _recall_of_any(self, names: Sequence[str], response_id: str) -> Recalled | None:
+        """What the pools of one server know."""
+        pool = next((pool for pool in map(self._pools.get, names) if pool and pool.is_up), None)
+        if pool is None:
+            raise StoreUnavailableError("Redis is away: where the response is kept cannot be asked for")
+        values: Sequence[bytes | None] = await self._asked(
+            pool, "MGET", *(keys.response(name, response_id) for name in names)
+        )
+        return next((_recalled(name, value) for name, value in zip(names, values, strict=True) if value), None)
+
+    async def _recall_of_each(
+        self, names: Iterable[str], response_id: str, away: StoreUnavailableError | None
+    ) -> Recalled | None:
+        """What any of the pools knows; `away` is why one that was asked before has not answered."""
+        asked = [asyncio.create_task(self._recall(name, response_id)) for name in names]
         try:
             for answer in asyncio.as_completed(asked):
                 try:
@@ -589,23 +625,29 @@ class Balance:
         return None
 
     async def _recall(self, name: str, response_id: str) -> Recalled | None:
+        """What one pool knows."""
         pool = self._pool(name)
         if pool.was_up and not pool.is_up:
             raise StoreUnavailableError("Redis is away: where the response is kept cannot be asked for")
+        value: bytes | None = await self._asked(pool, "GET", keys.response(name, response_id))
+        return _recalled(name, value) if value else None
+
+    async def _asked(self, pool: PoolClient, *command: str) -> Any:
         try:
             async with asyncio.timeout(self._settings.redis_deadline_ms / 1000):
-                await self._up(name)
-                value: bytes | None = await pool.command("GET", keys.response(name, response_id))
+                await self._up(pool.pool)
+                return await pool.command(*command)
         except TimeoutError:
             raise StoreUnavailableError("Redis did not answer in time") from None
-        if value is None:
-            return None
-        rule, _, service = value.decode().partition("\n")
-        return Recalled(pool=name, rule=rule, service=service)
 
     def cursor(self, rule: Rule) -> str:
         """The service where this worker last saw the rule's cursor, empty if never."""
         return self._cursors.get(rule.uuid, "")
+
+
+def _recalled(pool: str, value: bytes) -> Recalled:
+    rule, _, service = value.decode().partition("\n")
+    return Recalled(pool=pool, rule=rule, service=service)
 
 
 def no_service(rule: str, cause: str, retry_ms: int, only: str = "") -> NoServiceError:

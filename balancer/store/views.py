@@ -1,9 +1,12 @@
-"""Read-only pictures of the shared state, decoded from the pool's hashes."""
+"""Read-only pictures of the shared state, decoded from the pool's hashes.
+
+A pool may have thousands of services, of which most readers want a few: each is decoded when it is first asked for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 
@@ -135,10 +138,10 @@ class PoolView(msgspec.Struct, frozen=True, kw_only=True):
     now_ms: int
     epoch: int
     position: int
-    rules: dict[str, RuleView]
-    partitions: dict[str, PartitionView]
-    services: dict[str, ServiceView]
-    providers: dict[str, ProviderView] = {}
+    rules: Mapping[str, RuleView]
+    partitions: Mapping[str, PartitionView]
+    services: Mapping[str, ServiceView]
+    providers: Mapping[str, ProviderView] = {}
 
     def cursor(self, rule: str) -> str:
         """The rule's current service, empty for none."""
@@ -159,33 +162,58 @@ class PoolView(msgspec.Struct, frozen=True, kw_only=True):
         return max(0, state.cooldown - self.now_ms) if state else 0
 
 
+_T = TypeVar("_T")
+
+
+class _Read(Mapping[str, _T], Generic[_T]):
+    """What a hash says under `name:<id>`, by id; `names` are those that make one be there."""
+
+    def __init__(self, fields: Mapping[bytes, bytes], decode: Callable[[_Texts], _T], *names: str) -> None:
+        self._fields = fields
+        self._decode = decode
+        self._prefixes = tuple(f"{name}:".encode() for name in names)
+        self._decoded: dict[str, _T] = {}
+        self._ids: tuple[str, ...] | None = None
+
+    def __getitem__(self, id_: str) -> _T:
+        found = self._decoded.get(id_)
+        if found is None:
+            key = id_.encode()
+            if not key or not any(prefix + key in self._fields for prefix in self._prefixes):
+                raise KeyError(id_)
+            found = self._decoded[id_] = self._decode(
+                lambda name: self._fields.get(b"%b:%b" % (name, key), b"").decode()
+            )
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        if self._ids is None:
+            prefixes = self._prefixes
+            found = (field.partition(b":")[2].decode() for field in self._fields if field.startswith(prefixes))
+            self._ids = tuple(dict.fromkeys(filter(None, found)))
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+_Texts = Callable[[bytes], str]
+"""What the hash says of an id under a name, empty for nothing."""
+
+
 def read_pool(pool: str, partitions: Mapping[bytes, bytes], services: Mapping[bytes, bytes], now_ms: int) -> PoolView:
     """The picture from the two hashes as HGETALL gives them, at that time of the server."""
-    of_services, of_partitions = _by_name(services), _by_name(partitions)
     epoch, position = stored.place({"place": text} if (text := services.get(b"place", b"").decode()) else {})
-    totals, numbers = of_services.get("totals", {}), of_services.get("provider", {})
-    meters, measured = of_services.get("meter", {}), of_services.get("service", {})
-    tactics, states = of_partitions.get("tactic", {}), of_partitions.get("partition", {})
     return PoolView(
         pool=pool,
         now_ms=now_ms,
         epoch=epoch,
         position=position,
-        rules={id_: _rule(text) for id_, text in of_partitions.get("rule", {}).items()},
-        partitions={id_: _partition(tactics.get(id_, ""), text) for id_, text in states.items()},
-        services={id_: _service(text, totals.get(id_, "")) for id_, text in measured.items()},
-        providers={id_: _provider(meters.get(id_, ""), numbers.get(id_, "")) for id_ in meters | numbers},
+        rules=_Read(partitions, lambda of: _rule(of(b"rule")), "rule"),
+        partitions=_Read(partitions, lambda of: _partition(of(b"tactic"), of(b"partition")), "partition"),
+        services=_Read(services, lambda of: _service(of(b"service"), of(b"totals")), "service"),
+        providers=_Read(services, lambda of: _provider(of(b"meter"), of(b"provider")), "meter", "provider"),
     )
-
-
-def _by_name(fields: Mapping[bytes, bytes]) -> dict[str, dict[str, str]]:
-    """The hash's fields `name:id`, gathered by name."""
-    gathered: dict[str, dict[str, str]] = {}
-    for field, value in fields.items():
-        name, _, id_ = field.decode().partition(":")
-        if id_:
-            gathered.setdefault(name, {})[id_] = value.decode()
-    return gathered
 
 
 def _rule(text: str) -> RuleView:

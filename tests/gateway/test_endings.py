@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 import redis.asyncio
 
+from balancer.steps import Steps
 from tests.actors import OPENAI_JSON, Upstream, anthropic_events, chunk, openai_events
 from tests.gateway.conftest import KEY, Serve, Served, a_document, decoded
 from tests.store.conftest import eventually
@@ -404,3 +405,29 @@ async def test_a_draining_worker_is_not_ready_and_finishes_what_is_open(serve: S
         gate.set()
         assert b"[DONE]" in await response.read()
     await draining
+
+
+async def test_requests_are_served_while_a_scrape_is_written(gateway: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of thousands of services it is as long as some hundred requests together."""
+    monkeypatch.setattr("balancer.store.slices.SLICE_S", 0.0)
+    has_begun, is_answered = asyncio.Event(), False
+
+    def exposing(*given: object) -> Steps[bytes]:
+        has_begun.set()
+        for _ in range(1_000_000):
+            if is_answered:
+                return b"behind it"
+            yield
+        return b"before it"
+
+    async def scraped() -> bytes:
+        async with gateway.session.get(f"{gateway.url}/metrics") as response:
+            return await response.read()
+
+    monkeypatch.setattr("balancer.metrics.Metrics.exposing", exposing)
+    scraping = asyncio.create_task(scraped())
+    await has_begun.wait()
+    async with gateway.chat() as response:
+        assert response.status == 200
+    is_answered = True
+    assert await scraping == b"behind it"

@@ -21,6 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from balancer import __version__
 from balancer.domain import Configuration, Outcome, Pick, Usage
 from balancer.metrics import Metrics, PoolGauges, ServiceGauges, pool_gauges
+from balancer.steps import finished
 from balancer.store import keys
 from balancer.store.views import PartitionView, PoolView, ServiceView, WindowView
 from balancer.tally import Times
@@ -246,11 +247,13 @@ def test_gauges_come_from_the_pools_picture_and_an_ended_window_shows_zeros() ->
         partitions={keys.partition("chat"): PartitionView(tactic="round_robin", cursor="b:m", streak=2)},
     )
 
-    assert pool_gauges(view, a_configuration(a_rule("chat", ("a:m", "b:m")))) == PoolGauges(
-        pool="default",
-        services={"a:m": ServiceGauges(in_flight=1, reserved=9, windows=((5, 3, 40), (6, 0, 0)))},
-        cursors={"chat": 1},
-    )
+    assert finished(pool_gauges([view], a_configuration(a_rule("chat", ("a:m", "b:m"))))) == [
+        PoolGauges(
+            pool="default",
+            services={"a:m": ServiceGauges(in_flight=1, reserved=9, windows=((5, 3, 40), (6, 0, 0)))},
+            cursors={"chat": 1},
+        )
+    ]
 
 
 @pytest.mark.parametrize(
@@ -267,7 +270,32 @@ def test_what_is_not_configured_in_the_pool_has_no_labels(configuration: Configu
         partitions={keys.partition("chat"): PartitionView(cursor="gone:m")},
     )
 
-    assert pool_gauges(view, configuration) == PoolGauges(pool="default", services={}, cursors={})
+    assert finished(pool_gauges([view], configuration)) == [PoolGauges(pool="default", services={}, cursors={})]
+
+
+def test_a_scrape_of_many_services_is_written_in_steps() -> None:
+    """Ten thousand rules held every request of the worker up for a second, at each scrape."""
+    services = [f"a:m{i}" for i in range(500)]
+    view = a_view(services=dict.fromkeys(services, ServiceView(windows=(a_window(300, age_ms=1),))))
+    configuration = a_configuration(*(a_rule(f"r{i}", (service,)) for i, service in enumerate(services)))
+    gathering = pool_gauges([view], configuration)
+    assert sum(1 for _ in gathering) > len(services)
+    gauges = finished(pool_gauges([view], configuration))
+    assert sum(1 for _ in Metrics().exposing(gauges, {})) > 2 * len(services)
+    values = samples(Metrics().exposition(gauges, {}))
+    assert len(named(values, "balancer_window_tokens")) == len(services)
+
+
+def test_labels_are_escaped_as_the_library_would() -> None:
+    awkward = 'a:"m"\\n\n{}'
+    pool = PoolGauges(
+        pool="default", services={awkward: ServiceGauges(in_flight=1, reserved=0, windows=())}, cursors={awkward: 2}
+    )
+    values = samples(Metrics().exposition([pool], {}))
+    assert named(values, "balancer_in_flight_requests", "balancer_current_service_index") == {
+        sample("balancer_in_flight_requests", pool="default", service=awkward): 1,
+        sample("balancer_current_service_index", pool="default", rule=awkward): 2,
+    }
 
 
 # -- tallies -----------------------------------------------------------------------------------------------------------

@@ -14,10 +14,12 @@ from balancer import audit
 from balancer.config import load
 from balancer.domain import Configuration, Outcome, Pick, PoolSettings, Rule, RuleDefinition, Usage
 from balancer.errors import NoServiceError, StoreUnavailableError
-from balancer.store import connection, keys
+from balancer.store import keys
 from balancer.store.balance import Balance, BalanceEvents
+from balancer.store.connection import Commands
 from balancer.store.prober import Probe
 from balancer.store.registry import Registry
+from balancer.store.topology import Topology
 from balancer.tactics import RoundRobin, TokenBased
 from tests.store.conftest import eventually
 from tests.store.test_registry import (
@@ -58,9 +60,9 @@ class Start:
 
     async def publish(self, configuration: Configuration) -> None:
         """Publishes the first configuration, as `apply` would."""
-        client = connection.client(self._url)
-        await Registry(client).publish(recorded(configuration), None)
-        await client.aclose()
+        commands = Commands(Topology(self._url))
+        await Registry(commands).publish(recorded(configuration), None)
+        await commands.aclose()
 
     async def close(self) -> None:
         closing = [asyncio.wait_for(balance.close(timeout_s=1), 10) for balance in self._balances]

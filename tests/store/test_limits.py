@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from balancer import audit
-from balancer.domain import BreakerSettings, Limits, Outcome, Pick, Retry, Service, Usage
+from balancer.domain import BreakerSettings, Limits, Outcome, Pick, Retry, Rule, Service, Usage
 from balancer.errors import NoServiceError, RateLimitedError, StoreUnavailableError
 from balancer.store import keys
 from balancer.store.balance import Balance, Recalled
@@ -195,17 +195,27 @@ async def test_only_one_service_is_asked_for_or_none(start: Start) -> None:
 RULES = (a_rule("x", ("a:m",)), a_rule("y", ("a:m",), pool="eu"), a_rule("z", ("a:m",), pool="us"))
 
 
-async def test_an_answer_is_found_by_its_id_in_whichever_pool_gave_it(start: Start, control: Any) -> None:
-    one, two = await started(start, a_configuration(*RULES), 2)
-    for uuid in "xyz":
-        await one.remember(await pick(one, the_rule(one, uuid)), f"resp_{uuid}")
-    assert [await two.recall(f"resp_{uuid}") for uuid in "xyz"] == [
-        Recalled(pool=pool, rule=rule, service="a:m") for rule, pool in (("x", "default"), ("y", "eu"), ("z", "us"))
-    ]
-    assert await two.recall("resp_of_nobody") is None
-    key = keys.response("default", "resp_x")
-    assert "resp_x" not in key
-    assert 29 < await control.pttl(key) / 86_400_000 <= 30
+async def test_finding_an_answer_among_many_pools_takes_no_more_commands_than_among_few(
+    start: Start, control: Any
+) -> None:
+    """Each request that went on from an answer asked every pool, with a command for each."""
+    rules = [a_rule(f"r{i}", ("a:m",), pool=f"p{i}") for i in range(20)]
+    (worker,) = await started(start, a_configuration(*rules))
+    first, last = the_rule(worker, "r0"), the_rule(worker, "r19")
+    await worker.remember(await pick(worker, last), "resp_x")
+
+    async def asked(response_id: str, rule: Rule | None) -> tuple[bool, int, int]:
+        """Whether it was found, and after how many commands that get one key, or many."""
+        await control.config_resetstat()
+        found = await worker.recall(response_id, rule)
+        stats = await control.info("commandstats")
+        one, many = (stats.get(f"cmdstat_{name}", {}).get("calls", 0) for name in ("get", "mget"))
+        return found is not None, one, many
+
+    assert await asked("resp_x", last) == (True, 1, 0)
+    assert await asked("resp_x", first) == (True, 1, 1)
+    assert await asked("resp_x", None) == (True, 0, 1)
+    assert await asked("resp_of_nobody", first) == (False, 1, 1)
 
 
 async def is_back(worker: Balance) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from balancer import stored
 from balancer.domain import (
     Entry,
     Outcome,
@@ -213,3 +214,18 @@ def test_fields_of_a_newer_version_are_passed_over() -> None:
 def test_a_reader_of_an_ended_window_sees_zeros(now_ms: int, counts: tuple[int, int]) -> None:
     window = WindowView(length_s=60, start_ms=1000, requests=3, tokens=70)
     assert window.counts(now_ms) == counts
+
+
+def test_a_picture_decodes_what_is_asked_of_it_and_nothing_else() -> None:
+    """Whoever asked for one rule waited until the texts of all of them were taken apart, and with them all requests."""
+    fields = {f"service:a:m{i}".encode(): b"torn" for i in range(3)} | {b"service:a:m": stored.NEW_SERVICE.encode()}
+    partitions = {b"rule:torn": b"torn", b"partition:|torn": b"torn"}
+    view = read_pool("default", partitions, fields, now_ms=1)
+    assert view.services["a:m"] == ServiceView()
+    assert view.breaker_state("a:m") == "closed"
+    assert view.cursor("chat") == ""
+    assert list(view.services) == ["a:m0", "a:m1", "a:m2", "a:m"]
+    with pytest.raises(ValueError, match="unpack"):
+        view.services["a:m0"]
+    with pytest.raises(KeyError):
+        view.services["a:other"]
