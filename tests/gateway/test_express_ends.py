@@ -468,7 +468,7 @@ async def test_in_a_storm_every_attempt_is_settled_once(store_url: str, tmp_path
         for _ in range(400):
             does_anything(upstream, rng)
         upstream.then().answers()
-        async with walked(store_url, tmp_path, raw) as served:
+        async with walked(store_url, tmp_path, raw, audit_interval_s=0.2) as served:
             asked = 0
 
             async def a_client(number: int) -> None:
@@ -506,7 +506,7 @@ async def test_in_a_storm_every_attempt_is_settled_once(store_url: str, tmp_path
             assert sum(s.picks for s in services) == total("picks_total") + sum(s.abandoned for s in services)
             assert total("tokens_total", "input") == sum(s.input for s in services)
             assert total("tokens_total", "output") == sum(s.output for s in services)
-            assert sum(s.lost for s in services) == 0
+            assert sum(s.lost for s in services) == total("invariant_violations_total") == 0
             assert len(upstream.received) <= total("attempts_total")
             for pool in served.gateway._upstream._pools.values():
                 await eventually(lambda pool=pool: is_true(pool._places == len(pool._idle)))  # type: ignore[misc]
