@@ -156,9 +156,14 @@ class Metrics:
         if pick.is_switch:
             self.switches.pending[pool, rule, reason] += 1
         if pick.is_saved:
-            self.saved_switches.pending[pool, rule] += 1
+            self.saved_switch(pick)
         if pick.is_local:
             self.degraded_picks.pending[pool, rule] += 1
+        self._flush_soon()
+
+    def saved_switch(self, pick: Pick) -> None:
+        """Counts a switch that a pin saved."""
+        self.saved_switches.pending[pick.pool, pick.rule] += 1
         self._flush_soon()
 
     def settled(self, pick: _Settled, outcome: Outcome, usage: Usage | None, duration_s: float | None = None) -> None:

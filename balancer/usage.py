@@ -290,7 +290,7 @@ class StreamUsage:
 
     def _report(self, usage: msgspec.Raw) -> None:
         """Takes over a table, most often the only one of its stream."""
-        if self.usage is None:
+        if self.usage is None and not self._table:
             self.usage = _read_usual(usage)
             if self.usage is not None:
                 self._first = usage

@@ -121,6 +121,10 @@ class Upstream:
         self._is_adding = True
         return self
 
+    def skips(self) -> None:
+        """Forgets what it was to do with the next request."""
+        self._behaviours.pop(0)
+
     @property
     def _behaviour(self) -> Behaviour:
         return self._behaviours[0]
@@ -139,13 +143,16 @@ class Upstream:
         *,
         chunked: bool = False,
         retry_after: str = "",
+        gate: asyncio.Event | None = None,
     ) -> None:
-        """A whole answer."""
+        """A whole answer, which waits for the gate."""
         if retry_after:
             headers = (*headers, ("Retry-After", retry_after))
         head = self._head(status, (("Content-Type", content_type), *headers), None if chunked else len(body))
 
         async def behave(_: Upstream, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if gate is not None:
+                await gate.wait()
             writer.write(head + (chunk(body) + b"0\r\n\r\n" if chunked else body))
 
         self._behaviour = behave

@@ -64,6 +64,7 @@ class EventRelay:
         "_decoder",
         "_error_event",
         "_is_coded",
+        "_is_last",
         "_mask",
         "_may_skim",
         "_must_abort",
@@ -112,6 +113,7 @@ class EventRelay:
         attempt.is_stream = True
         self._parser, self._usage = Parser(), StreamUsage()
         self._must_abort = False
+        self._is_last = False  # Nothing comes behind what is being read: it is sent with the stream's end.
         self._sent_bytes = 0  # How much of the unfinished event was sent before it went event by event.
 
     async def run(self, response: UpstreamResponse, chunk: bytes) -> None:
@@ -119,9 +121,10 @@ class EventRelay:
         try:
             while chunk:
                 known = self._skimmable(chunk) if self._can_skim else 0
+                self._is_last = response.is_at_end
                 if not self._by_event:
-                    await self._pass(chunk, known, is_last=response.is_at_end)
-                elif not known or not self._stream.write_now(chunk[:known]):
+                    await self._pass(chunk, known)
+                elif not known or not self._sent_unread(chunk[:known]):
                     await self._edit(chunk)
                 elif known < len(chunk):
                     await self._edit(chunk[known:])
@@ -159,10 +162,17 @@ class EventRelay:
         end = chunk.rfind(b"\n\n", 0, found.start() if found else len(chunk))
         return end + 2 if end >= 0 else 0
 
-    async def _pass(self, chunk: bytes, known: int, *, is_last: bool) -> None:
+    def _sent_unread(self, events: bytes) -> bool:
+        """Sends events at once; False where that cannot be."""
+        if self._is_last:
+            self._withheld.append(events)
+            return True
+        return self._stream.write_now(events)
+
+    async def _pass(self, chunk: bytes, known: int) -> None:
         """Sends the chunk as it came, unless an error in it could show a credential.
 
-        Nothing needs to be known of its first `known` bytes. What is last is sent with the stream's end.
+        Nothing needs to be known of its first `known` bytes.
         """
         sent_bytes = self._parser.tail_bytes
         events: list[Event] = []
@@ -189,7 +199,7 @@ class EventRelay:
         else:
             self._withheld.append(chunk)
             self._withheld_bytes += len(chunk)
-            if not is_last and not self._must_withhold():
+            if not self._is_last and not self._must_withhold():
                 await self._release()
 
     async def _edit(self, chunk: bytes) -> None:
@@ -212,7 +222,9 @@ class EventRelay:
         out = b"".join(map(self._rewriter.event, events))
         if self._usage.is_error:
             out = self._mask.over(out)
-        if out:
+        if self._is_last:
+            self._withheld.append(out)
+        elif out:
             await self._stream.write(out)
 
     async def _keep(self, events: list[Event]) -> None:
@@ -281,7 +293,7 @@ class EventRelay:
         if last is not None:
             await self._keep([last])
         if self._by_event and last is not None:
-            await self._release()
+            self._is_last = True
             await self._send([last])
         await self._attempt.settle_before_last_byte(Outcome.SUCCESS)
         await self._stream.end(self._withdrawn())

@@ -48,7 +48,11 @@ _KEPT_PATHS = ("/v1/responses",)
 _LATE_S = 0.05
 """What has taken so long to be picked for has less time left than its like."""
 _WHOLE_BYTES = 48 * 1024
-"""Of an answer beyond this a client might be too slow to take all at once."""
+_HEAD_BYTES = 12 * 1024
+"""Of an answer beyond these a client might be too slow to take all at once.
+
+Within, its transport holds what the client does not take, and does not ask us to wait: nobody would.
+"""
 _SERVICES_KEPT = 64
 _CLOSING = "Connection: close\r\n"
 
@@ -267,9 +271,9 @@ class Way(msgspec.Struct, eq=False):
             try:
                 await express.handlers.handle(request, stream, begun)
             finally:
+                express.closed()
                 if begun.attempt is not None:
                     begun.attempt.settle(Outcome.FAILED)  # Unless it was, as it is by all that gets so far.
-                express.closed()
 
         self.task = task = lane.task(request, stream, resume)
 
@@ -351,6 +355,8 @@ class Way(msgspec.Struct, eq=False):
         if body is None:
             if answer.is_over or answer.held_bytes > _WHOLE_BYTES or "json" not in described(answer.headers)[0]:
                 return False
+            if answer.beginning and not answer.beginning.startswith(b"{"):
+                return False  # It may be spaces, sent in the meantime for somebody who would not wait so long.
             answer.expect_more()
             return True
         if len(body) > _WHOLE_BYTES or not body.startswith(b"{") or says_error(body):
@@ -360,7 +366,7 @@ class Way(msgspec.Struct, eq=False):
         head = answer_head(
             answer.headers, telling, self.request_id, len(body), sent.outgoing.mask, is_last=self.is_last
         )
-        if head is None:
+        if head is None or len(head) > _HEAD_BYTES:
             return False
         answer.on_news = None
         attempt.usage = usage_of(body)
@@ -404,6 +410,8 @@ class Way(msgspec.Struct, eq=False):
                 ),
                 usage,
             )
+            if pick.is_saved:
+                express.metrics.saved_switch(pick)
         finally:
             express.closed()
             self.lane.answered(is_whole=True, is_last=self.is_last)

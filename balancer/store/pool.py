@@ -242,6 +242,7 @@ class PoolClient:
     def give_up(self, asked: Asked) -> None:
         """Whoever has asked wants no pick any more, or not the one that was made."""
         asked.is_over = True
+        asked.on_answer = _nobody
         if asked.failure is None:
             self._abandon(asked.selection)
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import redis
 
-from tests.actors import OPENAI_JSON, Upstream, chunk, openai_events
+from balancer.domain import Entry, Outcome
+from balancer.gateway.upstream.answer import Answer
+from balancer.gateway.upstream.client import UpstreamClient
+from balancer.store import keys, views
+from tests.actors import OPENAI_JSON, Proxy, Upstream, chunk, openai_events
+from tests.faults import FaultProxy
 from tests.gateway.conftest import KEY
-from tests.gateway.trails import WAYS, a_document, a_post, seen, told, walked
+from tests.gateway.trails import WAYS, Books, a_document, a_post, come, nothing_left, seen, told, walked
+from tests.gateway.wire import a_line, answers_in
+from tests.store.conftest import eventually
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 LENGTH = b"Content-Length: %d\r\n\r\n" % len(OPENAI_JSON)
@@ -63,6 +74,8 @@ def case(*stages: str, **more: Any) -> Case:
     return Case(stages=list(stages), **more)
 
 
+SESSION = ["x-session-id: s"]
+TO_SPARE = {"services": [{"provider": "spare", "model": "m"}]}
 ONE_SERVICE = {"services": [{"provider": "up", "model": "m"}]}
 
 EXPRESS: dict[str, Case] = {
@@ -91,9 +104,8 @@ EXPRESS: dict[str, Case] = {
         rule={"lb_tactic": {"type": "token_based", "params": {"token_threshold": 15, "reserve": "full"}}},
     ),
     "a session": case(
-        "express",
-        "express",
-        asks=[[a_post("r1", "x-session-id: s")], [a_post("r2", "x-session-id: s")]],
+        *["express"] * 4,
+        asks=[[a_post(f"r{n}", *session)] for n, session in enumerate([SESSION, [], SESSION, SESSION])],
         rule={
             "session_affinity": 60,
             "session_header": "x-session-id",
@@ -215,12 +227,10 @@ AT_THE_ANSWER: dict[str, Case] = {
     "status 201": case("answer", upstream=answers(201)),
     "status 204": case("answer", upstream=sends(b"HTTP/1.1 204 No Content\r\n\r\n"), rule=ONE_SERVICE),
     "a redirect": case("answer", upstream=answers(302, headers=(("Location", "http://127.0.0.1:9/"),))),
-    "another protocol": case(
-        "answer", upstream=sends(b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n")
-    ),
     "a stream that nobody asked for": case("answer", upstream=lambda u: u.then().streams(openai_events())),
     "a stream under another name": case("answer", upstream=sends(CHUNKED, *map(chunk, openai_events()), b"0\r\n\r\n")),
     "more than 48 KiB": case("answer", upstream=answers(body=large(48 * 1024 + 1))),
+    "a head of 40 KiB": case("answer", upstream=answers(headers=(("X-A", "a" * 40_000),))),
     "half a megabyte in chunks": case("answer", upstream=answers(body=large(2**19), chunked=True)),
     "a coding": case("answer", upstream=answers(body=b"\x1f\x8b no gzip", headers=(("Content-Encoding", "gzip"),))),
     "no content type": case("answer", upstream=sends(b"HTTP/1.1 200 OK\r\n" + LENGTH + OPENAI_JSON)),
@@ -237,7 +247,12 @@ AT_THE_ANSWER: dict[str, Case] = {
     "a space before it": case("answer", upstream=answers(body=b"\n" + OPENAI_JSON)),
     "nothing": case("answer", upstream=answers(body=b"")),
     "nothing, in chunks": case("answer", upstream=sends(CHUNKED + b"0\r\n\r\n")),
-    # -- it breaks off
+}
+
+BREAKS_OFF: dict[str, Case] = {
+    "another protocol": case(
+        "answer", upstream=sends(b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n")
+    ),
     "its end before its head": case("answer", upstream=sends()),
     "a reset before its head": case("answer", upstream=sends(resets=True)),
     "its end in its head": case("answer", upstream=sends(HEAD[:30])),
@@ -251,7 +266,9 @@ AT_THE_ANSWER: dict[str, Case] = {
     "a control character": case("answer", upstream=sends(HEAD + b"X-A: a\x01b\r\n" + LENGTH + OPENAI_JSON)),
     "a length beside chunks": case("answer", upstream=sends(CHUNKED[:-2] + LENGTH + chunk(OPENAI_JSON) + b"0\r\n\r\n")),
     "a head without an end": case("answer", upstream=sends(HEAD + b"X-A: " + b"a" * 70_000)),
-    # -- it is late
+}
+
+IS_LATE: dict[str, Case] = {
     "silence": case("answer", upstream=lambda u: u.then().stalls(), provider={"timeouts": QUICK}, rule=ONE_SERVICE),
     "silence in its head": case("answer", upstream=sends(HEAD, stalls=True), provider={"timeouts": QUICK}),
     "silence behind its head": case("answer", upstream=sends(HEAD + LENGTH, stalls=True), provider={"timeouts": QUICK}),
@@ -287,15 +304,23 @@ CASES = {
         ("express", EXPRESS),
         ("select", AT_SELECT),
         ("sending", AT_SENDING),
-        ("answer", AT_THE_ANSWER),
+        ("answer", AT_THE_ANSWER | BREAKS_OFF | IS_LATE),
         ("ordinary", FROM_THE_START),
     )
     for name, case in cases.items()
 }
 
 
-async def walk(way: str, case: Case, store_url: str, data_dir: Path) -> tuple[Any, dict[str, str]]:
-    """All that a client, an upstream and an operator see of a case by one way, and the trail."""
+class Seen(msgspec.Struct, kw_only=True):
+    """All that a client, an operator and an upstream see of a case by one way, and its trail."""
+
+    answers: list[Any]
+    books: Books
+    sent: list[Any]
+    stages: dict[str, str]
+
+
+async def walk(way: str, case: Case, store_url: str, data_dir: Path) -> Seen:
     async with Upstream().running() as upstream:
         raw = a_document(upstream.url, rule=case.rule, **case.provider)
         raw["rules"].append({"uuid": "other", "request_model": "other", **TO_SPARE})
@@ -303,30 +328,362 @@ async def walk(way: str, case: Case, store_url: str, data_dir: Path) -> tuple[An
             got = await served.ask(a_post("first"))
             got += await served.ask(a_post("first-of-claude", path="/v1/messages", model="claude"))
             served.trail.stages.clear()
-            upstream.answers()
             case.upstream(upstream)
-            upstream._behaviours.pop(0)
             upstream.then().answers()
+            upstream.skips()
             for pieces in case.asks:
-                count = b"".join(pieces).count(b"POST /")
-                got += await served.ask(*pieces, answers=count)
+                got += await served.ask(*pieces, answers=b"".join(pieces).count(b"POST /"))
             stages = dict(served.trail.stages)
             got += await served.ask(a_post("last"))
             books = await served.books()
-        address = upstream.url.removeprefix("http://")
-        sent = [
-            (target, [(n, v.replace(address, "up")) for n, v in head], body) for target, head, body in seen(upstream)
-        ]
-    return (told(got), books, sent), stages
-
-
-TO_SPARE = {"services": [{"provider": "spare", "model": "m"}]}
+    address = upstream.url.removeprefix("http://")
+    sent = [(target, [(n, v.replace(address, "up")) for n, v in head], body) for target, head, body in seen(upstream)]
+    return Seen(answers=told(got), books=books, sent=sent, stages=stages)
 
 
 @pytest.mark.parametrize("name", CASES)
 async def test_by_every_way_all_is_the_same(name: str, store_url: str, tmp_path: Path) -> None:
+    """Not so were once: the times of selections without a pick, and switches that pins had saved."""
     case = CASES[name]
-    walks = {way: await walk(way, case, store_url, tmp_path) for way in WAYS}
-    assert list(walks["express"][1].values()) == case.stages
-    assert walks["express"][0] == walks["lane"][0]
-    assert walks["lane"][0] == walks["aiohttp"][0]
+    ours, *others = [await walk(way, case, store_url, tmp_path) for way in WAYS]
+    assert list(ours.stages.values()) == case.stages
+    for other in others:
+        assert ours.answers == other.answers
+        assert ours.sent == other.sent
+        assert ours.books == other.books
+
+
+# -- what takes more than one connection -------------------------------------------------------------------------------
+
+
+async def by_each_way(scene: Callable[[str], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+    """What a scene has come to, which is the same by each way, and its stages by ours."""
+    ours, *others = [await scene(way) for way in WAYS]
+    stages = ours.pop("stages")
+    for other in others:
+        assert ours == {name: value for name, value in other.items() if name != "stages"}
+    return ours | {"stages": list(stages.values())}
+
+
+async def test_a_rule_that_was_changed_meanwhile_is_asked_for_anew(store_url: str, tmp_path: Path) -> None:
+    async def scene(way: str) -> dict[str, Any]:
+        async with (
+            Upstream().running() as upstream,
+            walked(store_url, tmp_path, a_document(upstream.url), way) as served,
+        ):
+            got = await served.ask(a_post("r1"))
+            await served.publishes(a_document(upstream.url, rule=TO_SPARE))
+            got += await served.ask(a_post("r2"), answers=1)
+            got += await served.ask(a_post("r3"), answers=1)
+            return {
+                "answers": told(got),
+                "books": await served.books(),
+                "services": [answer.header("x-balancer-service") for answer in got],
+                "stages": served.trail.stages,
+            }
+
+    came = await by_each_way(scene)
+    assert came["stages"] == ["send", "select", "express"]
+    assert came["services"] == ["up:m", "spare:m", "spare:m"]
+    assert came["books"].counters["balancer_stale_picks_total['default']"] == 1
+
+
+async def test_a_rule_that_redis_has_lost_is_told_to_it_again(store_url: str, tmp_path: Path) -> None:
+    async def scene(way: str) -> dict[str, Any]:
+        async with (
+            Upstream().running() as upstream,
+            walked(store_url, tmp_path, a_document(upstream.url), way) as served,
+        ):
+            await served.ask(a_post("r1"))
+            await served.settled_view()
+            with redis.Redis.from_url(store_url) as client:
+                client.delete(keys.partitions("default"), keys.services("default"))
+            got = await served.ask(a_post("r2"))
+            got += await served.ask(a_post("r3"))
+            return {"answers": told(got)[1:], "books": await served.books(), "stages": served.trail.stages}
+
+    came = await by_each_way(scene)
+    assert came["stages"] == ["send", "select", "express"]
+    assert came["books"].services["up:m"][:2] == [2, 2]
+
+
+async def test_a_pick_that_comes_too_late_for_its_name_is_none(store_url: str, tmp_path: Path) -> None:
+    async def scene(way: str) -> dict[str, Any]:
+        async with (
+            Upstream().running() as upstream,
+            walked(store_url, tmp_path, a_document(upstream.url), way) as served,
+        ):
+            await served.ask(a_post("r1"))
+            balance = served.gateway.balance
+            (pool,) = balance._pools.values()
+            pool.settle(Entry(number=next(balance._numbers) + 1, service="", outcome=Outcome.ABANDONED))
+            await served.acknowledged()
+            got = await served.ask(a_post("r2"))
+            got += await served.ask(a_post("r3"))
+            return {"answers": told(got), "books": await served.books(), "stages": served.trail.stages}
+
+    came = await by_each_way(scene)
+    assert came["stages"] == ["send", "select", "express"]
+    assert [status for status, *_ in came["answers"]] == [503, 200]
+
+
+@pytest.mark.parametrize("loss", ["silence", "reset"])
+@pytest.mark.parametrize(("on_store_loss", "status"), [("closed", 503), ("local", 200)])
+async def test_redis_may_be_lost_while_it_is_asked(
+    store_url: str, tmp_path: Path, loss: str, on_store_loss: str, status: int
+) -> None:
+    async def scene(way: str) -> dict[str, Any]:
+        async with (
+            Upstream().running() as upstream,
+            FaultProxy(store_url, tmp_path / f"{way}.sock").running() as proxy,
+            walked(
+                store_url,
+                tmp_path,
+                a_document(upstream.url, rule={"on_store_loss": on_store_loss}),
+                way,
+                redis_url=proxy.url,
+                redis_deadline_ms=200,
+            ) as served,
+        ):
+            await served.ask(a_post("r1"))
+            await served.settled_view()
+            (pool,) = served.gateway.balance._pools.values()
+            proxy.blackholes()
+            served.line.held.clear()
+            await served.line.send(a_post("r2"))
+            if loss == "reset":
+                await eventually(lambda: is_true(bool(pool._waiting)))
+                proxy.refuses()
+            got = await come(served.line, 1)
+            got += await served.ask(a_post("r3"))
+            proxy.passes()
+            await eventually(lambda: is_true(pool.is_up))
+            got += await served.ask(a_post("r4"))
+            books = await served.books()
+            return {
+                "answers": [(answer.status, answer.header("x-balancer-degraded")) for answer in got],
+                "requests": books.services["up:m"][1],
+                "counters": books.counters,
+                "stages": served.trail.stages,
+            }
+
+    came = await by_each_way(scene)
+    assert came["stages"] == ["send", "select", "ordinary", "express"]
+    degraded = (status, "store" if status == 200 else None)
+    assert came["answers"] == [degraded, degraded, (200, None)]
+    assert came["requests"] == (4 if status == 200 else 2)
+
+
+async def test_a_pick_that_has_taken_long_leaves_less_time(store_url: str, tmp_path: Path) -> None:
+    async def scene(way: str) -> dict[str, Any]:
+        async with (
+            Upstream().running() as upstream,
+            walked(store_url, tmp_path, a_document(upstream.url), way, late_s=0.0) as served,
+        ):
+            got = await served.ask(a_post("r1"))
+            got += await served.ask(a_post("r2"))
+            return {"answers": told(got), "books": await served.books(), "stages": served.trail.stages}
+
+    assert (await by_each_way(scene))["stages"] == ["send", "send"]
+
+
+async def test_nobody_overtakes_who_waits_in_line(store_url: str, tmp_path: Path) -> None:
+    async def scene(way: str) -> dict[str, Any]:
+        gate = asyncio.Event()
+        async with Upstream().running() as upstream:
+            rule = {
+                "services": [{"provider": "up", "model": "m", "limits": {"in_flight": 1}}],
+                "queue_timeout_ms": 10_000,
+            }
+            async with (
+                walked(store_url, tmp_path, a_document(upstream.url, rule=rule), way) as served,
+                a_line(served.url) as one,
+                a_line(served.url) as two,
+                a_line(served.url) as three,
+            ):
+                await served.ask(a_post("r0"))
+                upstream.answers(gate=gate)
+                queues = served.gateway.balance._queues
+                one.transport.write(a_post("r1"))
+                await eventually(lambda: is_true(len(upstream.received) == 2))
+                two.transport.write(a_post("r2"))
+                await eventually(lambda: is_true(len(queues) == 1))
+                three.transport.write(a_post("r3"))
+                await eventually(lambda: is_true(len(queues) == 2))
+                gate.set()
+                got = [answer for line in (one, two, three) for answer in await come(line, 1)]
+                counters = (await served.books()).counters
+                counters.pop("balancer_select_seconds_count['default']")  # The head of the line asks time and again.
+                return {
+                    "answers": [answer.status for answer in got],
+                    "order": [received.header("x-request-id") for received in upstream.received],
+                    "counters": counters,
+                    "stages": served.trail.stages,
+                }
+
+    came = await by_each_way(scene)
+    assert came["stages"] == ["send", "express", "select", "ordinary"]
+    assert came["order"] == ["r0", "r1", "r2", "r3"]
+    assert came["answers"] == [200, 200, 200]
+
+
+async def test_idle_connections_that_have_ended_unseen_are_passed_over(
+    store_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = UpstreamClient.begin
+    async with Upstream().running() as upstream, walked(store_url, tmp_path, a_document(upstream.url)) as served:
+        await served.ask(a_post("r1"))
+
+        def ended(self: UpstreamClient, *arguments: Any) -> Answer | None:
+            for one in self._connections:
+                assert one.transport is not None
+                end_unseen(one.transport)
+            return begin(self, *arguments)
+
+        monkeypatch.setattr(UpstreamClient, "begin", ended)
+        (answer,) = await served.ask(a_post("r2"))
+        monkeypatch.undo()
+        (last,) = await served.ask(a_post("r3"))
+        books = await served.books()
+        assert (answer.status, last.status, upstream.connections) == (200, 200, 2)
+        assert list(served.trail.stages.values()) == ["send", "send", "express"]
+        assert (books.services["up:m"][:2], len(upstream.received)) == ([3, 3], 3)
+
+
+def end_unseen(transport: asyncio.Transport) -> None:
+    """Lets nothing more be read of a connection, as if the other side had ended it."""
+    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as sock:
+        sock.shutdown(socket.SHUT_RD)
+
+
+async def test_a_provider_may_be_gone_when_its_service_is_picked(store_url: str, tmp_path: Path) -> None:
+    async def scene(way: str) -> dict[str, Any]:
+        async with (
+            Upstream().running() as upstream,
+            walked(store_url, tmp_path, a_document(upstream.url), way) as served,
+        ):
+            await served.ask(a_post("r1"))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(served.gateway._forwarder.preparer._providers, "provider", lambda _: None)
+                got = await served.ask(a_post("r2", "X-A: another head"))
+            got += await served.ask(a_post("r3"))
+            return {"answers": told(got), "books": await served.books(), "stages": served.trail.stages}
+
+    came = await by_each_way(scene)
+    assert came["stages"] == ["send", "send", "express"]
+    assert [status for status, *_ in came["answers"]] == [503, 200]
+
+
+async def test_behind_a_socks_proxy_the_ordinary_way_sends(store_url: str, tmp_path: Path) -> None:
+    async def scene(way: str) -> dict[str, Any]:
+        async with Upstream().running() as upstream, Proxy("socks5").running() as proxy:
+            raw = a_document(upstream.url, proxy_url=proxy.url)
+            async with walked(store_url, tmp_path, raw, way) as served:
+                got = await served.ask(a_post("r1"))
+                got += await served.ask(a_post("r2"))
+                return {"answers": told(got), "books": await served.books(), "stages": served.trail.stages}
+
+    assert (await by_each_way(scene))["stages"] == ["send", "send"]
+
+
+async def test_spaces_that_keep_a_connection_alive_come_down_at_once(store_url: str, tmp_path: Path) -> None:
+    """They were once held back until the answer was whole."""
+
+    async def scene(way: str) -> dict[str, Any]:
+        async with (
+            Upstream().running() as upstream,
+            walked(store_url, tmp_path, a_document(upstream.url), way) as served,
+        ):
+            await served.ask(a_post("r1"))
+            upstream.sends(CHUNKED, chunk(b"\n \n"), stalls=True)
+            served.line.held.clear()
+            served.line.transport.write(a_post("r2"))
+            await served.line.until(b"\n \n")
+            served.line.transport.abort()
+            await upstream.hung_up.wait()
+            return {"books": await served.books(), "stages": served.trail.stages}
+
+    assert (await by_each_way(scene))["stages"] == ["send", "answer"]
+
+
+# -- connections -------------------------------------------------------------------------------------------------------
+
+
+async def test_who_gives_no_id_gets_one_that_the_upstream_sees_too(store_url: str, tmp_path: Path) -> None:
+    async with Upstream().running() as upstream, walked(store_url, tmp_path, a_document(upstream.url)) as served:
+        await served.ask(a_post("first"))
+        answers = [answer for _ in range(3) for answer in await served.ask(a_post())]
+        ids = [answer.header("x-request-id") for answer in answers]
+        assert ids == [received.header("x-request-id") for received in upstream.received[1:]]
+        assert {id_: served.trail.stages[id_] for id_ in ids if id_} == dict.fromkeys(ids, "express")
+        assert len(set(ids)) == 3
+
+
+async def test_while_the_worker_drains_an_answer_is_its_connection_s_last(store_url: str, tmp_path: Path) -> None:
+    gate = asyncio.Event()
+    async with Upstream().running() as upstream, walked(store_url, tmp_path, a_document(upstream.url)) as served:
+        await served.ask(a_post("first"))
+        upstream.answers(gate=gate)
+        async with a_line(served.url) as other:
+            served.line.held.clear()
+            served.line.transport.write(a_post("under-way"))
+            await eventually(lambda: is_true(len(upstream.received) == 2))
+            served.gateway._is_draining = True
+            other.transport.write(a_post("late"))
+            await eventually(lambda: is_true(len(upstream.received) == 3))
+            draining = asyncio.create_task(served.gateway.drain())
+            await asyncio.sleep(0)
+            gate.set()
+            assert await served.line.until_closed()
+            assert await other.until_closed()
+            await draining
+            (answer,), (last,) = answers_in(bytes(served.line.held)), answers_in(bytes(other.held))
+        assert (answer.status, answer.body, answer.header("connection")) == (200, OPENAI_JSON, None)
+        assert (last.status, last.body, last.header("connection")) == (200, OPENAI_JSON, "close")
+        assert (served.trail.stages["under-way"], served.open_requests) == ("express", 0)
+        with redis.Redis.from_url(store_url) as client:
+            state = client.hgetall(keys.services("default"))
+        assert isinstance(state, dict)
+        service = views.read_pool("default", {}, state, 0).services["up:m"]
+        assert (service.requests, service.input, service.in_flight, service.reserved) == (3, 33, 0, 0)
+
+
+async def test_thousands_of_requests_leave_nothing_behind(store_url: str, tmp_path: Path) -> None:
+    async with Upstream().running() as upstream, walked(store_url, tmp_path, a_document(upstream.url)) as served:
+
+        async def ask(number: int) -> None:
+            async with a_line(served.url) as line:
+                for count in range(250):
+                    line.held.clear()
+                    line.transport.write(a_post(f"{number}-{count}"))
+                    (answer,) = await come(line, 1)
+                    assert answer.status == 200
+
+        await ask(0)
+        async with nothing_left(served):
+            await asyncio.gather(*map(ask, range(1, 9)))
+        books = await served.books()
+        services = books.services.values()
+        assert [sum(counts) for counts in zip(*services, strict=True)][:5] == [2250, 2250, 0, 2250 * 11, 2250 * 7]
+        assert books.counters["balancer_requests_total['gpt', 'openai', 'success']"] == 2250
+
+
+async def test_requests_that_leave_the_express_way_leave_nothing_behind(store_url: str, tmp_path: Path) -> None:
+    rule = ONE_SERVICE | {"retry": {"attempts": 1}}
+    async with Upstream().running() as upstream:
+        raw = a_document(upstream.url, rule=rule, breaker={"failures": 0, "ratio": 0})
+        async with walked(store_url, tmp_path, raw) as served:
+            await served.ask(a_post("first"))
+            async with nothing_left(served):
+                for case in AT_THE_ANSWER.values():
+                    upstream.answers()
+                    case.upstream(upstream)
+                    upstream.then().answers()
+                    upstream.skips()
+                    await served.ask(a_post("r"))
+            await served.books()
+
+
+async def is_true(value: bool) -> bool:
+    """For `eventually`."""
+    return value

@@ -21,7 +21,7 @@ from balancer.store.balance import Balance
 from tests.actors import OPENAI_JSON, Upstream
 from tests.faults import FaultProxy
 from tests.gateway.conftest import decoded
-from tests.gateway.trails import WAYS, Books, Walked, a_document, a_post, come, walked
+from tests.gateway.trails import WAYS, Books, Walked, a_document, a_post, come, nothing_left, walked
 from tests.gateway.wire import Answer, a_line
 from tests.store.conftest import eventually
 
@@ -191,6 +191,18 @@ async def test_a_request_that_is_cut_off_is_settled_as_on_the_ordinary_way(
     if cut.outcome:
         outcomes = sorted(["default", "gpt", cut.outcome, "up:m"])
         assert ours.counters[f"balancer_attempts_total{outcomes}"] == 1 + (cut.outcome == "success")
+
+
+async def test_who_leaves_before_its_pick_leaves_nothing_behind(staged: Staging) -> None:
+    """A selection that was given up and its request once held each other."""
+    async with staged() as scene, nothing_left(scene.served):
+        for _ in range(5):
+            await scene.served.ask()
+            await before_its_pick(scene)
+            scene.served.line.transport.abort()
+            await eventually(lambda: is_true(not scene.served.lanes.open))
+            scene.proxy.passes()
+            await scene.served.books()
 
 
 # -- it is cut off in the very tick in which the ordinary way takes over -----------------------------------------------
@@ -393,3 +405,30 @@ async def test_a_fault_of_ours_is_told_and_others_are_none_the_wiser(
         assert pool._link._wire is wire
         await scene.lives()
     assert "the test's own fault" in caplog.text
+
+
+LASTING = {
+    "taking the pick": ("balancer.store.balance.Balance.finish", 500),
+    "settling": ("balancer.gateway.attempts.Attempt.end", 500),
+    "counting what is left": ("balancer.metrics.Metrics.picked", 500),
+    "counting the request": ("balancer.metrics.Metrics.answered", 200),
+    "taking over": ("balancer.gateway.forwarding.Forwarder.clock", None),
+}
+
+
+@pytest.mark.parametrize("name", LASTING)
+async def test_a_fault_that_lasts_costs_the_requests_that_meet_it(staged: Staging, name: str) -> None:
+    where, status = LASTING[name]
+    async with staged() as scene:
+        served = scene.served
+        (pool,) = served.gateway.balance._pools.values()
+        wire = pool._link._wire
+        if status != 200:
+            errs(scene.upstream)
+        scene.patch.setattr(where, fails)
+        for answers in (await asked_at_once(scene, "r")).values():
+            assert [answer.status for answer in answers] == ([status] if status else [])
+        scene.patch.undo()
+        await eventually(lambda: is_true(not (served.open_requests or served.lanes._working)))
+        assert pool._link._wire is wire
+        await scene.lives()

@@ -136,6 +136,7 @@ def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
     hides_usage=st.booleans(),
     tells_end=st.booleans(),
     path=st.sampled_from(["/v1/chat/completions", "/v1/responses"]),
+    is_ended=st.booleans(),
 )
 def test_any_cuts_and_any_hurry_give_the_same(
     events: list[bytes],
@@ -145,18 +146,21 @@ def test_any_cuts_and_any_hurry_give_the_same(
     hides_usage: bool,
     tells_end: bool,
     path: str,
+    is_ended: bool,
 ) -> None:
+    """`is_ended`: the last event has its blank line."""
     told = [chunk("first"), *events, USAGE, DONE]
-    ends = Ends(cut(b"".join(event + end for event in told), places), refusals, tells_end=tells_end)
+    last = end if is_ended else b""
+    ends = Ends(cut(end.join(told) + last, places), refusals, tells_end=tells_end)
 
     relayed(ends, hides_usage=hides_usage, path=path)
 
     shown = [event for event in told if not (hides_usage and event == USAGE)]
-    assert ends.seen == b"".join(event + end for event in shown)
+    assert ends.seen == end.join(shown) + last
     assert (ends.usage, ends.has_token) == (Usage(input=7, output=5), True)
     settled, sent = ends.outcomes[0]
     assert settled is Outcome.SUCCESS
-    assert sent < len(ends.seen), "the settle is on its way before the last byte is"
+    assert sent < len(ends.seen) or not is_ended, "the settle is on its way before the last byte is"
 
 
 @pytest.mark.parametrize("hides_usage", [False, True])
@@ -179,15 +183,16 @@ def test_of_events_that_come_together_those_before_the_usage_pass_unread() -> No
     assert ends.seen.endswith(usual[-1] + DONE + b"\n\n")
 
 
-def test_what_comes_with_the_stream_s_end_is_sent_with_it() -> None:
+@pytest.mark.parametrize("hides_usage", [False, True])
+def test_what_comes_with_the_stream_s_end_is_sent_with_it(hides_usage: bool) -> None:
     usual = [chunk(f"word {number}") + b"\n\n" for number in range(3)]
     ends = Ends(
         [chunk("first") + b"\n\n", *usual, b"".join([*usual, USAGE, b"\n\n", DONE, b"\n\n"])], (), tells_end=True
     )
 
-    relayed(ends, hides_usage=False)
+    relayed(ends, hides_usage=hides_usage)
 
-    assert ends.sent_last == b"".join([*usual, USAGE, b"\n\n", DONE, b"\n\n"])
+    assert ends.sent_last == b"".join([*usual, b"" if hides_usage else USAGE + b"\n\n", DONE, b"\n\n"])
     assert ends.outcomes[0] == (Outcome.SUCCESS, len(ends.seen) - len(ends.sent_last))
 
 
@@ -200,6 +205,15 @@ def test_the_end_of_a_response_is_never_missed(kind: str) -> None:
     relayed(ends, hides_usage=False, path="/v1/responses")
 
     assert ends.outcomes[0][1] == len(ends.seen) - len(end + b"".join(usual)), "settled as it came"
+
+
+def test_usage_between_events_that_report_none_is_never_missed() -> None:
+    none = chunk("word", ',"usage":null') + b"\n\n"
+    ends = Ends([chunk("first") + b"\n\n", none, none + USAGE + b"\n\n" + none, none], ())
+
+    relayed(ends, hides_usage=False)
+
+    assert ends.usage == Usage(input=7, output=5)
 
 
 def test_an_error_amid_what_passes_is_masked() -> None:

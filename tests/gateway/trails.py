@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,21 @@ import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
 
+from balancer import document
 from balancer.gateway import express
+from balancer.gateway.attempts import Attempt
 from balancer.gateway.forwarding import Begun
 from balancer.gateway.front_server import Server
 from balancer.gateway.lane import Lane, Lanes, Work
 from balancer.gateway.lane_head import Head
 from balancer.gateway.messages import ClientRequest, ClientStream
+from balancer.store import connection
+from balancer.store.credentials import Sealer
+from balancer.store.publishing import publish_file
+from balancer.store.registry import Registry
 from balancer.store.views import PoolView
 from tests.actors import Upstream
-from tests.gateway.conftest import KEY, Served, serving
+from tests.gateway.conftest import KEY, SEALING_KEY, Served, serving
 from tests.gateway.wire import PATIENCE_S, Answer, Line, a_line, answers_in
 from tests.store.conftest import eventually
 
@@ -136,7 +143,7 @@ class Walked(Served):
         line = self.line
         line.held.clear()
         await line.send(*pieces)
-        return await come(line, answers)
+        return await come(line, answers) if pieces else []
 
     async def _connected(self) -> Line:
         line = a_line(self.url)
@@ -144,6 +151,16 @@ class Walked(Served):
         return await line.__aenter__()
 
     gateway_lines: list[contextlib.AbstractAsyncContextManager[Line]]
+
+    async def publishes(self, raw: dict[str, Any]) -> None:
+        """Has the configuration changed, of which this worker does not hear until it asks."""
+        follower = self.gateway.balance._follower
+        for task in follower._tasks:
+            task.cancel()
+        await asyncio.gather(*follower._tasks, return_exceptions=True)
+        client = connection.client(self.store_url)
+        await publish_file(Registry(client), document.read(raw, door="strict").configuration, Sealer(SEALING_KEY))
+        await client.aclose()
 
     def counters(self) -> dict[str, float]:
         """All that was counted: each series that is not 0, and of each histogram how many it holds."""
@@ -288,3 +305,30 @@ def told(answers: Sequence[Answer]) -> list[tuple[int, list[tuple[str, str]], by
 def seen(upstream: Upstream) -> list[tuple[str, list[tuple[str, str]], bytes]]:
     """What an upstream was sent."""
     return [(one.target, sorted((n.lower(), v) for n, v in one.headers), one.body) for one in upstream.received]
+
+
+@contextlib.asynccontextmanager
+async def nothing_left(served: Walked) -> AsyncIterator[None]:
+    """Fails when what is done in the block leaves something of a request, or a cycle for the collector to find."""
+    await served.books()
+    served.trail.ways.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+        await served.books()
+        served.trail.ways.clear()
+        assert [one for one in gc.get_objects() if isinstance(one, express.Way | Attempt | Begun)] == []
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert [one for one in gc.garbage if is_ours(one)] == []
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+def is_ours(one: object) -> bool:
+    """True for what the program has made."""
+    made_by = getattr(one, "__module__", None) or type(one).__module__
+    return isinstance(made_by, str) and made_by.startswith("balancer")

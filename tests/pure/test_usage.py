@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from balancer.domain import Usage
@@ -281,6 +281,20 @@ def test_a_piece_of_any_kind_is_content(delta: object) -> None:
 )
 def test_an_event_without_a_token_is_no_content(data: object) -> None:
     assert not heard(data).has_content
+
+
+@example([{"cache_read_input_tokens": 5, "input_tokens": -1}, {"input_tokens": 20}])
+@given(st.lists(TABLES, min_size=1, max_size=4))
+def test_what_the_events_of_a_stream_report_adds_up(tables: list[dict[str, Any]]) -> None:
+    """What stood beside something odd in the first of them was once left out."""
+    told: dict[str, Any] = {}
+    for table in tables:
+        for name, value in table.items():
+            is_details = name.endswith("details")
+            if isinstance(value, dict) if is_details else type(value) is int and 0 <= value < 2**48:
+                told[name] = value
+
+    assert heard(*({"usage": table} for table in tables)).usage == read(told)
 
 
 @pytest.mark.parametrize("odd", ["x", 7, [], {"usage": 3}, {"usage": {"input_tokens": "x"}}])

@@ -92,6 +92,11 @@ class Answer(msgspec.Struct, eq=False):
         """How much of its body has come and was not read."""
         return self._held
 
+    @property
+    def beginning(self) -> bytes:
+        """The first of what has come of its body and was not read."""
+        return self._chunks[0] if self._chunks else b""
+
     def whole(self) -> bytes | None:
         """The body, if all of it has come and nothing was read yet; it can still be read."""
         chunks = self._chunks
