@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import msgspec
 import prometheus_client.values
 import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -321,6 +323,68 @@ def test_durations_are_counted_as_the_library_would(tmp_path: Path) -> None:
             for (name, labels), value in values.items()
             if name.startswith("theirs")
         }
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_many_durations_at_once_are_counted_as_one_by_one(seed: int) -> None:
+    rng, bounds = random.Random(seed), (0.1, 0.5, 2.0)
+    some = [*bounds, 0.0, 3.0, -1.0, *(rng.choice([rng.random(), rng.expovariate(1)]) for _ in range(50))]
+    registries = CollectorRegistry(), CollectorRegistry()
+    one_by_one, at_once = (
+        Times(Histogram("times", "Some.", ["service"], buckets=bounds, registry=registry), bounds)
+        for registry in registries
+    )
+    for _ in range(5):
+        place, seconds = (rng.choice("ab"),), rng.choices(some, k=rng.choice([0, 1, 2, 40]))
+        at_once.observe_all(place, tuple(seconds))
+        for one in seconds:
+            one_by_one.observe(place, one)
+        if rng.random() < 0.3:
+            one_by_one.flush()
+            at_once.flush()
+    one_by_one.flush()
+    at_once.flush()
+    theirs, ours = (samples(generate_latest(registry)) for registry in registries)
+    assert {key: value for key, value in ours.items() if value} == {
+        key: pytest.approx(value) for key, value in theirs.items() if value
+    }
+
+
+def test_a_request_that_went_as_usual_is_counted_as_in_single_steps(tmp_path: Path) -> None:
+    rng, at_once, in_steps = random.Random(1), Metrics(), Metrics()
+    for _ in range(300):
+        pick = msgspec.structs.replace(
+            a_pick(rng.choice(["a:m", "b:m"]), is_switch=rng.random() < 0.3, reason=rng.choice(["streak", "switch"])),
+            pool=rng.choice(["default", "eu"]),
+            rule=rng.choice(["chat", "other"]),
+        )
+        tokens = {kind: rng.choice([0, rng.randrange(1000)]) for kind in ("input", "output", "cached", "reasoning")}
+        usage = rng.choice([None, Usage(), Usage(**tokens), Usage(**tokens, cache_creation=7)])
+        scenario, select_s, overhead_s, attempt_s, all_s = (
+            rng.choice(["openai", "anthropic"]),
+            *(rng.expovariate(1) for _ in range(4)),
+        )
+        at_once.answered(
+            (
+                (scenario, pick.pool, pick.rule, pick.service, pick.reason),
+                usage.input if usage is not None else 0,
+                usage.output if usage is not None else 0,
+                pick.is_switch,
+                select_s,
+                overhead_s,
+                attempt_s,
+                all_s,
+            ),
+            usage,
+        )
+        in_steps.select_s(pick.pool, select_s)
+        in_steps.picked(pick)
+        in_steps.overhead_s(overhead_s)
+        in_steps.settled(pick, Outcome.SUCCESS, usage, attempt_s)
+        in_steps.request(scenario, pick.rule, Outcome.SUCCESS, all_s)
+    assert samples(at_once.exposition([], {})) == {
+        key: pytest.approx(value) for key, value in samples(in_steps.exposition([], {})).items()
+    }
 
 
 async def test_what_a_worker_counts_the_others_know_a_moment_later(

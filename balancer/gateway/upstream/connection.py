@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import httptools
 
 from balancer.gateway.upstream.chunks import data_of
-from balancer.gateway.upstream.whole import read_whole
+from balancer.gateway.upstream.whole import MOST_HEADERS, read_whole
 from balancer.polling import Loop, Readers
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _HEAD_BYTES = 64 * 1024
 """The longest head; as much may stand between two parts of a body in chunks, and behind the last."""
-_HEADERS = 256
 _PART_BYTES = 256 * 1024
 _READ_BYTES = 64 * 1024
 _LARGE_BYTES = 2**20
@@ -432,7 +431,7 @@ class Connection(asyncio.BufferedProtocol):
         self._keeps_alive = parser.should_keep_alive() and not (self._is_chunked and version == "1.0")
         if version not in ("1.1", "1.0"):
             self._fault = f"answered with HTTP/{version}"
-        elif len(headers) > _HEADERS or (
+        elif len(headers) > MOST_HEADERS or (
             self._fed > _HEAD_BYTES and sum(len(name) + len(value) + 4 for name, value in headers) > _HEAD_BYTES
         ):
             self._fault = "sent a head that is too long"

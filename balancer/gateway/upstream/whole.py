@@ -10,6 +10,7 @@ import re
 
 from balancer.dialects import Headers
 
+MOST_HEADERS = 256
 _MOST_HEAD_BYTES = 8192
 _LINE = b"HTTP/1.1 200 OK\r\n"
 # RFC 9112 §5: no space before the colon, no folding, no control characters; and no bytes beyond ASCII. Every quantifier
@@ -49,6 +50,8 @@ def read_whole(data: bytes) -> tuple[Headers, bytes] | None:
 
 
 def _places_of(names: tuple[str, ...]) -> tuple[int, int]:
+    if len(names) > MOST_HEADERS:
+        return -1, -1
     lower = [name.lower() for name in names]
     is_ours = lower.count("content-length") == 1 and lower.count("connection") <= 1 and _ELSEWHERE.isdisjoint(lower)
     connection_at = lower.index("connection") if "connection" in lower else -1
