@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +30,7 @@ from tests.gateway.conftest import KEY
 from tests.gateway.trails import WAYS, Books, a_document, a_post, come, nothing_left, seen, told, walked
 from tests.gateway.wire import a_line, answers_in
 from tests.store.conftest import eventually
+from tests.topologies import make_certificates
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 LENGTH = b"Content-Length: %d\r\n\r\n" % len(OPENAI_JSON)
@@ -306,7 +308,7 @@ FROM_THE_START: dict[str, Case] = {
     "count_tokens": case("ordinary", asks=[[a_post("r1", path="/v1/messages/count_tokens", model="claude")]]),
     "a response that is kept": case("ordinary", asks=[[a_post("r1", path="/v1/responses", input="x")]]),
     "a client in a hurry": case("ordinary", asks=[[a_post("r1", "x-stainless-timeout: 20")]]),
-    "the other dialect": case("ordinary", asks=[[a_post("r1", "x-api-key: k", path="/anthropic/v1/messages")]]),
+    "the other dialect": case("ordinary", asks=[[a_post("r1", "x-api-key: k", path="/openai/v1/messages")]]),
     "no active service": case("ordinary", rule={"services": [{"provider": "up", "model": "m", "active": False}]}),
 }
 
@@ -558,6 +560,7 @@ async def test_idle_connections_that_have_ended_unseen_are_passed_over(
         (last,) = await served.ask(a_post("r3"))
         books = await served.books()
         assert (answer.status, last.status, upstream.connections) == (200, 200, 2)
+        await eventually(lambda: is_true(len(served.gateway._upstream._connections) == 1))
         assert list(served.trail.stages.values()) == ["send", "send", "express"]
         assert (books.services["up:m"][:2], len(upstream.received)) == ([3, 3], 3)
 
@@ -738,6 +741,51 @@ async def test_who_gives_no_id_gets_one_that_the_upstream_sees_too(store_url: st
         assert ids == [received.header("x-request-id") for received in upstream.received[1:]]
         assert {id_: served.trail.stages[id_] for id_ in ids if id_} == dict.fromkeys(ids, "express")
         assert len(set(ids)) == 3
+
+
+async def test_who_does_not_read_is_waited_for(store_url: str, tmp_path: Path) -> None:
+    async with Upstream().running() as upstream, walked(store_url, tmp_path, a_document(upstream.url)) as served:
+        upstream.answers(body=large(48 * 1024))
+        await served.ask(a_post("first"))
+        lane, line = served.lane, served.line
+        assert lane.transport is not None
+        line.held.clear()
+        line.transport.pause_reading()
+        count = 0
+        while not lane.transport.get_write_buffer_size():
+            count += 1
+            line.transport.write(a_post(f"r{count}"))
+            await eventually(lambda: is_true(lane.work is None and len(upstream.received) == 1 + count))  # noqa: B023
+        assert (served.trail.stages[f"r{count}"], lane.is_held_up) == ("express", False)
+        line.transport.write(a_post("more") + b"GET /healthz HTTP/1.1\r\nHost: gateway\r\n\r\n")
+        await eventually(lambda: is_true(served.trail.stages.get("more") == "ordinary"))
+        line.transport.resume_reading()
+        answers = await come(line, count + 2)
+        assert [answer.status for answer in answers] == [200] * (count + 2)
+        assert answers[-1].body == b'{"status":"alive"}'
+
+
+async def test_over_tls_all_is_the_same(store_url: str, tmp_path: Path) -> None:
+    make_certificates(tmp_path)
+    trusted = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    trusted.check_hostname = False
+    files: dict[str, Any] = {
+        "tls_cert_file": str(tmp_path / "server.pem"),
+        "tls_key_file": str(tmp_path / "server.key"),
+    }
+
+    async def scene(way: str) -> dict[str, Any]:
+        async with (
+            Upstream().running() as upstream,
+            walked(store_url, tmp_path, a_document(upstream.url), way, tls=trusted, **files) as served,
+        ):
+            got = await served.ask(a_post("r1"))
+            got += await served.ask(a_post("r2")[:-9], a_post("r2")[-9:])
+            got += await served.ask(a_post("r3") + a_post("r4"), answers=2)
+            got += await served.ask(a_post("r5", "Connection: close"))
+            return {"answers": told(got), "books": await served.books(), "stages": served.trail.stages}
+
+    assert (await by_each_way(scene))["stages"][1:] == ["express"] * 4
 
 
 class Watched:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import ssl
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from balancer.gateway.front_server import Server
 from balancer.gateway.lane import Lane, Lanes, Work
 from balancer.gateway.lane_head import Head
 from balancer.gateway.messages import ClientRequest, ClientStream
+from balancer.gateway.upstream.answer import Answer
 from balancer.store import connection
 from balancer.store.credentials import Sealer
 from balancer.store.publishing import publish_file
@@ -29,7 +31,8 @@ from balancer.store.registry import Registry
 from balancer.store.views import PoolView
 from tests.actors import Upstream
 from tests.gateway.conftest import KEY, SEALING_KEY, Served, serving
-from tests.gateway.wire import PATIENCE_S, Answer, Line, a_line, answers_in
+from tests.gateway.wire import PATIENCE_S, Line, a_line, answers_in
+from tests.gateway.wire import Answer as Told
 from tests.store.conftest import eventually
 
 WAYS = ("express", "lane", "aiohttp")
@@ -97,7 +100,10 @@ class Trail:
             self.stages[work.request_id] = "express"
 
     def handled(self, request: ClientRequest, begun: Begun | None) -> None:
-        """Notes what the handlers were given."""
+        """Notes what the handlers were given; nothing else is told of an answer that they get."""
+        if begun is not None and begun.answer is not None:
+            assert isinstance(begun.answer, Answer)
+            assert begun.answer.on_news is None
         self.stages[request.request_id] = _stage(begun)
 
 
@@ -117,6 +123,8 @@ class Walked(Served):
     trail: Trail
     line: Line
     store_url: str
+    tls: ssl.SSLContext | None
+    lines_made: list[contextlib.AbstractAsyncContextManager[Line]]
 
     @property
     def lanes(self) -> Lanes:
@@ -136,21 +144,22 @@ class Walked(Served):
         """How many requests the gateway counts as open."""
         return self.gateway._open_requests
 
-    async def ask(self, *pieces: bytes, answers: int = 1) -> list[Answer]:
+    async def ask(self, *pieces: bytes, answers: int = 1) -> list[Told]:
         """What comes back for the pieces, on a connection that is made anew when the last is closed."""
         if self.line.closed.done():
             self.line = await self._connected()
         line = self.line
         line.held.clear()
         await line.send(*pieces)
-        return await come(line, answers) if pieces else []
+        got = await come(line, answers) if pieces else []
+        if got and got[-1].header("connection") == "close":
+            assert await line.until_closed()
+        return got
 
     async def _connected(self) -> Line:
-        line = a_line(self.url)
-        self.gateway_lines.append(line)
+        line = a_line(self.url, self.tls)
+        self.lines_made.append(line)
         return await line.__aenter__()
-
-    gateway_lines: list[contextlib.AbstractAsyncContextManager[Line]]
 
     async def publishes(self, raw: dict[str, Any], *, is_heard: bool = False) -> None:
         """Has the configuration changed, of which this worker does not hear until it asks, unless it `is_heard`."""
@@ -230,6 +239,7 @@ async def walked(
     *,
     redis_url: str = "",
     late_s: float = 60.0,
+    tls: ssl.SSLContext | None = None,
     **flags: Any,
 ) -> AsyncIterator[Walked]:
     """A gateway that serves by this way on an emptied store, which it reaches at `redis_url`, until the block ends.
@@ -241,7 +251,7 @@ async def walked(
     flags = _UNHURRIED | {"fast_lane": way != "aiohttp"} | flags
     async with serving(redis_url or store_url, data_dir, raw, **flags) as served:
         walk = Walked(served.gateway, served.url, served.session)
-        walk.trail, walk.store_url, walk.gateway_lines = Trail(), store_url, []
+        walk.trail, walk.store_url, walk.tls, walk.lines_made = Trail(), store_url, tls, []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(express, "_LATE_S", late_s)
             _mark(walk, way, patch)
@@ -249,7 +259,7 @@ async def walked(
             try:
                 yield walk
             finally:
-                for line in walk.gateway_lines:
+                for line in walk.lines_made:
                     await line.__aexit__(None, None, None)
 
 
@@ -276,7 +286,7 @@ def _mark(walk: Walked, way: str, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lanes, "begin", begun if way == "express" else None)
 
 
-async def come(line: Line, count: int) -> list[Answer]:
+async def come(line: Line, count: int) -> list[Told]:
     """The answers on a connection, once so many are whole, or it is closed."""
     async with asyncio.timeout(PATIENCE_S):
         while True:
@@ -290,7 +300,7 @@ async def come(line: Line, count: int) -> list[Answer]:
             await asyncio.sleep(0.001)
 
 
-def told(answers: Sequence[Answer]) -> list[tuple[int, list[tuple[str, str]], bytes, bool]]:
+def told(answers: Sequence[Told]) -> list[tuple[int, list[tuple[str, str]], bytes, bool]]:
     """What a client makes of answers, however they were framed and whenever they were given."""
     return [
         (
