@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import random
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 import redis
 
+from balancer.dialects.headers import response_headers
 from balancer.domain import Entry, Outcome
+from balancer.gateway import express, lane_stream
+from balancer.gateway.masking import Mask
 from balancer.gateway.upstream.answer import Answer
 from balancer.gateway.upstream.client import UpstreamClient
 from balancer.store import keys, views
+from balancer.store.pool import PoolClient
 from tests.actors import OPENAI_JSON, Proxy, Upstream, chunk, openai_events
 from tests.faults import FaultProxy
 from tests.gateway.conftest import KEY
@@ -103,6 +109,7 @@ EXPRESS: dict[str, Case] = {
         asks=[[a_post("r1", max_tokens=99)]],
         rule={"lb_tactic": {"type": "token_based", "params": {"token_threshold": 15, "reserve": "full"}}},
     ),
+    "a body of 3 MB": case("express", asks=[[a_post("r1", input="x" * 3_000_000)]]),
     "a session": case(
         *["express"] * 4,
         asks=[[a_post(f"r{n}", *session)] for n, session in enumerate([SESSION, [], SESSION, SESSION])],
@@ -151,6 +158,7 @@ EXPRESS: dict[str, Case] = {
                 ("x-twice", "1"),
                 ("X-Twice", "2"),
                 ("Via", "1.1 x"),
+                ("X%s", "%s%%"),
             )
         ),
     ),
@@ -271,9 +279,13 @@ BREAKS_OFF: dict[str, Case] = {
 IS_LATE: dict[str, Case] = {
     "silence": case("answer", upstream=lambda u: u.then().stalls(), provider={"timeouts": QUICK}, rule=ONE_SERVICE),
     "silence in its head": case("answer", upstream=sends(HEAD, stalls=True), provider={"timeouts": QUICK}),
-    "silence behind its head": case("answer", upstream=sends(HEAD + LENGTH, stalls=True), provider={"timeouts": QUICK}),
+    "silence behind its head": case(
+        "answer", upstream=sends(HEAD + LENGTH, stalls=True), provider={"timeouts": {"first_byte_s": 0.2}}
+    ),
     "silence in its body": case(
-        "answer", upstream=sends(HEAD + LENGTH + OPENAI_JSON[:60], stalls=True), provider={"timeouts": QUICK}
+        "answer",
+        upstream=sends(HEAD + LENGTH + OPENAI_JSON[:60], stalls=True),
+        provider={"timeouts": {"idle_s": 0.2}},
     ),
     "no time for a head": case("answer", upstream=lambda u: u.then().stalls(), provider={"timeout": 1}),
     "no time for a body": case(
@@ -606,6 +618,115 @@ async def test_spaces_that_keep_a_connection_alive_come_down_at_once(store_url: 
     assert (await by_each_way(scene))["stages"] == ["send", "answer"]
 
 
+async def test_redis_may_be_lost_while_the_upstream_answers(store_url: str, tmp_path: Path) -> None:
+    async def scene(way: str) -> dict[str, Any]:
+        gate = asyncio.Event()
+        async with (
+            Upstream().running() as upstream,
+            FaultProxy(store_url, tmp_path / f"{way}.sock").running() as proxy,
+            walked(store_url, tmp_path, a_document(upstream.url), way, redis_url=proxy.url) as served,
+        ):
+            await served.ask(a_post("r1"))
+            await served.settled_view()
+            (pool,) = served.gateway.balance._pools.values()
+            upstream.answers(gate=gate)
+            served.line.held.clear()
+            served.line.transport.write(a_post("r2"))
+            await eventually(lambda: is_true(len(upstream.received) == 2))
+            proxy.refuses()
+            await eventually(lambda: is_true(not pool.is_up))
+            gate.set()
+            got = await come(served.line, 1)
+            assert len(pool.outbox) == 1
+            proxy.passes()
+            await eventually(lambda: is_true(pool.is_up))
+            return {"answers": told(got), "books": await served.books(), "stages": served.trail.stages}
+
+    came = await by_each_way(scene)
+    assert came["stages"] == ["send", "express"]
+    assert [status for status, *_ in came["answers"]] == [200]
+    assert came["books"].services["up:m"][:5] == [2, 2, 0, 22, 14]
+
+
+# -- what is remembered of a client's head -----------------------------------------------------------------------------
+
+
+async def test_a_credential_that_is_changed_is_sent_with_the_next_request(store_url: str, tmp_path: Path) -> None:
+    async with Upstream().running() as upstream, walked(store_url, tmp_path, a_document(upstream.url)) as served:
+        balance = served.gateway.balance
+        for _ in range(2):
+            await served.ask(a_post("r"))
+        before = balance.directory
+        await served.publishes(a_document(upstream.url, token="sk-another-0123456789"), is_heard=True)
+        await eventually(lambda: is_true(balance.directory is not before))
+        await served.ask(a_post("r"))
+        assert served.trail.stages["r"] == "express"
+        sent = [received.header("authorization") for received in upstream.received]
+        assert sent == [f"Bearer {KEY}", f"Bearer {KEY}", "Bearer sk-another-0123456789"]
+
+
+async def test_each_request_of_a_connection_needs_its_own_credential(store_url: str, tmp_path: Path) -> None:
+    async def scene(way: str) -> dict[str, Any]:
+        async with (
+            Upstream().running() as upstream,
+            walked(store_url, tmp_path, a_document(upstream.url), way, client_tokens="good-token") as served,
+        ):
+            got = []
+            for number, token in enumerate(["good-token", "good-token", "bad-token", "good-token", ""]):
+                lines = [f"Authorization: Bearer {token}"] if token else []
+                got += await served.ask(a_post(f"r{number}", *lines))
+            return {
+                "answers": told(got),
+                "sent": len(upstream.received),
+                "books": await served.books(),
+                "stages": served.trail.stages,
+            }
+
+    came = await by_each_way(scene)
+    assert came["stages"] == ["send", "express", "ordinary", "express", "ordinary"]
+    assert [status for status, *_ in came["answers"]] == [200, 200, 401, 200, 401]
+    assert came["sent"] == 3
+
+
+# -- heads of answers --------------------------------------------------------------------------------------------------
+
+NAMES = (
+    *("Content-Type", "content-type", "X-A", "x-a", "x-request-id", "X-Balancer-Decision", "Date", "Server", "%s", "X"),
+    *("Connection", "Keep-Alive", "Set-Cookie", "Content-Length", "Transfer-Encoding", "Content-Encoding"),
+)
+VALUES = (
+    "application/json",
+    "text/plain",
+    "",
+    "a",
+    "%s %d",
+    KEY,
+    f"x{KEY}",
+    "é",
+    "\udce9",
+    "keep-alive",
+    "close",
+    "X-A",
+    "a\x01",
+)
+
+
+def test_the_head_of_an_answer_is_the_one_that_the_ordinary_way_gives() -> None:
+    rng, mask, made = random.Random(1), Mask([KEY]), 0
+    for _ in range(4000):
+        kind = ("Content-Type", "application/json")
+        headers = tuple((rng.choice(NAMES), rng.choice(VALUES)) for _ in range(rng.randrange(5)))
+        headers = (*headers[:2], kind, *headers[2:]) if rng.random() < 0.8 else headers
+        is_last = rng.random() < 0.5
+        ours = express.answer_head(headers, "", "r", 5, mask, is_last=is_last)
+        if ours is None:
+            continue
+        theirs = lane_stream.answer_head(200, mask.over_headers(response_headers(headers)), 5, "r", is_last=is_last)
+        assert sorted(ours.split(b"\r\n")) == sorted(theirs.split(b"\r\n")), headers
+        made += 1
+    assert made > 500
+
+
 # -- connections -------------------------------------------------------------------------------------------------------
 
 
@@ -617,6 +738,58 @@ async def test_who_gives_no_id_gets_one_that_the_upstream_sees_too(store_url: st
         assert ids == [received.header("x-request-id") for received in upstream.received[1:]]
         assert {id_: served.trail.stages[id_] for id_ in ids if id_} == dict.fromkeys(ids, "express")
         assert len(set(ids)) == 3
+
+
+class Watched:
+    """A transport; `is_flushed` has whether all settles were on their way whenever something was written to it."""
+
+    def __init__(self, transport: asyncio.Transport, pool: PoolClient) -> None:
+        self._transport = transport
+        self._pool = pool
+        self.is_flushed: list[bool] = []
+
+    def write(self, data: bytes) -> None:
+        self.is_flushed.append(self._pool.is_flushed and not self._pool.outbox.take())
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+@pytest.mark.parametrize("clients", [1, 4])
+async def test_a_settle_is_on_its_way_to_redis_before_the_client_has_its_answer(
+    store_url: str, tmp_path: Path, clients: int
+) -> None:
+    gate = asyncio.Event()
+    async with (
+        Upstream().running() as upstream,
+        walked(store_url, tmp_path, a_document(upstream.url)) as served,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        (pool,) = served.gateway.balance._pools.values()
+        lines = [await stack.enter_async_context(a_line(served.url)) for _ in range(clients)]
+        for round_ in ("first", "next"):
+            gate.clear()
+            upstream.answers(gate=gate)
+            before = len(upstream.received)
+            watched = []
+            for number, line in enumerate(lines):
+                line.held.clear()
+                line.transport.write(a_post(f"{round_}-{number}"))
+            await eventually(lambda: is_true(len(upstream.received) == before + clients))  # noqa: B023
+            for lane in served.lanes.open:
+                assert lane.transport is not None
+                watched.append(Watched(lane.transport, pool))
+                lane.transport = cast(asyncio.Transport, watched[-1])
+            gate.set()
+            for line in lines:
+                assert [answer.status for answer in await come(line, 1)] == [200]
+            for lane in served.lanes.open:
+                lane.transport = cast(Any, lane.transport)._transport
+        assert {id_: served.trail.stages[id_] for id_ in served.trail.stages if "next" in id_} == {
+            f"next-{number}": "express" for number in range(clients)
+        }
+        assert [one.is_flushed for one in watched if one.is_flushed] == [[True]] * clients
 
 
 async def test_while_the_worker_drains_an_answer_is_its_connection_s_last(store_url: str, tmp_path: Path) -> None:

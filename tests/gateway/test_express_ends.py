@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import pkgutil
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tests.actors import OPENAI_JSON, Upstream
 from tests.faults import FaultProxy
 from tests.gateway.conftest import decoded
 from tests.gateway.trails import WAYS, Books, Walked, a_document, a_post, come, nothing_left, walked
-from tests.gateway.wire import Answer, a_line
+from tests.gateway.wire import Answer, a_line, in_pieces
 from tests.store.conftest import eventually
 
 ON_BOTH_LOOPS = True
@@ -432,3 +433,80 @@ async def test_a_fault_that_lasts_costs_the_requests_that_meet_it(staged: Stagin
         await eventually(lambda: is_true(not (served.open_requests or served.lanes._working)))
         assert pool._link._wire is wire
         await scene.lives()
+
+
+# -- all of it together ------------------------------------------------------------------------------------------------
+
+
+def does_anything(upstream: Upstream, rng: random.Random) -> None:
+    """Has the upstream do something with the next request but one."""
+    body = OPENAI_JSON
+    at, rest = rng.randrange(len(HEAD + body)), HEAD + body
+    match rng.randrange(10):
+        case 0:
+            upstream.then().answers(rng.choice([400, 429, 500, 503]), ERROR)
+        case 1:
+            upstream.then().answers(chunked=True)
+        case 2:
+            upstream.then().sends(rest[:at], resets=rng.random() < 0.5)
+        case 3:
+            upstream.then().sends(rest[:at], stalls=True)
+        case 4:
+            upstream.then().sends(HEAD, *(body[at : at + 50] for at in range(0, len(body), 50)))
+        case 5:
+            upstream.then().answers(headers=(("Content-Encoding", "x"),))
+        case _:
+            upstream.then().answers()
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_in_a_storm_every_attempt_is_settled_once(store_url: str, tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    async with Upstream().running() as upstream:
+        timeouts = {"headers_s": 0.3, "first_byte_s": 0.3, "idle_s": 0.3}
+        raw = a_document(upstream.url, timeouts=timeouts, breaker={"failures": 0, "ratio": 0})
+        for _ in range(400):
+            does_anything(upstream, rng)
+        upstream.then().answers()
+        async with walked(store_url, tmp_path, raw, audit_interval_s=0.2) as served:
+            asked = 0
+
+            async def a_client(number: int) -> None:
+                nonlocal asked
+                for _ in range(6):
+                    async with a_line(served.url) as line:
+                        for _ in range(6):
+                            asked += 1
+                            line.held.clear()
+                            await line.send(*in_pieces(a_post(f"{number}-{asked}"), rng.choice(["whole", "cuts"])))
+                            if rng.random() < 0.2:
+                                for _ in range(rng.randrange(12)):
+                                    await asyncio.sleep(0)
+                                break
+                            await come(line, 1)
+                            if line.closed.done():
+                                break
+
+            await asyncio.gather(*map(a_client, range(8)))
+            books = await served.books()
+            view = await served.view()
+            await eventually(lambda: is_true(len(served.lanes.open) == 1))
+
+            def total(name: str, label: str = "") -> int:
+                return int(
+                    sum(n for key, n in books.counters.items() if key.startswith(f"balancer_{name}") and label in key)
+                )
+
+            stages = set(served.trail.stages.values())
+            assert {"express", "send", "answer"} <= stages, "of each some"
+            services = view.services.values()
+            assert total("requests_total") == len(served.trail.stages) == total("request_duration_seconds_count")
+            assert total("attempts_total") == sum(s.requests for s in services) == total("picks_total")
+            assert total("attempts_total") == total("upstream_duration_seconds_count")
+            assert sum(s.picks for s in services) == total("picks_total") + sum(s.abandoned for s in services)
+            assert total("tokens_total", "input") == sum(s.input for s in services)
+            assert total("tokens_total", "output") == sum(s.output for s in services)
+            assert sum(s.lost for s in services) == total("invariant_violations_total") == 0
+            assert len(upstream.received) <= total("attempts_total")
+            for pool in served.gateway._upstream._pools.values():
+                await eventually(lambda pool=pool: is_true(pool._places == len(pool._idle)))  # type: ignore[misc]

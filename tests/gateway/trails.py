@@ -152,12 +152,13 @@ class Walked(Served):
 
     gateway_lines: list[contextlib.AbstractAsyncContextManager[Line]]
 
-    async def publishes(self, raw: dict[str, Any]) -> None:
-        """Has the configuration changed, of which this worker does not hear until it asks."""
+    async def publishes(self, raw: dict[str, Any], *, is_heard: bool = False) -> None:
+        """Has the configuration changed, of which this worker does not hear until it asks, unless it `is_heard`."""
         follower = self.gateway.balance._follower
-        for task in follower._tasks:
-            task.cancel()
-        await asyncio.gather(*follower._tasks, return_exceptions=True)
+        if not is_heard:
+            for task in follower._tasks:
+                task.cancel()
+            await asyncio.gather(*follower._tasks, return_exceptions=True)
         client = connection.client(self.store_url)
         await publish_file(Registry(client), document.read(raw, door="strict").configuration, Sealer(SEALING_KEY))
         await client.aclose()
