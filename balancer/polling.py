@@ -124,13 +124,13 @@ class Loop(asyncio.SelectorEventLoop):
         self.readers = poller.readers
 
 
-class DirectReader:
-    """Reads a plain transport's socket in the loop's stead, until its end or an error, which are the loop's to see."""
+class DirectSocket:
+    """A plain transport's socket, read and written in its stead until its end, which is the loop's to see."""
 
     __slots__ = ("_fd", "_readers", "_receive", "_transport")
 
     def __init__(
-        self, readers: Readers, fd: int, transport: asyncio.BaseTransport, receive: Callable[[bytes], None]
+        self, readers: Readers, fd: int, transport: asyncio.Transport, receive: Callable[[bytes], None]
     ) -> None:
         self._readers = readers
         self._fd = fd
@@ -145,7 +145,9 @@ class DirectReader:
         except BlockingIOError:
             return
         except OSError:
+            # The kernel tells of an error once: what the loop would read behind it looks like an end in order.
             self.leave()
+            self._transport.abort()
             return
         if not data:
             self.leave()
@@ -162,19 +164,35 @@ class DirectReader:
             self.leave()
             self._transport.close()
 
+    def write(self, *parts: bytes) -> bool:
+        """Writes the parts, which saves joining them; False, with nothing written, where that is for the transport.
+
+        What the kernel does not take is left to the transport, and so is finding out why it takes none.
+        """
+        transport = self._transport
+        if transport.get_write_buffer_size() or transport.is_closing():
+            return False
+        try:
+            sent = os.writev(self._fd, parts)
+        except OSError:
+            return False
+        if sent < sum(map(len, parts)):
+            transport.write(b"".join(parts)[sent:])
+        return True
+
     def leave(self) -> None:
         """Leaves all that comes to the loop from now on. To be called before the socket is closed."""
         if self._readers.get(self._fd) == self.read:
             del self._readers[self._fd]
 
 
-def read_directly(transport: asyncio.BaseTransport, receive: Callable[[bytes], None]) -> DirectReader | None:
-    """Reads the transport's socket in its stead; None where that cannot be: in TLS, and on another loop."""
+def direct_socket(transport: asyncio.Transport, receive: Callable[[bytes], None]) -> DirectSocket | None:
+    """Reads the transport's socket in its stead from now on; None where that cannot be: in TLS, on another loop."""
     loop = asyncio.get_running_loop()
     sock = transport.get_extra_info("socket")
     if not isinstance(loop, Loop) or sock is None or transport.get_extra_info("sslcontext") is not None:
         return None
-    return DirectReader(loop.readers, sock.fileno(), transport, receive)
+    return DirectSocket(loop.readers, sock.fileno(), transport, receive)
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:

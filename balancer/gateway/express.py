@@ -191,7 +191,8 @@ class Way(msgspec.Struct, eq=False):
     sent: _Sent | None = None
     """Once something was sent."""
     answer: Answer | None = None
-    data: bytes = b""
+    head_out: bytes = b""
+    body_out: bytes = b""
     task: asyncio.Task[None] | None = None
     """Once the ordinary way has it."""
     is_over: bool = False
@@ -371,7 +372,7 @@ class Way(msgspec.Struct, eq=False):
         answer.on_news = None
         attempt.usage = usage_of(body)
         self.attempt_s = attempt.end(Outcome.SUCCESS)
-        self.data = head + body
+        self.head_out, self.body_out = head, body
         self.express.balance.when_flushed(pick.pool, self._tell)
         return True
 
@@ -386,7 +387,7 @@ class Way(msgspec.Struct, eq=False):
             if transport is None or transport.is_closing():
                 self._end(Outcome.CANCELLED, is_whole=False)
                 return
-            transport.write(self.data)
+            self.lane.write(transport, self.head_out, self.body_out)
             self._arrive(attempt)
         except Exception as exc:  # noqa: BLE001 - as above.
             log.error("a request failed in the gateway", exc=exc, request=self.request_id)

@@ -15,7 +15,7 @@ from balancer.gateway.lane_head import MAX_HEAD_BYTES, Head, Repeat, is_beginnin
 from balancer.gateway.lane_stream import LaneStream
 from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
 from balancer.gateway.request_ids import request_id_of
-from balancer.polling import DirectReader, read_directly
+from balancer.polling import DirectSocket, direct_socket
 
 _RECEIVED = memoryview(bytearray(262144))
 _WAITING_BYTES = 65536
@@ -124,13 +124,13 @@ class Lane(asyncio.BufferedProtocol):
 
     __slots__ = (
         "_chunks",
+        "_direct",
         "_drained",
         "_head",
         "_is_reading_paused",
         "_lanes",
         "_missing",
         "_news_left",
-        "_reader",
         "_repeat",
         "_waiting",
         "is_held_up",
@@ -163,7 +163,7 @@ class Lane(asyncio.BufferedProtocol):
         """What is remembered of the client's head, for as long as that is."""
         self._repeat: Repeat | None = None
         self._news_left = _NEWS
-        self._reader: DirectReader | None = None
+        self._direct: DirectSocket | None = None
         self._drained: asyncio.Future[None] | None = None
 
     # -- the transport's side ------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class Lane(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begins to wait for the first request."""
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is one by its methods only.
-        self._reader = read_directly(transport, self._receive)
+        self._direct = direct_socket(self.transport, self._receive)
         self._lanes.open.add(self)
         if self._lanes.is_closing:
             # Accepted before the listener was closed, and in a TLS handshake until now.
@@ -382,11 +382,16 @@ class Lane(asyncio.BufferedProtocol):
         protocol.data_received(data)
 
     def _leave_to_loop(self) -> None:
-        if self._reader is not None:
-            self._reader.leave()
-            self._reader = None
+        if self._direct is not None:
+            self._direct.leave()
+            self._direct = None
 
     # -- the answer's and the owner's side -----------------------------------------------------------------------------
+
+    def write(self, transport: asyncio.Transport, head: bytes, body: bytes) -> None:
+        """Sends a whole answer."""
+        if self._direct is None or not self._direct.write(head, body):
+            transport.write(head + body)
 
     async def drained(self) -> None:
         """Returns when the client's buffer has room, or the connection is lost."""

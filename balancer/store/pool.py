@@ -30,7 +30,7 @@ from balancer.store.spiller import Replayer, Spiller
 from balancer.store.topology import Topology
 
 SELECTIONS_PER_CALL = 64
-CALLS_AT_ONCE = 1
+CALLS_AT_ONCE = 3
 """With so many calls with selections unanswered others wait for an answer: calls get larger when Redis is busy."""
 _SCRIPTS = ("tick", "reap", "fence", "clear", "health")
 _REAP_LIMIT = 500

@@ -16,7 +16,7 @@ from redis._parsers.hiredis import NOT_ENOUGH_DATA
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as LostConnectionError
 
-from balancer.polling import read_directly
+from balancer.polling import direct_socket
 
 _BUFFER_BYTES = 65_536
 
@@ -50,13 +50,14 @@ class Wire(asyncio.BufferedProtocol):
         if stream.at_eof() or self._transport.is_closing():
             raise LostConnectionError("the server closed the connection")
         self._transport.set_protocol(self)
-        self._direct = read_directly(self._transport, self._receive)
+        self._direct = direct_socket(self._transport, self._receive)
         self._transport.resume_reading()
         self._deliver()
 
     def write(self, data: bytes) -> None:
         """Writes to the socket, at once."""
-        self._transport.write(data)
+        if self._direct is None or not self._direct.write(data):
+            self._transport.write(data)
 
     def give_up(self, reason: BaseException) -> None:
         """Ends it: nothing more is delivered."""

@@ -827,6 +827,7 @@ async def test_a_settle_is_on_its_way_to_redis_before_the_client_has_its_answer(
             await eventually(lambda: is_true(len(upstream.received) == before + clients))  # noqa: B023
             for lane in served.lanes.open:
                 assert lane.transport is not None
+                lane._leave_to_loop()  # It would be written to past its transport.
                 watched.append(Watched(lane.transport, pool))
                 lane.transport = cast(asyncio.Transport, watched[-1])
             gate.set()

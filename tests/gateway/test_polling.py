@@ -235,7 +235,7 @@ async def test_an_error_of_a_read_breaks_the_answer_off(
     def fails(*_: object) -> bytes:
         raise ConnectionResetError
 
-    monkeypatch.setattr("balancer.gateway.upstream.connection.os.read", fails)
+    monkeypatch.setattr("balancer.polling.os.read", fails)
     wire.sends(CHUNK)
     with pytest.raises(UpstreamError, match="broke off its answer"):
         await pumping

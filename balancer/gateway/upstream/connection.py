@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import select
 import ssl
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import httptools
 
 from balancer.gateway.upstream.chunks import data_of
 from balancer.gateway.upstream.whole import MOST_HEADERS, read_whole
-from balancer.polling import Loop, Readers
+from balancer.polling import DirectSocket, direct_socket
 
 if TYPE_CHECKING:
     from balancer.gateway.upstream.answer import Answer
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 _HEAD_BYTES = 64 * 1024
 """The longest head; as much may stand between two parts of a body in chunks, and behind the last."""
 _PART_BYTES = 256 * 1024
-_READ_BYTES = 64 * 1024
 _LARGE_BYTES = 2**20
 """A body beyond this goes out in parts, so that one large prompt neither doubles memory nor holds up the loop."""
 
@@ -43,9 +41,9 @@ class Connection(asyncio.BufferedProtocol):
     __slots__ = (
         "_answer",
         "_buffer",
+        "_direct",
         "_due_at",
         "_fault",
-        "_fd",
         "_fed",
         "_first",
         "_freed",
@@ -67,7 +65,6 @@ class Connection(asyncio.BufferedProtocol):
         "_parser",
         "_parts",
         "_poll",
-        "_readers",
         "_rest",
         "_timer",
         "_timer_at",
@@ -100,8 +97,7 @@ class Connection(asyncio.BufferedProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = self._due_at = math.inf
         self._parser = httptools.HttpResponseParser(self)
-        self._fd = -1
-        self._readers: Readers | None = None
+        self._direct: DirectSocket | None = None
         self._headers: list[tuple[str, str]] = []
         self._parts: list[bytes] = []
         self._expect(head_only=False)
@@ -120,11 +116,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """It can be written to; again when TLS was started on it."""
-        self.transport = transport  # type: ignore[assignment]
-        sock = transport.get_extra_info("socket")
-        if isinstance(self._loop, Loop) and sock is not None and transport.get_extra_info("sslcontext") is None:
-            self._fd, self._readers = sock.fileno(), self._loop.readers
-            self._readers[self._fd] = self._on_readable
+        self._leave_to_loop()
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is one by its methods only.
+        self._direct = direct_socket(self.transport, self.data_received)
 
     @property
     def is_usable(self) -> bool:
@@ -201,7 +195,7 @@ class Connection(asyncio.BufferedProtocol):
         if not self._is_fresh or head_only != self._head_only:
             self._expect(head_only=head_only)
         if len(body) <= _LARGE_BYTES:
-            if not self._writes_at_once(transport, head, body):
+            if self._direct is None or not self._direct.write(head, body):
                 transport.write(head + body)
         else:
             self._rest = memoryview(body)
@@ -213,21 +207,6 @@ class Connection(asyncio.BufferedProtocol):
         answer.attach(self)
         if self._rest is not None and not self._is_paused:
             self.resume_writing()
-        return True
-
-    def _writes_at_once(self, transport: asyncio.Transport, head: bytes, body: bytes) -> bool:
-        """Writes both in the transport's stead, and so without a copy; False where that has sent nothing.
-
-        What the kernel does not take is left to the transport, and so is finding out why it takes none.
-        """
-        if self._readers is None or transport.get_write_buffer_size() or transport.is_closing():
-            return False
-        try:
-            sent = os.writev(self._fd, (head, body))
-        except OSError:
-            return False
-        if sent < len(head) + len(body):
-            transport.write((head + body)[sent:])
         return True
 
     def _has_news(self, transport: asyncio.Transport) -> bool:
@@ -270,34 +249,9 @@ class Connection(asyncio.BufferedProtocol):
                 self.transport.resume_reading()
 
     def _leave_to_loop(self) -> None:
-        """Lets the loop see for itself what there is to be read."""
-        if self._readers is not None:
-            self._readers.pop(self._fd, None)
-            self._readers = None
-
-    def _on_readable(self) -> None:
-        """Reads in the loop's stead."""
-        if self._is_held_back:
-            return
-        try:
-            data = os.read(self._fd, _READ_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            self.fail("")
-            return
-        if not data:
-            self._leave_to_loop()
-            return
-        try:
-            answer = self._answer
-            if self._is_between_chunks and answer is not None and (part := data_of(data)) is not None:
-                answer.receive(part, data)  # As `data_received` does, one call less.
-            else:
-                self._read(data)
-        except Exception as exc:  # noqa: BLE001  # As the loop does.
-            self._loop.call_exception_handler({"message": "an answer could not be read", "exception": exc})
-            self.fail("")
+        if self._direct is not None:
+            self._direct.leave()
+            self._direct = None
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """What is received comes here."""
