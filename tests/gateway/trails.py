@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import gc
 import ssl
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -302,15 +302,14 @@ async def come(line: Line, count: int) -> list[Told]:
 
 def told(answers: Sequence[Told]) -> list[tuple[int, list[tuple[str, str]], bytes, bool]]:
     """What a client makes of answers, however they were framed and whenever they were given."""
-    return [
-        (
-            answer.status,
-            sorted((name.lower(), value) for name, value in answer.headers if name.lower() not in _OF_THE_MOMENT),
-            answer.body,
-            answer.is_whole,
-        )
-        for answer in answers
-    ]
+    return [(answer.status, sorted(_lasting(answer)), answer.body, answer.is_whole) for answer in answers]
+
+
+def _lasting(answer: Told) -> Iterator[tuple[str, str]]:
+    for name, value in answer.headers:
+        lower = name.lower()
+        if lower not in _OF_THE_MOMENT:
+            yield lower, "later" if lower == "retry-after" else value
 
 
 def seen(upstream: Upstream) -> list[tuple[str, list[tuple[str, str]], bytes]]:
