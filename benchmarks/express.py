@@ -28,7 +28,6 @@ import msgspec
 from balancer import document
 from balancer.cli.worker import keep_freed_memory
 from balancer.config import load
-from balancer.domain import Provider
 from balancer.gateway import express as express_way
 from balancer.gateway.express import Express
 from balancer.gateway.forwarding import Forwarder
@@ -41,7 +40,8 @@ from balancer.gateway.upstream.request import Origin
 from balancer.metrics import Metrics
 from balancer.store.balance import Balance, BalanceEvents
 from balancer.store.pool import PoolClient, PoolEvents
-from balancer.store.registry import Directory, Snapshot, directory_of
+from balancer.store.registry import Snapshot, directory_of
+from benchmarks.path import Providers
 
 _ROUNDS, _REQUESTS = 60, 800
 _CONFIGURATION = """
@@ -97,23 +97,6 @@ class _Connection(Connection):
         return False
 
 
-class _Providers:
-    def __init__(self, directory: Directory) -> None:
-        self.provider = directory.provider
-
-    def access_token(self, provider: Provider) -> str:
-        return "sk-up-0123456789"
-
-    def headers(self, provider: Provider) -> dict[str, str]:
-        return {}
-
-    def query(self, provider: Provider) -> dict[str, str]:
-        return {}
-
-    def proxy_url(self, provider: Provider) -> str:
-        return ""
-
-
 class _Worker:
     """A worker with so many clients, each of which asks again as soon as it is answered."""
 
@@ -136,7 +119,7 @@ class _Worker:
         self._pool._link = self._link  # type: ignore[assignment]
         self._position = 0
         upstream, plans = UpstreamClient(1000), Plans(balance.snapshot)
-        forwarder = Forwarder(balance, _Providers(directory), upstream, metrics, plans, decision_headers=True)
+        forwarder = Forwarder(balance, Providers(directory), upstream, metrics, plans, decision_headers=True)
         handlers = Handlers(settings, balance, forwarder, metrics, plans)
         lanes = Lanes(handlers.handle, asyncio.Protocol, 2**20, lambda: False)
         express = Express(

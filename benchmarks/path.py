@@ -130,23 +130,30 @@ class _Balance:
         pass
 
 
-class _Providers:
+class Providers:
+    """Accounts whose credentials are at hand."""
+
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
 
     def provider(self, uuid: str) -> Provider | None:
+        """The provider of that uuid."""
         return self._directory.provider(uuid)
 
     def access_token(self, provider: Provider) -> str:
+        """Always the same."""
         return "sk-up-0123456789"
 
     def headers(self, provider: Provider) -> dict[str, str]:
+        """None."""
         return {}
 
     def query(self, provider: Provider) -> dict[str, str]:
+        """None."""
         return {}
 
     def proxy_url(self, provider: Provider) -> str:
+        """None."""
         return ""
 
 
@@ -259,7 +266,7 @@ def _handlers() -> Handlers:
     directory = directory_of(Snapshot(revision=1, configuration=configuration, rule_revisions={}))
     metrics, balance = Metrics(), _Balance(directory)
     plans = Plans(balance.snapshot)
-    forwarder = Forwarder(balance, _Providers(directory), _Upstream(), metrics, plans, decision_headers=True)
+    forwarder = Forwarder(balance, Providers(directory), _Upstream(), metrics, plans, decision_headers=True)
     return Handlers(load({}), balance, forwarder, metrics, plans)
 
 
