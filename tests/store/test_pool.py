@@ -21,7 +21,7 @@ from balancer.domain import (
 )
 from balancer.errors import StoreUnavailableError
 from balancer.store import keys
-from balancer.store.pool import Asked, PoolClient, PoolEvents
+from balancer.store.pool import CALLS_AT_ONCE, Asked, PoolClient, PoolEvents
 from balancer.store.settlement import Batch
 from balancer.store.topology import Topology
 from tests.store.conftest import eventually
@@ -129,7 +129,7 @@ async def test_selections_of_later_ticks_wait_for_the_answer_that_is_under_way(
         await turn()
     answers = await asyncio.gather(*asked)
     assert [answer[3] for answer in answers] == list(range(1, 11)), "in the order of asking"
-    assert sent == [(0, 1), (0, 9)]
+    assert sent == [*[(0, 1)] * CALLS_AT_ONCE, (0, 10 - CALLS_AT_ONCE)]
 
 
 async def test_selections_ride_along_with_a_settle_whatever_is_under_way(
@@ -141,14 +141,15 @@ async def test_selections_ride_along_with_a_settle_whatever_is_under_way(
     sent.clear()
     await control.client_pause(100)
     asked = []
-    for number in (2, 3):
+    waiting = 2 + CALLS_AT_ONCE
+    for number in range(2, waiting + 1):
         asked.append(asyncio.create_task(pool.select(a_selection(number))))
         await turn()
     pool.settle(an_entry(1, service))
-    asked.append(asyncio.create_task(pool.select(a_selection(4))))
-    assert [answer[3] for answer in await asyncio.gather(*asked)] == [2, 3, 4]
+    asked.append(asyncio.create_task(pool.select(a_selection(waiting + 1))))
+    assert [answer[3] for answer in await asyncio.gather(*asked)] == list(range(2, waiting + 2))
     assert await pool.acknowledged(5)
-    assert sent == [(0, 1), (1, 1), (0, 1)]
+    assert sent == [*[(0, 1)] * CALLS_AT_ONCE, (1, 1), (0, 1)]
 
 
 async def test_a_selection_that_was_never_sent_is_not_given_up_in_redis(join: Any, control: Any) -> None:
@@ -156,15 +157,17 @@ async def test_a_selection_that_was_never_sent_is_not_given_up_in_redis(join: An
     pool: PoolClient = await join("w", deadline_ms=100)
     await pool.raise_fence([a_definition()])
     await control.client_pause(400)
-    first = asyncio.create_task(pool.select(a_selection(1)))
-    await asyncio.sleep(0)
-    second = asyncio.create_task(pool.select(a_selection(2)))
-    for waits in (first, second):
+    last = CALLS_AT_ONCE + 1
+    asked = []
+    for number in range(1, last + 1):
+        asked.append(asyncio.create_task(pool.select(a_selection(number))))
+        await turn()
+    for waits in asked:
         with pytest.raises(StoreUnavailableError):
             await waits
     assert await pool.acknowledged(10)
-    assert await control.hget(keys.holdings("default", "w"), "2") is None
-    assert sum(service.abandoned for service in (await pool.view()).services.values()) == 1
+    assert await control.hget(keys.holdings("default", "w"), str(last)) is None
+    assert sum(service.abandoned for service in (await pool.view()).services.values()) == CALLS_AT_ONCE
 
 
 async def test_sessions_of_one_call_stay_where_they_were_and_the_others_go_on(join: Any, control: Any) -> None:
