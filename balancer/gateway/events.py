@@ -18,7 +18,7 @@ from balancer.errors import UpstreamAnswerError, UpstreamError
 from balancer.failures import Verdict, classify_error_event
 from balancer.gateway.accounting import Accounting
 from balancer.gateway.masking import Mask
-from balancer.gateway.messages import ClientStream, UpstreamResponse
+from balancer.gateway.messages import ClientStream, Take, UpstreamResponse
 from balancer.gateway.rewriting import Rewriter
 from balancer.sse import Event, Parser
 from balancer.usage import StreamUsage
@@ -50,6 +50,11 @@ _CHAT_PATHS = ("/v1/chat/completions", "/v1/completions")
 _CHAT_WORDS = (b"error", b"[DONE]", b'"usage"')
 """The ones that streams of OpenAI's have which are asked for there; each word takes as long to look for."""
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n")
+
+
+def takes_none(chunk: bytes, framed: bytes = b"", /) -> bool:
+    """False: each chunk is to be looked at."""
+    return False
 
 
 class EventRelay:
@@ -119,19 +124,76 @@ class EventRelay:
     async def run(self, response: UpstreamResponse, chunk: bytes) -> None:
         """Relays a stream, from its first chunk on, to its end."""
         try:
-            while chunk:
-                known = self._skimmable(chunk) if self._can_skim else 0
-                self._is_last = response.is_at_end
-                if not self._by_event:
-                    await self._pass(chunk, known)
-                elif not known or not self._sent_unread(chunk[:known]):
-                    await self._edit(chunk)
-                elif known < len(chunk):
-                    await self._edit(chunk[known:])
-                chunk = await (response.pump(self._skim) if self._can_skim else response.read())
-            await self._finish()
+            await self._relay(response, chunk)
         except UpstreamError as exc:
             await self._break_off(exc)
+
+    async def go_on(self, response: UpstreamResponse) -> None:
+        """Relays the rest of a stream of which some was heard, to its end."""
+        try:
+            await self._settle_if_complete()
+            if not response.is_at_end:
+                await self._release()
+            await self._relay(response, await response.read())
+        except UpstreamError as exc:
+            await self._break_off(exc)
+
+    async def _relay(self, response: UpstreamResponse, chunk: bytes) -> None:
+        while chunk:
+            known = self._skimmable(chunk) if self._can_skim else 0
+            self._is_last = response.is_at_end
+            if not self._by_event:
+                await self._pass(chunk, known)
+            elif not known or not self._sent_unread(chunk[:known]):
+                await self._edit(chunk)
+            elif known < len(chunk):
+                await self._edit(chunk[known:])
+            chunk = await (response.pump(self._skim) if self._can_skim else response.read())
+        await self._finish()
+
+    # -- without waiting -----------------------------------------------------------------------------------------------
+
+    @property
+    def take(self) -> Take:
+        """What takes chunks in the callback that received them, until it refuses one."""
+        return self._skim if self._can_skim else takes_none
+
+    @property
+    def is_complete(self) -> bool:
+        """True once the last event was heard, and was no error."""
+        return self._usage.is_complete and not self._usage.is_error
+
+    def hear(self, chunk: bytes) -> bool:
+        """Puts what is to be sent of a chunk of whole plain events aside; False, with nothing done, for any other.
+
+        It is `send_now` or `end_now` that sends it, or else `go_on`, as it must behind an error.
+        """
+        if not chunk.endswith(_EVENT_ENDS) or not self._parser.is_between_events or self._usage.is_error:
+            return False
+        known = self._skimmable(chunk) if self._can_skim else 0
+        events = self._hear(chunk[known:] if known else chunk)
+        if self._by_event:
+            chunk = chunk[:known] + b"".join(map(self._rewriter.event, events))
+        if self._verdict is not None:
+            self._by_event = True
+            chunk = chunk[:known] + self._mask.over(chunk[known:])
+        self._withheld.append(chunk)
+        return True
+
+    def send_now(self) -> bool:
+        """Sends what was put aside; False, with nothing done, where that has to wait, or is for `go_on`."""
+        if self._usage.is_error:
+            return False
+        withheld = self._withheld
+        data = withheld[0] if len(withheld) == 1 else b"".join(withheld)
+        if data and not self._stream.write_now(data):
+            return False
+        withheld.clear()
+        return True
+
+    def put_aside(self) -> bytes:
+        """What `send_now` would send."""
+        return b"".join(self._withheld)
 
     # -- chunks --------------------------------------------------------------------------------------------------------
 

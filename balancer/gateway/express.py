@@ -1,8 +1,8 @@
 """The express way of the lane: the usual request, from its last byte to its answer's, in a few callbacks and no task.
 
-Usual is a JSON request for a model that is no stream, of a rule whose pool answers, to an upstream with an idle
-connection, and a JSON answer without an error. At whatever else happens the ordinary way takes over, from where the
-request stands: what was picked, sent or answered until then is not done again.
+Usual is a JSON request for a model, of a rule whose pool answers, to an upstream with an idle connection, and a JSON
+answer without an error, or a stream of whole events whose client keeps up with it. At whatever else happens the
+ordinary way takes over, from where the request stands: what was picked, sent or answered until then is not done again.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ from balancer.dialects import Headers
 from balancer.dialects.headers import LIST_NOTHING, NOT_DOWN, OURS, client_timeout_s
 from balancer.dialects.paths import Route
 from balancer.domain import Outcome
+from balancer.encoding import Decoder
 from balancer.errors import BalancerError
 from balancer.gateway.attempts import Attempt
-from balancer.gateway.forwarding import Begun, Forwarder, reserved
+from balancer.gateway.events import EventRelay, takes_none
+from balancer.gateway.forwarding import CLIENT_MARGIN_S, Begun, Forwarder, reserved
 from balancer.gateway.handlers import Handlers
 from balancer.gateway.lane import Lane, request_of
 from balancer.gateway.lane_head import Head
-from balancer.gateway.lane_stream import CONTROLS, date
+from balancer.gateway.lane_stream import CONTROLS, LaneStream, date
 from balancer.gateway.masking import Mask
 from balancer.gateway.matching import Plan, Plans
 from balancer.gateway.messages import ClientRequest
-from balancer.gateway.opening import described, says_error
-from balancer.gateway.outgoing import LOOK_AGAIN_S, Account, Outgoing
+from balancer.gateway.opening import begins_well, described, says_error
+from balancer.gateway.outgoing import LOOK_AGAIN_S, Account, Outgoing, lacks_usage
 from balancer.gateway.request_ids import new_request_id, request_id_of
+from balancer.gateway.rewriting import Rewriter
 from balancer.gateway.telling import header_text
 from balancer.gateway.upstream import UpstreamClient
 from balancer.gateway.upstream.answer import Answer
@@ -54,6 +57,7 @@ _HEAD_BYTES = 12 * 1024
 Within, its transport holds what the client does not take, and does not ask us to wait: nobody would.
 """
 _SERVICES_KEPT = 64
+_PASSES, _HIDES = Rewriter("", hides_usage=False), Rewriter("", hides_usage=True)
 _CLOSING = "Connection: close\r\n"
 
 
@@ -78,7 +82,7 @@ class _Approach:
         self.request = request
         self.route = route
         self.patience_s = patience_s
-        self.sent: dict[str, _Sent] = {}
+        self.sent: dict[tuple[str, bool], _Sent] = {}
 
 
 class Express:
@@ -124,7 +128,7 @@ class Express:
             plan = self._plans.matching(route.scenario, peek.model)
         except BalancerError:
             return None
-        if plan is None or peek.stream or not plan.is_usual or plan.foreign[route.dialect.name]:
+        if plan is None or not plan.is_usual or plan.foreign[route.dialect.name]:
             return None
         patience_s = approach.patience_s
         if patience_s is not None and patience_s < plan.patience_s:
@@ -152,22 +156,25 @@ class Express:
             route = None
         return _Approach(request, route, client_timeout_s(head.first))
 
-    def sent(self, approach: _Approach, route: Route, plan: Plan, service: str, now: float) -> _Sent | None:
-        """How a request with that head goes to a service of the plan. Raises BalancerError."""
-        sent = approach.sent.get(service)
+    def sent(self, way: Way, route: Route, plan: Plan, service: str, now: float) -> _Sent | None:
+        """How a request of that kind goes to a service of the plan. Raises BalancerError."""
+        approach = way.approach
+        without_usage = bool(way.peek.stream) and lacks_usage(route, way.peek)
+        key = (service, without_usage)
+        sent = approach.sent.get(key)
         if sent is not None and sent.plan is plan and now - sent.account.looked_at < LOOK_AGAIN_S:
             return sent
         account = self.preparer.account(service)
         if sent is not None and sent.plan is plan and sent.account is account:
             return sent
-        outgoing = self.preparer.common(approach.request, route, service, account)
+        outgoing = self.preparer.common(approach.request, route, service, account, lacks_usage=without_usage)
         prepared = self.upstream.prepared(outgoing.request) if outgoing is not None else None
         if outgoing is None or prepared is None:
             return None
         if len(approach.sent) >= _SERVICES_KEPT:
             approach.sent.clear()
         telling = "" if not self.decision_headers else f"x-balancer-service: {header_text(service)}\r\n"
-        sent = approach.sent[service] = _Sent(plan, account, outgoing, prepared, telling)
+        sent = approach.sent[key] = _Sent(plan, account, outgoing, prepared, telling)
         return sent
 
 
@@ -193,8 +200,13 @@ class Way(msgspec.Struct, eq=False):
     answer: Answer | None = None
     head_out: bytes = b""
     body_out: bytes = b""
+    stream: LaneStream | None = None
+    events: EventRelay | None = None
+    """Once the client was sent something of a stream."""
     task: asyncio.Task[None] | None = None
     """Once the ordinary way has it."""
+    is_settling: bool = False
+    """While a stream's last event waits for that."""
     is_over: bool = False
     is_counted: bool = False
     select_s: float = 0.0
@@ -213,7 +225,7 @@ class Way(msgspec.Struct, eq=False):
     def _drop(self, outcome: Outcome) -> None:
         """Settles what was picked, and ends its answer."""
         if self.answer is not None:
-            self.answer.on_news = None
+            self.answer.leave()
             self.answer.abandon("was cancelled")
         if self.attempt is not None:
             self.attempt.settle(outcome)
@@ -252,10 +264,10 @@ class Way(msgspec.Struct, eq=False):
         """Leaves the rest to the ordinary way."""
         self._count()
         if self.answer is not None:
-            self.answer.on_news = None
+            self.answer.leave()
         lane, express = self.lane, self.express
         request = request_of(self.head, self.body, self.request_id)
-        stream = lane.stream(self.request_id, is_last=self.is_last)
+        stream = self.stream or lane.stream(self.request_id, is_last=self.is_last)
         begun = Begun(
             rule=self.plan.rule,
             peek=self.peek,
@@ -264,6 +276,7 @@ class Way(msgspec.Struct, eq=False):
             attempt=self.attempt,
             outgoing=self.sent.outgoing if self.sent is not None else None,
             answer=self.answer,
+            events=self.events,
             error=error,
         )
 
@@ -319,7 +332,7 @@ class Way(msgspec.Struct, eq=False):
         if elapsed_s > _LATE_S:
             return False
         try:
-            sent = express.sent(self.approach, self.route, plan, pick.service, now)
+            sent = express.sent(self, self.route, plan, pick.service, now)
         except BalancerError:
             return False  # It comes again, and is told.
         if sent is None:
@@ -327,6 +340,8 @@ class Way(msgspec.Struct, eq=False):
         service = pick.service
         model = service[service.index(":") + 1 :]
         body = bodies.replace_model(self.body, model, self.peek)
+        if sent.outgoing.hides_usage:
+            body = bodies.ask_for_usage(body, self.peek)
         lines = b"x-request-id: %b\r\nContent-Length: %d\r\n\r\n" % (self.request_id.encode("ascii"), len(body))
         began_at = express.loop.time() - elapsed_s
         self.answer = express.upstream.begin(sent.prepared, lines, body, began_at, self._on_news)
@@ -336,12 +351,16 @@ class Way(msgspec.Struct, eq=False):
         return True
 
     def _on_news(self) -> None:
-        """Settles when the whole answer has come."""
+        """Settles when the whole answer has come; what is a stream passes."""
         try:
             answer = self.answer
             assert answer is not None, "it is what there is news of"
-            if answer.status == 200 and not answer.has_failed:
-                if not self._settle(answer):
+            if self.events is not None:
+                if not self._pass(answer, self.events):
+                    self._go_on()
+            elif answer.status == 200 and not answer.has_failed:
+                is_stream = self.peek.stream and described(answer.headers)[0].startswith("text/event-stream")
+                if not (self._open(answer) if is_stream else self._settle(answer)):
                     self._go_on()
             elif answer.status or answer.has_failed:
                 self._go_on()
@@ -362,10 +381,14 @@ class Way(msgspec.Struct, eq=False):
             return True
         if len(body) > _WHOLE_BYTES or not body.startswith(b"{") or says_error(body):
             return False
-        pick = attempt.pick
-        telling = sent.telling and f"x-balancer-decision: {pick.decision}\r\n{sent.telling}x-balancer-attempts: 1\r\n"
+        telling = self._telling(attempt, sent)
         head = answer_head(
-            answer.headers, telling, self.request_id, len(body), sent.outgoing.mask, is_last=self.is_last
+            answer.headers,
+            telling,
+            self.request_id,
+            f"Content-Length: {len(body)}",
+            sent.outgoing.mask,
+            is_last=self.is_last,
         )
         if head is None or len(head) > _HEAD_BYTES:
             return False
@@ -373,8 +396,13 @@ class Way(msgspec.Struct, eq=False):
         attempt.usage = usage_of(body)
         self.attempt_s = attempt.end(Outcome.SUCCESS)
         self.head_out, self.body_out = head, body
-        self.express.balance.when_flushed(pick.pool, self._tell)
+        self.express.balance.when_flushed(attempt.pick.pool, self._tell)
         return True
+
+    def _telling(self, attempt: Attempt, sent: _Sent) -> str:
+        if not sent.telling:
+            return ""
+        return f"x-balancer-decision: {attempt.pick.decision}\r\n{sent.telling}x-balancer-attempts: 1\r\n"
 
     def _tell(self) -> None:
         """Sends the answer to the client."""
@@ -392,6 +420,101 @@ class Way(msgspec.Struct, eq=False):
         except Exception as exc:  # noqa: BLE001 - as above.
             log.error("a request failed in the gateway", exc=exc, request=self.request_id)
             self._break_off()
+
+    # -- streams -------------------------------------------------------------------------------------------------------
+
+    def _open(self, answer: Answer) -> bool:
+        """Begins a stream's answer with the first whole event; False, with nothing done, for the ordinary way."""
+        attempt, sent = self.attempt, self.sent
+        assert attempt is not None, "an answer is of an attempt"
+        assert sent is not None, "which was sent"
+        chunk = answer.held()
+        if not chunk:
+            if answer.is_over:
+                return False
+            answer.watch(takes_none)
+            return True
+        if not begins_well(chunk) or self.lane.is_held_up:
+            return False
+        outgoing, telling = sent.outgoing, self._telling(attempt, sent)
+        head = answer_head(
+            answer.headers,
+            telling,
+            self.request_id,
+            "Transfer-Encoding: chunked",
+            outgoing.mask,
+            is_last=self.is_last,
+            kind="event-stream",
+        )
+        if head is None:
+            return False
+        stream = self.lane.stream(self.request_id, is_last=self.is_last)
+        # What is written waits for no longer than on the ordinary way: then the attempt would be taken for lost.
+        stream.give_until(self.began + outgoing.request.timeout_s + CLIENT_MARGIN_S)
+        dialect, path = self.route.dialect, self.route.path
+        events = EventRelay(
+            attempt=attempt,
+            stream=stream,
+            decoder=Decoder(""),
+            rewriter=_HIDES if outgoing.hides_usage else _PASSES,
+            mask=outgoing.mask,
+            style=dialect.name,
+            path=path,
+            error_event=lambda error: dialect.error_event(error, path),
+        )
+        stream.begin(head)
+        self.stream, self.events = stream, events
+        return self._pass(answer, events)
+
+    def _pass(self, answer: Answer, events: EventRelay) -> bool:
+        """Sends on what has come of a stream; False, with nothing of it lost, for the ordinary way."""
+        if self.is_settling:
+            return True
+        chunk = answer.held()
+        if chunk:
+            if not events.hear(chunk):
+                return False
+            answer.skip()
+            attempt = self.attempt
+            assert attempt is not None, "an answer is of an attempt"
+            if events.is_complete and attempt.outcome is None:
+                self.attempt_s = attempt.end(Outcome.SUCCESS)
+                self.is_settling = True
+                self.express.balance.when_flushed(attempt.pick.pool, self._tell_rest)
+                return True
+        return self._send_on(answer, events)
+
+    def _tell_rest(self) -> None:
+        """Sends the client what was held back until its attempt was settled."""
+        if self.is_over or not self.is_settling or self.task is not None:
+            return
+        self.is_settling = False
+        try:
+            assert self.answer is not None, "it was settled"
+            assert self.events is not None, "behind its last event"
+            if not self._send_on(self.answer, self.events):
+                self._go_on()
+        except Exception as exc:  # noqa: BLE001 - as above.
+            self._fail(exc)
+
+    def _send_on(self, answer: Answer, events: EventRelay) -> bool:
+        """Sends what is put aside, and the stream's end if it has come; False for the ordinary way."""
+        attempt, stream = self.attempt, self.stream
+        assert attempt is not None, "an answer is of an attempt"
+        assert stream is not None, "which has begun"
+        if answer.is_at_end and events.is_complete:
+            if not stream.end_now(events.put_aside()):
+                return False
+            answer.leave()
+            attempt.log(self.request_id)
+            self._arrive(attempt)
+            return True
+        if answer.is_over or answer.has_failed or not events.send_now():
+            return False
+        if answer.held():
+            return self._pass(answer, events)
+        answer.watch(events.take)
+        return True
 
     def _arrive(self, attempt: Attempt) -> None:
         """The client has its answer."""
@@ -458,23 +581,31 @@ def _shape_of(names: tuple[str, ...]) -> _Shape:
 
 
 def answer_head(
-    headers: Headers, telling: str, request_id: str, length: int, mask: Mask, *, is_last: bool
+    headers: Headers,
+    telling: str,
+    request_id: str,
+    framing: str,
+    mask: Mask,
+    *,
+    is_last: bool,
+    kind: str = "json",
 ) -> bytes | None:
-    """The head of a JSON answer, by the rules of `dialects.headers.response_headers` and `lane_stream.answer_head`.
+    """The head of a plain answer, by the rules of `dialects.headers.response_headers` and `lane_stream.answer_head`.
 
-    None for an answer that is no plain JSON, or whose head needs more than to be passed on.
+    None for one that is not of that `kind`, or coded, or whose head needs more than to be passed on. `framing` is the
+    header that tells where the body ends.
     """
     if not headers:
         return None
     names, values = zip(*headers)  # noqa: B905 - pairs; `strict` would take as long again.
     shape = _shapes.get(names) or _shape_of(names)
-    if not shape.lines or "json" not in values[shape.type_at].lower():
+    if not shape.lines or kind not in values[shape.type_at].lower():
         return None
     if shape.connection_at >= 0 and values[shape.connection_at] not in LIST_NOTHING:
         return None
     text = (
         f"HTTP/1.1 200 OK\r\n{shape.lines % values}{telling}x-request-id: {request_id}\r\n"
-        f"Content-Length: {length}\r\nDate: {date()}\r\n{_CLOSING if is_last else ''}\r\n"
+        f"{framing}\r\nDate: {date()}\r\n{_CLOSING if is_last else ''}\r\n"
     )
     if mask.shows_in_text(text):
         return None

@@ -30,7 +30,7 @@ from balancer.failures import Verdict
 from balancer.gateway.attempts import Attempt, Balance, Providers
 from balancer.gateway.course import Course
 from balancer.gateway.deadlines import Deadlines
-from balancer.gateway.events import Remember
+from balancer.gateway.events import EventRelay, Remember
 from balancer.gateway.matching import SELECT_S, Plan, Plans, deadline_ms
 from balancer.gateway.messages import (
     BegunResponse,
@@ -50,7 +50,8 @@ from balancer.sessions import session_of
 from balancer.store.pool import Asked
 from balancer.usage import usage_of
 
-_CLIENT_MARGIN_S = 1.0
+CLIENT_MARGIN_S = 1.0
+"""Beyond a provider's timeout, until which what is written to a client may wait."""
 _WARN_INTERVAL_S = 10.0
 
 
@@ -95,7 +96,7 @@ class Clock:
         The upstream's part has limits of its own: only a client that does not read makes an attempt outlive it. It
         would be taken for lost, and what it holds given away, while it still lives.
         """
-        stream.give_until(time.monotonic() + timeout_s + _CLIENT_MARGIN_S)
+        stream.give_until(time.monotonic() + timeout_s + CLIENT_MARGIN_S)
 
     def _ends_at(self, timeout_s: float) -> float:
         ends_at = self.began + timeout_s
@@ -105,8 +106,9 @@ class Clock:
 class Begun(msgspec.Struct, frozen=True, kw_only=True):
     """What was begun of a request without a task, and is gone on with from there.
 
-    `asked` has brought no pick; or an `attempt` is under way: its request was not sent, or `answer` has come of it. An
-    `error` is a fault of ours, after which the client is only told.
+    `asked` has brought no pick; or an `attempt` is under way: its request was not sent, or `answer` has come of it, and
+    is a stream that has begun if there are `events`. An `error` is a fault of ours, after which the client is only
+    told.
     """
 
     rule: Rule
@@ -116,6 +118,7 @@ class Begun(msgspec.Struct, frozen=True, kw_only=True):
     attempt: Attempt | None = None
     outgoing: Outgoing | None = None
     answer: BegunResponse | None = None
+    events: EventRelay | None = None
     error: Exception | None = None
 
 
@@ -297,6 +300,11 @@ class Forwarder:
         pick, stream = attempt.pick, errand.stream
         answer: Opening | None = None
         try:
+            if begun is not None and begun.events is not None:
+                assert begun.answer is not None, "it is what tells of events"
+                answer = Opening(begun.answer)
+                await begun.events.go_on(answer)
+                return attempt.outcome or Outcome.FAILED
             clock, course = errand.clock, errand.course
             if begun is not None and begun.outgoing is not None:
                 outgoing = begun.outgoing

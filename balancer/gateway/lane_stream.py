@@ -16,6 +16,8 @@ _REASONS = {status.value: status.phrase for status in HTTPStatus}
 _BODILESS = frozenset([*range(100, 200), 204, 304])
 # Framing is ours to say, and what serves here is nobody's business.
 _OURS = frozenset(["content-length", "transfer-encoding", "server"])
+_LAST_BYTES = 32 * 1024
+"""So much fits into a client's transport that holds nothing, along with a head."""
 # All but these may stand in a header (RFC 9110 §5.5).
 CONTROLS = bytes([*range(9), *range(10, 32), 127])
 
@@ -88,6 +90,12 @@ class LaneStream:
         if self._is_chunked:
             self._loop.call_soon(self._flush)
 
+    def begin(self, head: bytes) -> None:
+        """Keeps a whole head for the first part of a body in chunks, which follows at once."""
+        self._is_chunked = self.is_started = self._is_open = True
+        self._head = head
+        self._loop.call_soon(self._flush)
+
     async def write(self, chunk: bytes) -> None:
         """Sends a part of the body; waits while the client's buffer is full."""
         while not self.write_now(chunk):
@@ -142,6 +150,18 @@ class LaneStream:
         self.is_ended = True
         if self._line.is_held_up:
             await self._drained()
+
+    def end_now(self, last: bytes = b"", /) -> bool:
+        """Ends a body in chunks at once; False, with nothing sent, where the client might have to be waited for."""
+        line = self._line
+        transport = line.transport
+        if len(last) > _LAST_BYTES or transport is None or transport.is_closing() or transport.get_write_buffer_size():
+            return False
+        self._is_open = False
+        head, self._head = self._head, b""
+        transport.write(b"%b%x\r\n%b\r\n0\r\n\r\n" % (head, len(last), last) if last else head + b"0\r\n\r\n")
+        self.is_ended = True
+        return True
 
     async def send(self, status: int, headers: Headers, body: bytes) -> None:
         """Sends a whole answer, its head and its body in one write."""

@@ -163,7 +163,7 @@ class Opening:
         errors too (OpenRouter sends them while it looks for somebody to serve).
         """
         coding = self.coding
-        if not coding and not chunk.startswith(b":") and _PLAIN_EVENT.search(chunk) and not _ERROR_WORDS.search(chunk):
+        if not coding and begins_well(chunk):
             return None  # The common case.
         now = asyncio.get_running_loop().time
         until = now() + _COMMENTS_S
@@ -183,6 +183,11 @@ class Opening:
         event = parser.finish()
         self.is_empty = event is None or not event.data
         return event
+
+
+def begins_well(chunk: bytes) -> bool:
+    """True for a stream's first chunk that holds an event which is no error for certain."""
+    return not chunk.startswith(b":") and bool(_PLAIN_EVENT.search(chunk)) and not _ERROR_WORDS.search(chunk)
 
 
 def opening_s(timeouts: Timeouts) -> float:

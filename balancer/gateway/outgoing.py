@@ -21,6 +21,8 @@ LOOK_AGAIN_S = 1.0
 _FORGET_S = 60.0
 _URLS_KEPT = 64
 _HEADERS_KEPT = 64
+_USAGE_PATHS = ("/v1/chat/completions", "/v1/completions")
+"""Streams that are asked for there tell their usage to who asks for it."""
 
 
 class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,11 +113,8 @@ class Preparer:
         if elapsed_s >= provider.timeout:
             # It came free too late. Sent all the same, it would be a failure of a service that has done nothing wrong.
             raise DeadlineError("the request has waited for as long as the provider gives to a whole one")
-        body = request.body
-        hides_usage = False
-        if peek.stream and route.path in ("/v1/chat/completions", "/v1/completions") and not peek.asks_for_usage:
-            hides_usage = provider.stream_usage
-        body = with_model(body, request.header("content-type"), peek, service_id.partition(":")[2])
+        hides_usage = lacks_usage(route, peek) and provider.stream_usage
+        body = with_model(request.body, request.header("content-type"), peek, service_id.partition(":")[2])
         if hides_usage:
             body = bodies.ask_for_usage(body, peek)
         is_plain = needs_plain or hides_usage
@@ -126,16 +125,20 @@ class Preparer:
         """The account that serves, as it is now. Raises NoServiceError, ConfigurationError."""
         return self._account(self.provider(service_id))
 
-    def common(self, client: ClientRequest, route: Route, service_id: str, account: Account) -> Outgoing | None:
+    def common(
+        self, client: ClientRequest, route: Route, service_id: str, account: Account, *, lacks_usage: bool
+    ) -> Outgoing | None:
         """What goes upstream of every request with this head, without a body; None where that is more than the body.
 
-        `account` is the service's.
+        `account` is the service's. `lacks_usage`: they are streams whose clients do not ask for their usage.
         """
         provider = account.provider
-        outgoing, mask = self._made(provider, client, route, service_id, b"", False, provider.timeout)
+        hides_usage = lacks_usage and provider.stream_usage
+        outgoing, mask = self._made(provider, client, route, service_id, b"", hides_usage, provider.timeout)
         if len(outgoing.more) != 1:
             return None
-        return Outgoing(request=msgspec.structs.replace(outgoing, more=()), mask=mask)
+        outgoing = msgspec.structs.replace(outgoing, more=())
+        return Outgoing(request=outgoing, mask=mask, hides_usage=hides_usage)
 
     def request(
         self, request: ClientRequest, route: Route, service_id: str, body: bytes, *, needs_plain: bool
@@ -183,6 +186,11 @@ class Preparer:
         account.looked_at = now
         account.forget(now)
         return account
+
+
+def lacks_usage(route: Route, peek: bodies.Peek) -> bool:
+    """True for a stream of OpenAI's whose client does not ask for its usage."""
+    return bool(peek.stream) and route.path in _USAGE_PATHS and not peek.asks_for_usage
 
 
 def with_model(body: bytes, content_type: str, peek: bodies.Peek, model: str) -> bytes:

@@ -43,6 +43,7 @@ async def settled(gateway: Served) -> Settled:
 
     await eventually(is_over)
     counts: Settled = {}
+    gateway.gateway.metrics.flush()  # Those of the express way are counted some time soon.
     for family in gateway.gateway.metrics.attempts.collect():
         for sample in family.samples:
             if sample.name.endswith("_total"):

@@ -114,7 +114,9 @@ def _stage(begun: Begun | None) -> str:
         return "fault"
     if begun.attempt is None:
         return "select"
-    return "send" if begun.answer is None else "answer"
+    if begun.answer is None:
+        return "send"
+    return "answer" if begun.events is None else "stream"
 
 
 class Walked(Served):

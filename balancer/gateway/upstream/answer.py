@@ -71,9 +71,19 @@ class Answer(msgspec.Struct, eq=False):
         """Limits the wait for the rest of the body."""
         self._arm()
 
+    def watch(self, take: Take) -> None:
+        """Gives the chunks to `take` as they come; of the first that is not taken, and is held, there is news."""
+        self._take = take
+        if self._connection is not None:
+            self._arm()
+
+    def leave(self) -> None:
+        """Tells of nothing more that comes: a reader will ask."""
+        self.on_news = self._take = None
+
     def begun(self) -> None:
         """Hands over to a reader. Raises UpstreamError where the answer has not even headers."""
-        self.on_news = None
+        self.leave()
         if self._error is not None and not self.status:
             raise self._error
 
@@ -96,6 +106,18 @@ class Answer(msgspec.Struct, eq=False):
     def beginning(self) -> bytes:
         """The first of what has come of its body and was not read."""
         return self._chunks[0] if self._chunks else b""
+
+    def held(self) -> bytes:
+        """All of it that has come and was not read; it can still be read."""
+        chunks = self._chunks
+        if len(chunks) > 1:
+            chunks[:] = [b"".join(chunks)]
+        return chunks[0] if chunks else b""
+
+    def skip(self) -> None:
+        """Counts what is held as read."""
+        if self._chunks:
+            self._taken()
 
     def whole(self) -> bytes | None:
         """The body, if all of it has come and nothing was read yet; it can still be read."""
@@ -226,14 +248,22 @@ class Answer(msgspec.Struct, eq=False):
                     if self._connection is not None:
                         self._arm()
                 return
-        except Exception as exc:  # noqa: BLE001  # It is raised where `pump` is awaited.
+        except Exception as exc:  # It is raised where `pump` is awaited, if it is.
             self._take = None
-            if waiter is not None and not waiter.done():
+            if waiter is None:
+                raise
+            if not waiter.done():
                 waiter.set_exception(exc)
             return
         self._has_begun = True
         self._take = None
-        self._wake(chunk)
+        if waiter is not None:
+            self._wake(chunk)
+            return
+        self._chunks.append(chunk)
+        self._held += len(chunk)
+        if self.on_news is not None:
+            self.on_news()
 
     def end(self) -> None:
         """All of it has come; the connection is somebody else's from now on."""
