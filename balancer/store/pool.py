@@ -94,10 +94,10 @@ class PoolClient:
     """The scripts of one pool behind one link.
 
     Everything that is asked within a loop tick goes out in one call, settles before selections; selections without
-    settles wait while such a call is under way. Raises
-    StoreUnavailableError when Redis does not answer within the deadline, at once while it is known to be away. What
-    Redis says it has not executed (the pool's slot moves, its master is a replica now, a script blocks it) is asked
-    again under the same name while its caller waits; what it has left unanswered never is.
+    settles wait while CALLS_AT_ONCE such calls are unanswered. Raises StoreUnavailableError when Redis does not answer
+    within the deadline, at once while it is known to be away. What Redis says it has not executed (the pool's slot
+    moves, its master is a replica now, a script blocks it) is asked again under the same name while its caller waits;
+    what it has left unanswered never is.
     """
 
     def __init__(
@@ -236,8 +236,18 @@ class PoolClient:
         if self._deadline is None:
             self._deadline = loop.call_at(asked.until, self._end_waiting)
         if not self._flush_scheduled:
-            self._flush_soon()
+            try:
+                self._flush_soon()
+            except BaseException:
+                # Whoever is told of the fault asks in another way: it must not hear of this one too.
+                self._drop(asked)
+                raise
         return asked
+
+    def _drop(self, asked: Asked) -> None:
+        """Nobody hears of it any more; what it was given is given back with the next settles."""
+        asked.is_over, asked.on_answer = True, _nobody
+        self.outbox.add(Entry(number=asked.selection.number, service="", outcome=Outcome.ABANDONED))
 
     def give_up(self, asked: Asked) -> None:
         """Whoever has asked wants no pick any more, or not the one that was made."""

@@ -171,6 +171,28 @@ async def test_a_selection_that_was_never_sent_is_not_given_up_in_redis(join: An
     assert sum(service.abandoned for service in (await pool.view()).services.values()) == CALLS_AT_ONCE
 
 
+async def test_who_is_told_of_a_fault_while_asking_hears_of_no_pick_and_holds_none(
+    join: Any, control: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The selection was queued all the same, and answered: its request went on in two ways."""
+    pool: PoolClient = await join("w")
+    await pool.raise_fence([a_definition()])
+    told: list[Asked] = []
+    with monkeypatch.context() as patch:
+
+        def breaks(_: PoolClient) -> None:
+            raise RuntimeError("a fault of ours")
+
+        patch.setattr(PoolClient, "_flush_soon", breaks)
+        with pytest.raises(RuntimeError, match="a fault of ours"):
+            pool.ask(a_selection(1), told.append)
+    assert (await pool.select(a_selection(2)))[0] == "pick"
+    assert await pool.acknowledged(10)
+    assert told == []
+    held = await control.hgetall(keys.holdings("default", "w"))
+    assert [number for number, text in held.items() if text.startswith(b"h ")] == [b"2"]
+
+
 async def test_sessions_of_one_call_stay_where_they_were_and_the_others_go_on(join: Any, control: Any) -> None:
     one, two = await join("w1"), await join("w2")
     await one.raise_fence([a_definition()])
