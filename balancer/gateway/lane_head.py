@@ -11,6 +11,7 @@ import re
 import msgspec
 
 from balancer.dialects import Headers
+from balancer.gateway.fields import FIELD, LONGEST_LENGTH
 
 MAX_HEAD_BYTES = 8192
 MAX_HEADERS = 64
@@ -20,9 +21,6 @@ BEGINNING = b"POST /"
 # RFC 9112 §3: a target in origin form (§3.2.1) of the characters of RFC 3986 §3.3, 3.4; `//` may hide an authority.
 _SEGMENTS = r"!$%&'()*+,./0-9:;=@A-Z_a-z~-"
 _LINE = re.compile(rf"POST (/(?!/)[{_SEGMENTS}]*+)(?:\?([?{_SEGMENTS}]*+))? HTTP/1\.1\r\n")
-# RFC 9112 §5: no space before the colon, no folding, no control characters; and no bytes beyond ASCII. Every quantifier
-# is possessive, so that no head takes long.
-_FIELD = re.compile(r"(?<=\n)([!#$%&'*+.^_`|~0-9A-Za-z-]++):[ \t]*+([ -~\t]*+)\r\n")
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]++|\[[0-9A-Fa-f:.]++\])(?::[0-9]++)?")
 _UNFINISHED = re.compile(r"(?![ \t])[ -~\t]*+\r?")
 
@@ -44,7 +42,6 @@ _SINGLE = (
     "user-agent",
     "x-request-id",
 )
-_LONGEST_LENGTH = 15
 _LENGTH = re.compile(rb"\r\n[Cc][Oo][Nn][Tt][Ee][Nn][Tt]-[Ll][Ee][Nn][Gg][Tt][Hh]:[ \t]*+([0-9]++)")
 
 
@@ -72,7 +69,7 @@ def is_beginning(data: bytes) -> bool:
     line = _LINE.match(text)
     if line is None or _UNFINISHED.fullmatch(text, end) is None:
         return False
-    return len(_FIELD.findall(text, line.end(), end)) == text.count("\n") - 1
+    return len(FIELD.findall(text, line.end(), end)) == text.count("\n") - 1
 
 
 def read_head(data: bytes) -> Head | None:
@@ -81,7 +78,7 @@ def read_head(data: bytes) -> Head | None:
     line = _LINE.match(text)
     if line is None:
         return None
-    headers: list[tuple[str, str]] = _FIELD.findall(text, line.end())
+    headers: list[tuple[str, str]] = FIELD.findall(text, line.end())
     # Each match is one line and begins behind one: as many as there are lines means that nothing was passed over.
     if len(headers) != text.count("\n") - 1 or len(headers) > MAX_HEADERS:
         return None
@@ -95,7 +92,7 @@ def read_head(data: bytes) -> Head | None:
         if any(names.count(name) > 1 for name in _SINGLE):
             return None
     length = first.get("content-length", "")
-    if not length.isdecimal() or len(length) > _LONGEST_LENGTH:
+    if not length.isdecimal() or len(length) > LONGEST_LENGTH:
         return None
     del first["content-length"]
     kept = tuple([pair for pair in headers if pair[0].lower() != "content-length"])
@@ -118,7 +115,7 @@ class Repeat(msgspec.Struct, frozen=True, gc=False):
         if not data.startswith(self.before):
             return None
         begin = len(self.before)
-        end = data.find(b"\r", begin, begin + _LONGEST_LENGTH + 1)
+        end = data.find(b"\r", begin, begin + LONGEST_LENGTH + 1)
         digits = data[begin:end]
         if end < 0 or not digits.isdigit() or not data.startswith(self.behind, end):
             return None

@@ -6,17 +6,12 @@ is left to that.
 
 from __future__ import annotations
 
-import re
-
 from balancer.dialects import Headers
+from balancer.gateway.fields import FIELD, LONGEST_LENGTH
 
 MOST_HEADERS = 256
 _MOST_HEAD_BYTES = 8192
 _LINE = b"HTTP/1.1 200 OK\r\n"
-# RFC 9112 §5: no space before the colon, no folding, no control characters; and no bytes beyond ASCII. Every quantifier
-# is possessive, so that no head takes long.
-_FIELD = re.compile(r"(?<=\n)([!#$%&'*+.^_`|~0-9A-Za-z-]++):[ \t]*+([ -~\t]*+)\r\n")
-_LONGEST_LENGTH = 15
 
 _ELSEWHERE = frozenset(["proxy-connection", "trailer", "transfer-encoding", "upgrade"])
 """What frames a body in another way, or is about the connection."""
@@ -35,8 +30,7 @@ def read_whole(data: bytes) -> tuple[Headers, bytes] | None:
     if end < 0 or not data.startswith(_LINE):
         return None
     text = data[: end + 2].decode("latin-1")
-    headers: list[tuple[str, str]] = _FIELD.findall(text, len(_LINE))
-    # Each match is one line and begins behind one: as many as there are lines means that nothing was passed over.
+    headers: list[tuple[str, str]] = FIELD.findall(text, len(_LINE))
     if not headers or len(headers) != text.count("\n") - 1 or " \r\n" in text or "\t\r\n" in text:
         return None
     names, values = zip(*headers)  # noqa: B905 - pairs; `strict` would take as long again.
@@ -44,7 +38,7 @@ def read_whole(data: bytes) -> tuple[Headers, bytes] | None:
     if length_at < 0 or (connection_at >= 0 and values[connection_at].lower() != "keep-alive"):
         return None
     length, body = values[length_at], data[end + 4 :]
-    if not length.isdecimal() or len(length) > _LONGEST_LENGTH or len(body) != int(length):
+    if not length.isdecimal() or len(length) > LONGEST_LENGTH or len(body) != int(length):
         return None
     return tuple(headers), body
 
