@@ -64,21 +64,23 @@ format: $(VENV)/.developed  ## ruff's formatter and its safe fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# One resolution for all four files: the first one has everything, the others are held to its versions.
+# One resolution for all five files: the first one has everything, the others are held to its versions.
 COMPILE = $(BIN)/uv pip compile --no-config --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
   --no-emit-find-links --no-annotate --no-header --quiet $(UPGRADE)
 
-lock: $(VENV)/.made  ## the four requirements files anew (UPGRADE=--upgrade for the newest versions)
+lock: $(VENV)/.made  ## the five requirements files anew (UPGRADE=--upgrade for the newest versions)
 	$(PIP) install $(UV)
 	@mkdir -p .cache/lock
-	@for name in -dev "" -build -bench; do cp requirements$$name.txt .cache/lock/ 2>/dev/null || true; done
+	@for name in -dev "" -otel -build -bench; do cp requirements$$name.txt .cache/lock/ 2>/dev/null || true; done
 	$(COMPILE) --extra dev requirements-build.in pyproject.toml --output-file .cache/lock/requirements-dev.txt
 	$(COMPILE) --constraint .cache/lock/requirements-dev.txt pyproject.toml --output-file .cache/lock/requirements.txt
+	$(COMPILE) --constraint .cache/lock/requirements-dev.txt --extra otel pyproject.toml \
+	  --output-file .cache/lock/requirements-otel.txt
 	$(COMPILE) --constraint .cache/lock/requirements-dev.txt requirements-build.in \
 	  --output-file .cache/lock/requirements-build.txt
 	$(COMPILE) --constraint .cache/lock/requirements-dev.txt --extra bench pyproject.toml \
 	  --output-file .cache/lock/requirements-bench.txt
-	@for name in -dev "" -build -bench; do \
+	@for name in -dev "" -otel -build -bench; do \
 	  { echo '# Made by `make lock`; do not edit.'; grep -v '^#' .cache/lock/requirements$$name.txt; } \
 	    >requirements$$name.txt || exit 1; \
 	done

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-NPM_BIN = Path(__file__).resolve().parent.parent / ".cache" / "npm" / "node_modules" / ".bin"
+_CACHE = Path(__file__).resolve().parent.parent / ".cache"
+NPM_BIN = _CACHE / "npm" / "node_modules" / ".bin"
 
 
 def _aimock() -> str | None:
@@ -21,12 +22,19 @@ def _aimock() -> str | None:
     return path if path and shutil.which("node") else None
 
 
+def _kubernetes(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path=_CACHE / "kubernetes" / name)
+
+
 FINDERS: dict[str, Callable[[], str | None]] = {
     "apt:gcc": lambda: shutil.which("gcc"),
     "apt:haproxy": lambda: shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin"),
     "apt:lua-check": lambda: shutil.which("luacheck"),
     "apt:nginx": lambda: shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin"),
+    "apt:prometheus": lambda: shutil.which("promtool") and shutil.which("prometheus"),
     "apt:redis-server": lambda: shutil.which("redis-server"),
+    "npm:helm": lambda: _kubernetes("helm"),
+    "npm:kubectl": lambda: _kubernetes("kubectl"),
     "npm:@copilotkit/aimock": _aimock,
 }
 
