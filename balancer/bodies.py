@@ -81,6 +81,10 @@ class Peek(msgspec.Struct):
     raw_input: msgspec.Raw = msgspec.field(default=_NULL, name="input")
     raw_system: msgspec.Raw = msgspec.field(default=_NULL, name="system")
     raw_tools: msgspec.Raw = msgspec.field(default=_NULL, name="tools")
+    raw_instructions: msgspec.Raw = msgspec.field(default=_NULL, name="instructions")
+    raw_thinking: msgspec.Raw = msgspec.field(default=_NULL, name="thinking")
+    raw_reasoning: msgspec.Raw = msgspec.field(default=_NULL, name="reasoning")
+    raw_reasoning_effort: msgspec.Raw = msgspec.field(default=_NULL, name="reasoning_effort")
 
     @property
     def asks_for_usage(self) -> bool:

@@ -10,7 +10,7 @@ import enum
 import hashlib
 import re
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -244,6 +244,29 @@ class Rule(Struct, frozen=True, kw_only=True):
     on_context_overflow: str = ""
     strict_settle: bool = False
 
+    entry: ClassVar[str] = ""
+    """Names the smart-routing entry whose services stand in for the rule's own; empty for none."""
+
+    def routed(self, index: int) -> RoutedRule:
+        """The rule as it serves the requests that belong to its smart-routing entry at that index."""
+        route = self.smart_routing[index]
+        fields = {name: getattr(self, name) for name in Rule.__struct_fields__}
+        fields |= {"services": route.services, "current_service_index": None}
+        return RoutedRule(**fields, entry=route.entry)
+
+    def variants(self) -> tuple[Rule, ...]:
+        """The rule as it serves requests that belong to no entry, then as for each entry, where those count."""
+        return (self, *(self.routed(i) for i in range(len(self.smart_routing) if self.smart_enabled else 0)))
+
+    def variant(self, entry: str) -> Rule:
+        """The rule as it serves the requests of an entry; as all others where there is none of that name (any more)."""
+        return next((rule for rule in self.variants() if rule.entry == entry), self) if entry else self
+
+    def all_services(self) -> tuple[Service, ...]:
+        """The rule's own services, and those of its smart-routing entries when they count; each id may repeat."""
+        entries = self.smart_routing if self.smart_enabled else ()
+        return (*self.services, *(service for route in entries for service in route.services))
+
     def active_services(self) -> tuple[Service, ...]:
         """The services that are switched on, in order. Whether their provider is enabled is not asked here."""
         return tuple(service for service in self.services if service.active)
@@ -271,6 +294,12 @@ class Rule(Struct, frozen=True, kw_only=True):
         """The model of the current service, empty without one."""
         service = self.current_service(cursor)
         return service.model if service else ""
+
+
+class RoutedRule(Rule, frozen=True, kw_only=True):
+    """A rule with a matched smart-routing entry: its services are the entry's, its state is the entry's own."""
+
+    entry: str  # type: ignore[misc]
 
 
 # -- scenarios, client keys, the whole ---------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def with_shares(
     """
     pools: dict[str, list[str]] = {}
     for rule in rules:
-        for service in rule.services if rule.active else ():
+        for service in rule.all_services() if rule.active else ():
             reached = pools.setdefault(service.provider, [])
             if rule.pool not in reached:
                 reached.append(rule.pool)
@@ -142,7 +142,7 @@ def differing_limits(rules: Sequence[Rule], places: Mapping[str, str]) -> Iterat
     """Services to which two active rules of a pool give different limits: where, and a word on it."""
     seen: dict[tuple[str, str], tuple[Limits, str]] = {}
     for rule in rules:
-        for service in rule.services if rule.active else ():
+        for service in rule.all_services() if rule.active else ():
             place = places[rule.uuid]
             limits, first = seen.setdefault((rule.pool, service.id), (service.limits, place))
             if limits != service.limits and first != place:

@@ -7,6 +7,7 @@ mend a warning. *stored* reads what we wrote ourselves, possibly by a newer vers
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import re
 from collections import Counter
@@ -39,6 +40,7 @@ from balancer.domain import (
     Timeouts,
 )
 from balancer.errors import ConfigurationError
+from balancer.routing import fault_of
 from balancer.tactics import TACTIC_NAMES, TACTICS, is_valid_tactic, parameters, tactic_from_map
 
 Door = Literal["strict", "lenient", "stored"]
@@ -51,6 +53,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _LONGEST_NAME = 256
 _MOST_WEIGHT = 1_000_000
 _MOST_SERVICES = 1000
+_MOST_ROUTES = 100
 _MOST_EVENTS = 100_000_000
 _LONGEST_WINDOW_S = 366 * 24 * 3600
 _TINGLY_KEYS = frozenset(
@@ -421,8 +424,6 @@ class _Reader:
             raise _SkippedError
         if not table.get("uuid") and isinstance(table.get("request_model"), str):
             table["uuid"] = self._default_uuid(f"{scenario}/{table['request_model']}")
-        if self._not_yet(bool(table.get("smart_enabled")), _join(path, "smart_enabled")):
-            del table["smart_enabled"]
         tactic = self.tactic(table.get("lb_tactic"), _join(path, "lb_tactic"))
         services, places = self._services(table.get("services"), _join(path, "services"), providers)
         routes = self._routes(table.get("smart_routing"), _join(path, "smart_routing"), providers)
@@ -450,6 +451,8 @@ class _Reader:
             and self._mend(_join(path, "session_header"), "expected the name of a header", "left out")
         ):
             rule = msgspec.structs.replace(rule, session_header="")
+        if rule.smart_enabled and not rule.smart_routing:
+            self._warn(_join(path, "smart_enabled"), "there is no entry in smart_routing to match")
         if rule.session_header and not rule.session_affinity:
             self._warn(_join(path, "session_header"), "not looked at: session_affinity is 0")
         return rule
@@ -572,17 +575,41 @@ class _Reader:
         return service
 
     def _routes(self, raw: Any, path: str, providers: Mapping[str, str]) -> tuple[SmartRoute, ...]:
-        routes = []
+        routes: list[SmartRoute] = []
+        taken: dict[str, str] = {}
         for place, table in self._items(raw, path):
-            ops = tuple(
-                self._struct(SmartOp, op, op_path) for op_path, op in self._items(table.get("ops"), _join(place, "ops"))
-            )
+            ops = tuple(self._op(op, op_path) for op_path, op in self._items(table.get("ops"), _join(place, "ops")))
             services, _ = self._services(table.get("services"), _join(place, "services"), providers)
             route = self._struct(SmartRoute, table, place, ops=ops, services=services)
             if route.uuid:
                 self._name(route.uuid, _join(place, "uuid"), "{}|")
-            routes.append(route)
+            if self._is_good_route(route, place, taken):
+                routes.append(route)
+        if len(routes) > _MOST_ROUTES:
+            self._fault(path, f"more than {_MOST_ROUTES} entries")
         return tuple(routes)
+
+    def _op(self, table: dict[str, Any], path: str) -> SmartOp:
+        value = table.get("value")
+        if isinstance(value, bool | int):
+            table = {**table, "value": str(value).lower()}
+        elif isinstance(value, dict):
+            table = {**table, "value": json.dumps(value)}
+        return self._struct(SmartOp, table, path)
+
+    def _is_good_route(self, route: SmartRoute, path: str, taken: dict[str, str]) -> bool:
+        """False for an entry that is left out."""
+        faults = [(_join(path, f"ops[{i}].{f[0]}"), f[1]) for i, op in enumerate(route.ops) if (f := fault_of(op))]
+        if not route.ops:
+            faults.append((_join(path, "ops"), "expected an op: without one every request would match"))
+        if not route.services:
+            faults.append((_join(path, "services"), "expected a service for the requests that match"))
+        if taken.setdefault(route.entry, path) != path:
+            faults.append((path, f"has the same ops as {taken[route.entry]}, which is looked at before it"))
+        for where, message in faults if self._door != "stored" else ():
+            if self._mend(where, message, "the entry is left out"):
+                return False
+        return True
 
 
 def _split(url: str) -> SplitResult | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
 from balancer.document.fields import fields_of
-from balancer.domain import Configuration, Provider, Rule, Tactic, is_secret_name
+from balancer.domain import Configuration, Provider, Rule, Service, Tactic, is_secret_name
 from balancer.tactics import tactic_to_map
 
 _SECRET_PATHS = ("token", "oauth_detail.access_token", "oauth_detail.refresh_token", "proxy_url")
@@ -93,13 +94,17 @@ def digest(configuration: Configuration) -> str:
 
 def select_view(configuration: Configuration, rule: Rule) -> bytes:
     """All that a rule's select reads, in one form: when it differs, the rule has a new revision."""
-    services = [(s.id, s.weight, s.time_window, s.active, s.tier, s.limits) for s in rule.services]
-    named = {service.provider for service in rule.services}
+
+    def told(services: Iterable[Service]) -> list[tuple[Any, ...]]:
+        return [(s.id, s.weight, s.time_window, s.active, s.tier, s.limits) for s in services]
+
+    named = {service.provider for service in rule.all_services()}
     providers = [_provider_view(p, rule.pool) for p in configuration.providers if p.uuid in named]
     view = (
         (rule.uuid, rule.pool, rule.active, tactic_to_map(rule.lb_tactic), rule.current_service_index),
         (rule.on_exhausted, rule.retry.budget_ratio if rule.retry.attempts > 1 else 0),
-        services,
+        told(rule.services),
+        [(route.entry, told(route.services)) for route in rule.smart_routing if rule.smart_enabled],
         sorted(providers),
     )
     return msgspec.json.encode(view, order="deterministic")

@@ -123,9 +123,13 @@ class Express:
         transport = lane.transport
         if route is None or transport is None or transport.get_write_buffer_size():
             return None
+        given = head.first.get("x-request-id", "")
+        request_id = request_id_of(given) if given else new_request_id()
         try:
             peek = bodies.peek(body)
             plan = self._plans.matching(route.scenario, peek.model)
+            if plan is not None and plan.router is not None:
+                plan = self._plans.routed(plan, peek, request_id=request_id)
         except BalancerError:
             return None
         if plan is None or not plan.is_usual or plan.foreign[route.dialect.name]:
@@ -133,8 +137,6 @@ class Express:
         patience_s = approach.patience_s
         if patience_s is not None and patience_s < plan.patience_s:
             return None
-        given = head.first.get("x-request-id", "")
-        request_id = request_id_of(given) if given else new_request_id()
         way = Way(self, lane, approach, route, head, body, peek, plan, is_last, time.monotonic(), request_id)
         rule = plan.rule
         way.asked = self.balance.begin(
@@ -173,7 +175,10 @@ class Express:
             return None
         if len(approach.sent) >= _SERVICES_KEPT:
             approach.sent.clear()
-        telling = "" if not self.decision_headers else f"x-balancer-service: {header_text(service)}\r\n"
+        telling = ""
+        if self.decision_headers:
+            entry = f"x-balancer-entry: {header_text(plan.rule.entry)}\r\n" if plan.rule.entry else ""
+            telling = f"x-balancer-service: {header_text(service)}\r\n{entry}"
         sent = approach.sent[key] = _Sent(plan, account, outgoing, prepared, telling)
         return sent
 

@@ -391,7 +391,9 @@ class Forwarder:
         )
 
     def _headers(self, errand: _Errand, pick: Pick) -> tuple[tuple[str, str], ...]:
-        return decision_headers(pick, errand.course.attempts) if self._decision_headers else ()
+        if not self._decision_headers:
+            return ()
+        return decision_headers(pick, errand.course.attempts, errand.course.rule.entry)
 
     def _remembers(self, pick: Pick) -> Remember:
         async def remember(response_id: str) -> None:

@@ -34,7 +34,7 @@ from balancer.errors import (
 )
 from balancer.gateway.course import Course
 from balancer.gateway.forwarding import Begun, Forwarder
-from balancer.gateway.matching import Directory, Plans, serving, standing_in
+from balancer.gateway.matching import Directory, Plans, standing_in
 from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
 from balancer.gateway.telling import incomplete, send_error
 from balancer.metrics import Metrics
@@ -113,7 +113,7 @@ class Handlers:
                 await self._forwarder.forward_uncounted(request, wanted, rule, service, stream, peek=peek)
                 outcome = Outcome.SUCCESS
             else:
-                course = await self._course(rule, peek, wanted)
+                course = await self._course(rule, peek, wanted, request.request_id)
                 outcome = await self._forwarder.forward(request, wanted, course, peek, stream, begun)
         except ConfigurationError as exc:
             outcome = Outcome.FAILED
@@ -186,9 +186,11 @@ class Handlers:
         if rule is None:
             rules = directory.rules(wanted.scenario)[: _NAMES_SHOWN + 1]
             raise _unknown_model(peek.model, wanted.scenario, [rule.request_model for rule in rules])
-        plan = self._plans.of(rule)
+        plan = self._plans.routed(self._plans.of(rule), peek, request_id=request.request_id)
+        rule = plan.rule
         if not plan.usable:
-            raise NoServiceError(f"rule {rule.uuid} has no active service with an enabled provider")
+            what = f"entry {rule.entry} of rule {rule.uuid}" if rule.entry else f"rule {rule.uuid}"
+            raise NoServiceError(f"{what} has no active service with an enabled provider")
         if others := plan.foreign[wanted.dialect.name]:
             raise NotSupportedError(
                 f"translation is not supported yet: {wanted.dialect.name} clients cannot be served by "
@@ -196,12 +198,17 @@ class Handlers:
             )
         return rule, peek
 
-    async def _course(self, rule: Rule, peek: bodies.Peek, wanted: Route) -> Course:
+    async def _course(self, rule: Rule, peek: bodies.Peek, wanted: Route, request_id: str) -> Course:
         """The way of a request, which is short where it goes on from a response: only one service has that."""
         directory = self._source.snapshot()
 
         def find(uuid: str) -> Rule | None:
-            return serving(directory, uuid, wanted.dialect.name)
+            """The rule, if it can serve the request: not gone, off, empty, or of another style."""
+            other = directory.by_uuid.get(uuid)
+            if other is None or not other.active:
+                return None
+            plan = self._plans.routed(self._plans.of(other), peek, request_id=request_id)
+            return None if not plan.usable or plan.foreign[wanted.dialect.name] else plan.rule
 
         previous = peek.previous_response_id
         if not wanted.path.startswith("/v1/responses") or not isinstance(previous, str) or not previous:
@@ -215,8 +222,10 @@ class Handlers:
             recalled = None
         if recalled is not None:
             for other in standing_in(rule, find):
-                if any(service.id == recalled.service for service in other.services):
-                    return Course(rule, find, under=other, only=recalled.service)
+                # Whatever this request matches, the one before it may have matched something else.
+                for variant in (other, *directory.by_uuid.get(other.uuid, other).variants()):
+                    if any(service.id == recalled.service for service in variant.services):
+                        return Course(rule, find, under=variant, only=recalled.service)
             why = f"it is kept by {recalled.service}, which is no service of rule {rule.uuid}"
         elif has_choice:
             why = "this gateway did not hand it out, or has forgotten it after 30 days"

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Protocol, get_args
 
+from balancer import log
+from balancer.bodies import Peek
 from balancer.domain import DEFAULT_TIMEOUT_S, ApiStyle, Provider, Rule, Service
+from balancer.facts import Facts
 from balancer.gateway.opening import opening_s
+from balancer.routing import Router
 from balancer.store.calls import needs_estimate
 
 SELECT_S = 30.0
@@ -52,14 +57,6 @@ def foreign(directory: Directory, rule: Rule, style: ApiStyle) -> list[Service]:
     ]
 
 
-def serving(directory: Directory, uuid: str, style: ApiStyle) -> Rule | None:
-    """The rule of that uuid, if it can stand in for another: None when it is gone, off, empty, or of another style."""
-    rule = directory.by_uuid.get(uuid)
-    if rule is None or not rule.active or not usable(directory, rule) or foreign(directory, rule, style):
-        return None
-    return rule
-
-
 def deadline_ms(left_s: float) -> int:
     """The time after which an attempt counts as lost, of which so much may be left."""
     return round((max(left_s, 0) + _DEADLINE_MARGIN_S) * 1000)
@@ -82,11 +79,13 @@ class Plan:
 
     __slots__ = (
         "deadline_ms",
+        "entries",
         "foreign",
         "is_usual",
         "longest_s",
         "needs_estimate",
         "patience_s",
+        "router",
         "rule",
         "shortest_s",
         "timeouts_s",
@@ -95,6 +94,10 @@ class Plan:
 
     def __init__(self, directory: Directory, rule: Rule) -> None:
         self.rule = rule
+        is_asked = rule.smart_enabled and bool(rule.smart_routing) and not rule.entry
+        self.router = Router(rule.smart_routing) if is_asked else None
+        """What tells which of the rule's entries a request belongs to; None where that is not asked."""
+        self.entries = rule.variants()[1:] if self.router else ()
         self.usable = usable(directory, rule)
         """The services that may serve at all."""
         self.foreign: dict[ApiStyle, list[Service]] = {
@@ -123,7 +126,7 @@ class Plans:
     def __init__(self, snapshot: Callable[[], Directory]) -> None:
         self._snapshot = snapshot
         self._directory: Directory | None = None
-        self._plans: dict[str, Plan] = {}
+        self._plans: dict[str | tuple[str, str], Plan] = {}
         self._matching: dict[tuple[str, str], Plan] = {}
 
     def matching(self, scenario: str, model: str) -> Plan | None:
@@ -145,7 +148,17 @@ class Plans:
         directory = self._snapshot()
         if directory is not self._directory:
             self._directory, self._plans, self._matching = directory, {}, {}
-        plan = self._plans.get(rule.uuid)
+        name = (rule.uuid, rule.entry) if rule.entry else rule.uuid
+        plan = self._plans.get(name)
         if plan is None or plan.rule is not rule:
-            plan = self._plans[rule.uuid] = Plan(directory, rule)
+            plan = self._plans[name] = Plan(directory, rule)
         return plan
+
+    def routed(self, plan: Plan, peek: Peek, *, request_id: str) -> Plan:
+        """The plan for the entry that a request belongs to: the given one where there is none. Raises as `of`."""
+        if plan.router is None:
+            return plan
+        matched = plan.router.match(Facts(peek, datetime.now(UTC)))
+        if log.is_debugging():
+            log.debug("smart routing", request=request_id, rule=plan.rule.uuid, reason=matched.reason)
+        return plan if matched.index is None else self.of(plan.entries[matched.index])

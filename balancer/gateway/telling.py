@@ -37,12 +37,14 @@ def retry_after(error: BalancerError) -> Headers:
     return (("Retry-After", "1"),) if error.status == 503 else ()
 
 
-def decision_headers(pick: Pick, attempts: int) -> Headers:
-    """What tells a client where its request went."""
+def decision_headers(pick: Pick, attempts: int, entry: str = "") -> Headers:
+    """What tells a client where its request went; `entry` names the smart-routing entry that it belongs to."""
+    entries = (("x-balancer-entry", header_text(entry)),) if entry else ()
     degraded = (("x-balancer-degraded", "store"),) if pick.is_local else ()
     return (
         ("x-balancer-decision", pick.decision),
         ("x-balancer-service", header_text(pick.service)),
+        *entries,
         ("x-balancer-attempts", str(attempts)),
         *degraded,
     )

@@ -67,8 +67,8 @@ class Balance:
         self._numbers = itertools.count(1)
         self._draw = random.Random(secrets.randbits(128)).getrandbits  # A draw is no secret.
         self._cursors: dict[str, str] = {}
-        self._standing: dict[str, tuple[Directory, str, int]] = {}
-        """The partition and the revision of a rule, by its uuid, under a directory."""
+        self._standing: dict[str | tuple[str, str], tuple[Directory, str, int]] = {}
+        """The partition and the revision of a rule, by its uuid, and its entry if it has one, under a directory."""
         self._queues = Queues()
         self._probe: Probe | None = None
         self._probers: dict[str, asyncio.Task[None]] = {}
@@ -334,6 +334,8 @@ class Balance:
                 case _:
                     raise StoreUnavailableError("Redis answered too late")
             current = self.directory.by_uuid.get(rule.uuid)
+            if current is not None:
+                current = current.variant(rule.entry)
         raise StoreUnavailableError(f"rule {rule.uuid} changes faster than a selection can be made")
 
     def _selection(
@@ -347,12 +349,13 @@ class Balance:
         excluded: tuple[str, ...] = (),
     ) -> Selection:
         directory = self._follower.directory or self.directory
-        standing = self._standing.get(rule.uuid)
+        name = (rule.uuid, rule.entry) if rule.entry else rule.uuid
+        standing = self._standing.get(name)
         if standing is None or standing[0] is not directory:
-            if len(self._standing) > len(directory.by_uuid):
-                self._standing.clear()  # Rules that are gone.
-            standing = directory, keys.partition(rule.uuid), directory.snapshot.rule_revision(rule.uuid)
-            self._standing[rule.uuid] = standing
+            if self._standing and next(iter(self._standing.values()))[0] is not directory:
+                self._standing.clear()  # What is left of another configuration.
+            standing = directory, keys.partition(rule.uuid, rule.entry), directory.snapshot.rule_revision(rule.uuid)
+            self._standing[name] = standing
         _, partition, revision = standing
         is_pinned = bool(session) and rule.session_affinity > 0
         return Selection(
@@ -437,7 +440,7 @@ class Balance:
             reserved=selection.reserved,
         )
         if pick.reason not in ASIDE:
-            self._cursors[rule.uuid] = pick.service
+            self._cursors[pick.partition] = pick.service
         return pick
 
     async def _catch_up(self, rule: Rule, word: str, revision: int) -> None:
@@ -642,7 +645,7 @@ class Balance:
 
     def cursor(self, rule: Rule) -> str:
         """The service where this worker last saw the rule's cursor, empty if never."""
-        return self._cursors.get(rule.uuid, "")
+        return self._cursors.get(keys.partition(rule.uuid, rule.entry), "")
 
 
 def _recalled(pool: str, value: bytes) -> Recalled:

@@ -77,7 +77,7 @@ class Definer:
         for rule in configuration.rules:
             if rule.active:
                 lengths = self._lengths.setdefault(rule.pool, {})
-                for service in rule.services:
+                for service in rule.all_services():
                     lengths.setdefault(service.id, set()).add(service.time_window)
 
     def definition(self, rule: Rule, revision: int, *, is_edited: bool = True) -> RuleDefinition:
@@ -96,25 +96,33 @@ def _definition(
     cursor = ""
     if rule.current_service_index is not None and rule.services:
         cursor = rule.services[rule.current_service_index % len(rule.services)].id
-    partition = PartitionDefinition(
-        id=keys.partition(rule.uuid),
-        tactic=tactic_name(rule.lb_tactic),
-        params=tactic_params(rule.lb_tactic),
-        cursor=cursor,
-        is_edit=int(is_edited),
-        refuses=int(rule.on_exhausted == "refuse"),
-        services=tuple(_service(service, providers.get(service.provider)) for service in rule.services),
-    )
+
+    def partition(entry: str, services: Iterable[Service], cursor: str = "") -> PartitionDefinition:
+        return PartitionDefinition(
+            id=keys.partition(rule.uuid, entry),
+            tactic=tactic_name(rule.lb_tactic),
+            params=tactic_params(rule.lb_tactic),
+            cursor=cursor,
+            is_edit=int(is_edited),
+            refuses=int(rule.on_exhausted == "refuse"),
+            services=tuple(_service(service, providers.get(service.provider)) for service in services),
+        )
+
+    entries = rule.smart_routing if rule.smart_enabled else ()
+    reached = {service.id: service for service in rule.all_services()}.values()
     windows = tuple(
         WindowsDefinition(id=service.id, lengths=tuple(sorted(lengths.get(service.id, {service.time_window}))))
-        for service in rule.services
+        for service in reached
     )
-    named = dict.fromkeys(service.provider for service in rule.services)
+    named = dict.fromkeys(service.provider for service in reached)
     return RuleDefinition(
         rule=rule.uuid,
         revision=revision,
         retry_permille=round(rule.retry.budget_ratio * 1000) if rule.retry.attempts > 1 else 0,
-        partitions=(partition,),
+        partitions=(
+            partition("", rule.services, cursor),
+            *(partition(route.entry, route.services) for route in entries),
+        ),
         windows=windows,
         providers=tuple(_provider(providers[uuid], rule.pool) for uuid in named if uuid in providers),
     )

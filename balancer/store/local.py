@@ -273,7 +273,8 @@ class LocalPool:
         known = twin.rules.get(rule.uuid)
         if known and known.revision >= revision:
             return
-        definition = divided(directory.definition(rule), self._share)
+        whole = directory.by_uuid.get(rule.uuid, rule)  # With all its partitions.
+        definition = divided(directory.definition(whole), self._share)
         for windows in definition.windows:
             self._load_service(twin, windows.id, now_ms)
         for provider in definition.providers:

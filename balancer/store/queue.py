@@ -51,7 +51,7 @@ class Queues:
     """The lines of one worker."""
 
     def __init__(self) -> None:
-        self._lines: dict[tuple[str, str], _Line] = {}
+        self._lines: dict[tuple[str, str, str], _Line] = {}
 
     def __len__(self) -> int:
         """How many wait."""
@@ -63,7 +63,7 @@ class Queues:
 
     def has_line(self, rule: Rule) -> bool:
         """True when somebody waits for the rule, whichever service of it serves."""
-        return bool(self._lines) and (rule.uuid, "") in self._lines
+        return bool(self._lines) and (rule.uuid, rule.entry, "") in self._lines
 
     async def wait(self, rule: Rule, only: str, ask: Callable[[], Awaitable[_T]]) -> _T:
         """What `ask` returns once it is no longer refused for a limit, for up to the rule's `queue_timeout_ms`.
@@ -74,7 +74,7 @@ class Queues:
         """
         now = asyncio.get_running_loop().time
         until = now() + rule.queue_timeout_ms / 1000
-        key = (rule.uuid, only)
+        key = (rule.uuid, rule.entry, only)
         line = self._lines.get(key)
         if line is None:
             try:

@@ -76,15 +76,16 @@ def test_check_names_every_fault_with_its_path(run: Run, write: Write) -> None:
 
 
 def test_what_is_not_built_yet_is_refused_and_never_ignored(run: Run, write: Write) -> None:
-    document = a_document(smart_enabled=True)
+    document = a_document()
     document["keys"] = [{"name": "ci"}]
+    document["scenarios"] = [{"scenario": "openai", "flags": {"smart": True}}]
 
     ran = run("check", write(document))
 
     assert (ran.status, ran.out) == (1, "")
     assert [line for line in lines(ran.err) if "not supported yet" in line] == [
         "  keys: not supported yet",
-        "  rules[0].smart_enabled: not supported yet",
+        "  scenarios[0].flags.smart: not supported yet",
     ]
 
 

@@ -68,6 +68,11 @@ def services(*rows: dict[str, Any]) -> dict[str, Any]:
     return {"services": [{"provider": "a"} | row for row in rows]}
 
 
+def entries(*ops: dict[str, Any]) -> dict[str, Any]:
+    """A rule's smart routing with one entry of these ops."""
+    return {"smart_routing": [{"ops": list(ops), "services": [{"provider": "a", "model": "m"}]}]}
+
+
 def tactic(type_: Any, **params: Any) -> dict[str, Any]:
     """A rule's tactic."""
     return {"lb_tactic": {"type": type_, "params": params}}
@@ -249,7 +254,7 @@ def test_credentials_are_kept_as_they_are_written(door: Any) -> None:
             "unknown field",
         ),
         (
-            a_document(rule={"smart_routing": [{"ops": [{"position": "token", "operation": "ge", "valeu": "1"}]}]}),
+            a_document(rule=entries({"position": "token", "operation": "ge", "value": "1", "valeu": "1"})),
             "rules[0].smart_routing[0].ops[0].valeu",
             "unknown field",
         ),
@@ -573,7 +578,6 @@ def test_faults_never_show_a_credential() -> None:
 
 NOT_YET: list[tuple[str, dict[str, Any], str]] = [
     ("provider", {"oauth_detail": {"refresh_token": "r"}}, "providers[0].oauth_detail.refresh_token"),
-    ("rule", {"smart_enabled": True}, "rules[0].smart_enabled"),
     ("keys", {"name": "ci", "hash": "sha256:0"}, "keys"),
     *(
         ("scenarios", {"scenario": "openai", "flags": {name: True}}, f"scenarios[0].flags.{name}")
@@ -994,10 +998,21 @@ def configurations(draw: st.DrawFn) -> Configuration:
     rules: list[Rule] = []
     for name in draw(st.lists(names, unique=True, max_size=3)):
         offered = a_list_of_services()
-        ops = st.builds(SmartOp, position=texts, operation=texts, value=texts)
+        words = st.text(min_size=1, max_size=5).filter(lambda text: text.isprintable())
+        ops = st.one_of(
+            st.builds(
+                SmartOp, position=st.just("user"), operation=st.sampled_from(("contains", "any_contains")), value=words
+            ),
+            st.builds(SmartOp, position=st.just("token"), operation=st.just("ge"), value=st.integers(0, 9).map(str)),
+        )
         scenario: ScenarioName = draw(st.sampled_from(("openai", "anthropic", "claude_code", "opencode")))
         # Only rules that stand before it: so nothing leads back.
         others = [rule.uuid for rule in rules if rule.active and rule.scenario == scenario]
+        routes = tuple(
+            SmartRoute(uuid=draw(st.sampled_from(("", "u"))), ops=(draw(ops),), services=served)
+            for _ in range(draw(st.integers(0, 1)))
+            if (served := a_list_of_services())
+        )
         rules.append(
             Rule(
                 uuid=name,
@@ -1010,10 +1025,8 @@ def configurations(draw: st.DrawFn) -> Configuration:
                 lb_tactic=draw(tactics),
                 services=offered,
                 current_service_index=draw(st.sampled_from((None, *range(len(offered))))),
-                smart_routing=tuple(
-                    SmartRoute(uuid=draw(st.sampled_from(("", "u"))), ops=(draw(ops),), services=a_list_of_services())
-                    for _ in range(draw(st.integers(0, 1)))
-                ),
+                smart_enabled=bool(routes) and draw(st.booleans()),
+                smart_routing=routes,
                 session_affinity=(affinity := draw(st.integers(0, 30 * 86400))),
                 session_header=draw(st.sampled_from(("", "x-session") if affinity else ("",))),
                 on_exhausted=draw(st.sampled_from(("try", "refuse"))),
