@@ -47,21 +47,21 @@ DASHBOARD = Dashboard(
             panels=(
                 lines(
                     "By scenario",
-                    "Which kind of client asks.",
+                    "Which kind of client asks. One that falls to nothing has lost its way here, or its credential.",
                     Query(expr=rate("balancer_requests_total", _ASKED, "scenario"), legend="{{scenario}}"),
                     unit="reqps",
                     stacked=True,
                 ),
                 lines(
                     "By rule",
-                    "What is asked for.",
+                    "What is asked for. Compare with the tokens below: the busiest rule is seldom the dearest.",
                     Query(expr=rate("balancer_requests_total", _ASKED, "rule"), legend="{{rule}}"),
                     unit="reqps",
                     stacked=True,
                 ),
                 lines(
                     "By outcome",
-                    "How it ended for the client, after all attempts.",
+                    "How it ended for the client, after all attempts. Red: retries did not help, or ran out.",
                     Query(expr=rate("balancer_requests_total", _ASKED, "outcome"), legend="{{outcome}}"),
                     unit="reqps",
                     stacked=True,
@@ -91,7 +91,7 @@ DASHBOARD = Dashboard(
                 ),
                 lines(
                     "Attempts per request",
-                    "1 while all is well; each retry adds to it.",
+                    "1 while all is well; each retry adds to it. Below 1 requests are answered that no service saw.",
                     Query(
                         expr=f"{rate('balancer_attempts_total', RULE)}"
                         f" / {rate('balancer_requests_total', ANY_POOL_RULE)}",
@@ -114,7 +114,7 @@ DASHBOARD = Dashboard(
                 ),
                 table(
                     "Limits",
-                    "What is used of what is allowed, now.",
+                    "What is used of what is allowed, now. Near to it for long: more accounts, or fewer clients.",
                     Column(title="Used", expr=shared("balancer_limit_used", POOL, *_OF_LIMIT), decimals=0),
                     Column(title="Limit", expr=shared("balancer_limit", POOL, *_OF_LIMIT), decimals=0),
                     Column(
@@ -129,7 +129,7 @@ DASHBOARD = Dashboard(
                 ),
                 lines(
                     "Retries by rule",
-                    "Second and later attempts a second.",
+                    "Second and later attempts a second. The rule that retries most has the service that fails most.",
                     Query(expr=rate("balancer_retries_total", RULE, "rule"), legend="{{rule}}"),
                     unit="ops",
                     width=12,
@@ -174,7 +174,7 @@ DASHBOARD = Dashboard(
                 ),
                 bars(
                     "Cost by rule",
-                    "In the time shown, in the currency of the prices.",
+                    "What each rule cost in the time shown, in the currency of the prices.",
                     Query(expr=_cost(_TOKENS, "rule"), legend="cost"),
                     by="rule",
                     unit="none",
@@ -182,7 +182,7 @@ DASHBOARD = Dashboard(
                 ),
                 bars(
                     "Tokens by rule and kind",
-                    "In the time shown.",
+                    "In the time shown. Many input tokens for few output ones: a cache, or pins, would pay.",
                     *(
                         Query(
                             expr=total("balancer_tokens_total", f'{RULE}, kind="{kind}"', "rule"),

@@ -189,7 +189,7 @@ DASHBOARD = Dashboard(
                     calm=OFTEN_S,
                 ),
                 lines(
-                    "Settles lost",
+                    "Settles lost, by pool",
                     "Batches that were no longer held when a failover lost them, a second.",
                     Query(expr=or_zero(rate("balancer_settle_batches_lost_total", POOL, "pool")), legend="{{pool}}"),
                     unit="ops",
@@ -223,7 +223,7 @@ DASHBOARD = Dashboard(
                     Query(expr=shared("balancer_live_workers", POOL, "pool"), legend="in Redis, {{pool}}"),
                 ),
                 lines(
-                    "Attempts lost",
+                    "Attempts lost, by pool",
                     "Open attempts whose worker died, when their lease was over. They count as requests without "
                     "tokens.",
                     Query(expr=or_zero(rate("balancer_leases_expired_total", POOL, "pool")), legend="{{pool}}"),
