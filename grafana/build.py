@@ -1,14 +1,12 @@
-"""Writes the dashboards' JSON: `python -m grafana.build`. What is checked in must be what it writes."""
+"""The dashboards as JSON; `make docs` writes them."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from grafana.boards import DASHBOARDS
 
 FOLDER = "grafana/dashboards"
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def files() -> dict[str, str]:
@@ -17,13 +15,3 @@ def files() -> dict[str, str]:
         f"{FOLDER}/{dashboard.uid}.json": json.dumps(dashboard.json(), indent=1, ensure_ascii=False) + "\n"
         for dashboard in DASHBOARDS
     }
-
-
-def main() -> None:
-    """Writes them."""
-    for name, text in files().items():
-        (ROOT / name).write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
