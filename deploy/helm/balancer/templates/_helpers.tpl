@@ -109,7 +109,7 @@ redis://:$(REDIS_PASSWORD)@{{ include "balancer.fullname" . }}-valkey:6379/0
 {{- end }}
 - {name: BALANCER_PORT, value: {{ toJson .Values.ports.http | quote }}}
 - {name: BALANCER_METRICS_PORT, value: {{ toJson .Values.ports.metrics | quote }}}
-- {name: BALANCER_ADMIN_PORT, value: {{ toJson .Values.ports.admin | quote }}}
+- {name: BALANCER_ADMIN_PORT, value: {{ ternary (toJson .Values.ports.admin) "0" (ne .Values.admin.existingSecret "") | quote }}}
 {{- if .Values.admin.expose }}
 - {name: BALANCER_ADMIN_HOST, value: {{ .Values.settings.host | default "0.0.0.0" | quote }}}
 {{- end }}
