@@ -59,6 +59,15 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--lenient", action="store_true", help="mend what can be mended in --config, with warnings")
     serve.set_defaults(run=_serve)
 
+    health = commands.add_parser(
+        "healthcheck",
+        help="ask the gateway of this machine whether it is alive",
+        description="Exit 0 if the gateway that these settings describe answers /healthz. For HEALTHCHECK of an image.",
+    )
+    health.add_argument("--ready", action="store_true", help="ask /readyz instead: can it pick, and is not draining")
+    _add_settings(health, ("host", "port"))
+    health.set_defaults(run=_healthcheck)
+
     demo = commands.add_parser("demo", help="watch a fleet decide as one, and check it")
     demo.add_argument("--requests", type=int, default=3200, help="how many to send (at least 400; default 3200)")
     demo.add_argument("--workers", type=int, default=2, help="worker processes (default 2)")
@@ -126,6 +135,12 @@ def _serve(options: argparse.Namespace) -> int:
 def _end_at_once(number: int, frame: FrameType | None) -> NoReturn:
     """While nothing is served yet there is nothing to drain; the exit status is that of a death by the signal."""
     raise SystemExit(128 + number)
+
+
+def _healthcheck(options: argparse.Namespace) -> int:
+    from balancer.cli import healthcheck
+
+    return healthcheck.run(options)
 
 
 def _demo(options: argparse.Namespace) -> int:
