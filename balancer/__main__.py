@@ -107,6 +107,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(audit, ("redis", "data_dir"))
     audit.set_defaults(run=_audit)
 
+    explain = commands.add_parser("explain", help="show which smart-routing entry a request matches, and why")
+    explain.add_argument("--request", required=True, metavar="FILE", help="the request's JSON body; - reads stdin")
+    explain.add_argument("--rule", default="", metavar="UUID", help="the rule; without it, the one for its model")
+    explain.add_argument("--scenario", default="openai", metavar="NAME", help="where its model is looked up")
+    explain.add_argument("--config", default="", metavar="FILE", help="a file, instead of what the fleet stands on")
+    explain.add_argument("--output", choices=("text", "json"), default="text")
+    _add_settings(explain, ("redis", "data_dir"))
+    explain.set_defaults(run=_explain)
+
     import_ = commands.add_parser("import", help="make a configuration of another gateway's, with what it loses")
     import_.add_argument("source", choices=("litellm", "tingly"), help="whose configuration it is")
     import_.add_argument("file", help="its file; - reads stdin")
@@ -154,6 +163,12 @@ def _demo(options: argparse.Namespace) -> int:
     from balancer.cli import demo
 
     return demo.run(options)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from balancer.cli import explaining
+
+    return explaining.run(options)
 
 
 def _import(options: argparse.Namespace) -> int:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from balancer import lenient
 from balancer.bodies import Peek
+from balancer.domain import Service
 
 _BYTES_PER_TOKEN = 4
 _SYSTEM_ROLES = ("system", "developer")
@@ -109,13 +110,25 @@ _thinking = msgspec.json.Decoder(_Thinking | None)
 _reasoning = msgspec.json.Decoder(_Reasoning | None)
 
 
+class Services(Protocol):
+    """What is known of services, some seconds late; None where nothing is."""
+
+    def first_token_ms(self, service: Service) -> int | None:
+        """How long a service takes to its first token."""
+
+    def used_percent(self, service: Service) -> int | None:
+        """How much of what may be in flight on a service, or its provider, is: the larger part."""
+
+
 class Facts:
     """The facts of one request. Each may raise AbsentError."""
 
-    def __init__(self, peek: Peek, now: datetime) -> None:
+    def __init__(self, peek: Peek, now: datetime, services: Services | None = None) -> None:
         self._peek = peek
         self.now = now
         """The time, in any zone."""
+        self.services = services
+        """What is known of services; None where nothing is."""
 
     @property
     def model(self) -> str:

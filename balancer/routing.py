@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 import re2
 
-from balancer.domain import SmartOp, SmartRoute
-from balancer.facts import AGENT_KINDS, CONTENT_KINDS, AbsentError, Facts
+from balancer.domain import Service, SmartOp, SmartRoute
+from balancer.facts import AGENT_KINDS, CONTENT_KINDS, AbsentError, Facts, Services
 
 _LONGEST_PATTERN = 4096
 _MOST_TOKENS = 2**53
@@ -62,7 +62,9 @@ class Router:
 
     def __init__(self, routes: Sequence[SmartRoute]) -> None:
         """An op that this version, or this machine, knows nothing of never holds."""
-        self._entries = [(route.entry, [(_named(op), _condition(op)) for op in route.ops]) for route in routes]
+        self._entries = [
+            (route.entry, [(_named(op), _condition(op, route.services)) for op in route.ops]) for route in routes
+        ]
 
     def match(self, facts: Facts) -> Matched:
         """The first entry of which every op holds. Costs the facts that its ops ask for, each once."""
@@ -80,8 +82,11 @@ class Router:
         return Matched(index=None, considered=tuple(considered))
 
 
-def condition(op: SmartOp) -> Holds:
-    """What asks whether an op holds. Raises ValueError that says what is wrong with the op."""
+def condition(op: SmartOp, services: tuple[Service, ...] = ()) -> Holds:
+    """What asks whether an op of an entry with these services holds. Raises ValueError that says what is wrong."""
+    about = _ABOUT_SERVICES.get((op.position, op.operation))
+    if about is not None:
+        return about(services)(op.value)
     operations = _OPERATIONS.get(op.position)
     if operations is None:
         raise ValueError(f"unknown position {op.position!r} (known: {', '.join(_OPERATIONS)})")
@@ -91,9 +96,9 @@ def condition(op: SmartOp) -> Holds:
     return make(op.value)
 
 
-def _condition(op: SmartOp) -> Holds:
+def _condition(op: SmartOp, services: tuple[Service, ...]) -> Holds:
     try:
-        return condition(op)
+        return condition(op, services)
     except ValueError as exc:
         reason = str(exc)
 
@@ -230,9 +235,7 @@ def _in_class(text: str) -> str:
 
 def _number(fact: Callable[[Facts], int], compare: Callable[[int, int], bool]) -> _Make:
     def make(value: str) -> Holds:
-        text = value.strip()
-        _require(text.isascii() and text.isdigit() and int(text) <= _MOST_TOKENS, "expected a whole number, 0 or more")
-        bound = int(text)
+        bound = _whole(value)
 
         def holds(facts: Facts) -> tuple[bool, str]:
             number = fact(facts)
@@ -241,6 +244,12 @@ def _number(fact: Callable[[Facts], int], compare: Callable[[int, int], bool]) -
         return holds
 
     return make
+
+
+def _whole(value: str) -> int:
+    text = value.strip()
+    _require(text.isascii() and text.isdigit() and int(text) <= _MOST_TOKENS, "expected a whole number, 0 or more")
+    return int(text)
 
 
 def _thinking(*, is_wanted: bool) -> _Make:
@@ -368,5 +377,49 @@ _OPERATIONS: dict[str, dict[str, _Make]] = {
     "agent.claude_code": {"equals": _agent},
     "time": {"time_range": _time_range},
 }
+_COMPARE = {"le": operator.le, "ge": operator.ge, "lt": operator.lt, "gt": operator.gt}
+
+
+def _about_services(
+    ask: Callable[[Services, Service], int | None], gather: Callable[[Sequence[int]], float], compare: str, unit: str
+) -> Callable[[tuple[Service, ...]], _Make]:
+    """An operation on what is known of an entry's services. Where nothing is, it holds: nobody would ever find out."""
+
+    def over(services: tuple[Service, ...]) -> _Make:
+        def make(value: str) -> Holds:
+            bound = _whole(value)
+
+            def holds(facts: Facts) -> tuple[bool, str]:
+                live = facts.services
+                known = [n for service in services if live and (n := ask(live, service)) is not None]
+                if not known:
+                    return True, "nothing is known yet"
+                number = gather(known)
+                return _COMPARE[compare](number, bound), f"{number:.0f} {unit}"
+
+            return holds
+
+        return make
+
+    return over
+
+
+def _mean(numbers: Sequence[int]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+_ABOUT_SERVICES: dict[tuple[str, str], Callable[[tuple[Service, ...]], _Make]] = {
+    ("service_ttft", "avg_le"): _about_services(lambda live, service: live.first_token_ms(service), min, "le", "ms"),
+    ("service_ttft", "avg_ge"): _about_services(lambda live, service: live.first_token_ms(service), _mean, "ge", "ms"),
+    **{
+        ("service_capacity", f"util_{name}"): _about_services(
+            lambda live, service: live.used_percent(service), _mean, name, "%"
+        )
+        for name in _COMPARE
+    },
+}
+for (_position, _operation), _about in _ABOUT_SERVICES.items():
+    _OPERATIONS.setdefault(_position, {})[_operation] = _about(())
+
 OPERATIONS: Mapping[str, tuple[str, ...]] = {position: tuple(makers) for position, makers in _OPERATIONS.items()}
 """The operations of each position."""

@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
                 "dialects",
                 "document",
                 "encoding",
+                "explanation",
                 "facts",
                 "failures",
                 "importing",

@@ -13,6 +13,7 @@ import msgspec
 
 from balancer import log
 from balancer.admin.decisions import Decisions
+from balancer.admin.explain import Explain
 from balancer.admin.live import Live
 from balancer.admin.picks import Picks
 from balancer.admin.routing import Call, Route, Routes
@@ -43,7 +44,7 @@ class Api:
 
     def __init__(self, settings: Settings, balance: Balance, metrics: Metrics) -> None:
         self._token = _digest(settings.admin_token) if settings.admin_token else b""
-        resources = (Live(balance), Picks(balance, metrics), Decisions(balance))
+        resources = (Live(balance), Picks(balance, metrics), Decisions(balance), Explain(balance))
         health = Route(method="GET", path="/healthz", handler=_healthz)
         self._routes = Routes([health, *(route for resource in resources for route in resource.routes())])
 

@@ -18,7 +18,7 @@ from balancer.domain import Configuration
 from balancer.errors import ConfigurationError
 from balancer.store import connection, keys
 from balancer.store.publishing import Publication, plan, publish_file, roll_back
-from balancer.store.registry import Registry
+from balancer.store.registry import Registry, Snapshot
 from balancer.store.topology import Topology
 from balancer.store.views import PoolView, read_pool
 
@@ -99,9 +99,7 @@ def get(options: argparse.Namespace) -> int:
     """Prints what stands: rules and providers in the shape of a file (credentials masked), or counters."""
 
     async def work(registry: Registry, store: Store) -> object:
-        snapshot = await registry.current()
-        if snapshot is None:
-            raise ConfigurationError("nothing has been published yet: run `balancer apply FILE`")
+        snapshot = await _standing(registry)
         if options.what == "stats":
             pools = sorted({rule.pool for rule in snapshot.configuration.rules})
             return [_stats(view, snapshot.configuration) for view in await _views(store.url, pools)]
@@ -113,6 +111,22 @@ def get(options: argparse.Namespace) -> int:
     else:
         print(yaml.safe_dump(value, sort_keys=False, allow_unicode=True), end="")
     return 0
+
+
+def current_configuration(options: argparse.Namespace) -> Configuration:
+    """The configuration that stands in the registry. Raises ConfigurationError where none does."""
+
+    async def work(registry: Registry, store: Store) -> Configuration:
+        return (await _standing(registry)).configuration
+
+    return _with_registry(options, work)
+
+
+async def _standing(registry: Registry) -> Snapshot:
+    snapshot = await registry.current()
+    if snapshot is None:
+        raise ConfigurationError("nothing has been published yet: run `balancer apply FILE`")
+    return snapshot
 
 
 def describe(publication: Publication) -> str:

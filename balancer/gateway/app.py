@@ -76,7 +76,7 @@ class Gateway:
         self.balance = Balance(url, settings, self._events())
         self._upstream = UpstreamClient(settings.upstream_connections, settings.upstream_ca_file)
         providers = _Providers(self.balance, Credentials(sealer))
-        self._plans = plans = Plans(self.balance.snapshot)
+        self._plans = plans = Plans(self.balance.snapshot, self.balance.seen)
         self._forwarder = Forwarder(
             self.balance, providers, self._upstream, self.metrics, plans, decision_headers=settings.decision_headers
         )

@@ -9,7 +9,7 @@ from typing import Protocol, get_args
 from balancer import log
 from balancer.bodies import Peek
 from balancer.domain import DEFAULT_TIMEOUT_S, ApiStyle, Provider, Rule, Service
-from balancer.facts import Facts
+from balancer.facts import Facts, Services
 from balancer.gateway.opening import opening_s
 from balancer.routing import Router
 from balancer.store.calls import needs_estimate
@@ -123,8 +123,10 @@ class Plan:
 class Plans:
     """The plans of the configuration that stands."""
 
-    def __init__(self, snapshot: Callable[[], Directory]) -> None:
+    def __init__(self, snapshot: Callable[[], Directory], seen: Callable[[str], Services] | None = None) -> None:
+        """`seen` gives what is known of a pool's services."""
         self._snapshot = snapshot
+        self._seen = seen
         self._directory: Directory | None = None
         self._plans: dict[str | tuple[str, str], Plan] = {}
         self._matching: dict[tuple[str, str], Plan] = {}
@@ -158,7 +160,8 @@ class Plans:
         """The plan for the entry that a request belongs to: the given one where there is none. Raises as `of`."""
         if plan.router is None:
             return plan
-        matched = plan.router.match(Facts(peek, datetime.now(UTC)))
+        services = self._seen(plan.rule.pool) if self._seen else None
+        matched = plan.router.match(Facts(peek, datetime.now(UTC), services))
         if log.is_debugging():
             log.debug("smart routing", request=request_id, rule=plan.rule.uuid, reason=matched.reason)
         return plan if matched.index is None else self.of(plan.entries[matched.index])

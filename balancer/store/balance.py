@@ -26,6 +26,7 @@ from balancer.store.pool import Answer, Asked, OnAnswer, PoolClient, PoolEvents
 from balancer.store.prober import Probe, Probed, Prober, plans
 from balancer.store.queue import Queues
 from balancer.store.registry import Directory, Follower, Registry, kept_file
+from balancer.store.seen import Seen
 from balancer.store.topology import Topology
 from balancer.store.views import PoolView
 
@@ -241,6 +242,10 @@ class Balance:
             elif not isinstance(picture, StoreUnavailableError):
                 raise picture
         return views
+
+    def seen(self, name: str) -> Seen:
+        """What was last seen of a pool's services, without asking. Raises as `directory`."""
+        return Seen(self.directory, name, self._pool(name).local.picture)
 
     async def view(self, name: str) -> PoolView:
         """A picture of one pool. Raises StoreUnavailableError."""

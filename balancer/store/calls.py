@@ -155,9 +155,9 @@ def _provider(provider: Provider, pool: str) -> ProviderDefinition:
     limits, breaker = provider.limits, provider.breaker
     return ProviderDefinition(
         id=provider.uuid,
-        rpm=_share(limits.rpm, limits, pool),
-        tpm=_share(limits.tpm, limits, pool),
-        in_flight=_share(limits.in_flight, limits, pool),
+        rpm=share_of(limits.rpm, limits, pool),
+        tpm=share_of(limits.tpm, limits, pool),
+        in_flight=share_of(limits.in_flight, limits, pool),
         failures=breaker.failures,
         ratio_permille=round(breaker.ratio * 1000),
         min_requests=breaker.min_requests,
@@ -167,7 +167,7 @@ def _provider(provider: Provider, pool: str) -> ProviderDefinition:
     )
 
 
-def _share(limit: int, limits: Limits, pool: str) -> int:
+def share_of(limit: int, limits: Limits, pool: str) -> int:
     """The pool's part of a limit, rounded down: -1, which lets nothing through, where that leaves none of it."""
     if not limit or not limits.split:
         return limit

@@ -125,6 +125,11 @@ class LocalPool:
         return self._picture.now_ms > 0
 
     @property
+    def picture(self) -> Picture:
+        """The pool as it was last looked at, some seconds ago."""
+        return self._picture
+
+    @property
     def workers(self) -> int:
         """How many workers were alive: the most of the last looks, for after an outage all leases have ended."""
         return max(self._counts, default=1)
