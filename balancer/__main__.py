@@ -123,6 +123,14 @@ def _parser() -> argparse.ArgumentParser:
     import_.add_argument("--literals", action="store_true", help="keep literal credentials in what is written")
     import_.set_defaults(run=_import)
 
+    models = commands.add_parser("models", help="fetch which models a provider offers")
+    refresh = models.add_subparsers(title="actions", metavar="ACTION", required=True).add_parser(
+        "refresh", help="fetch a provider's list, and publish it as its `models`"
+    )
+    refresh.add_argument("provider", help="its name or uuid")
+    _add_settings(refresh, ("redis", "data_dir"))
+    refresh.set_defaults(run=_refresh_models)
+
     rollback = commands.add_parser("rollback", help="publish an earlier revision again, as a new one")
     rollback.add_argument("revision", type=int)
     _add_settings(rollback, ("redis", "data_dir"))
@@ -169,6 +177,12 @@ def _explain(options: argparse.Namespace) -> int:
     from balancer.cli import explaining
 
     return explaining.run(options)
+
+
+def _refresh_models(options: argparse.Namespace) -> int:
+    from balancer.cli import models
+
+    return models.refresh(options)
 
 
 def _import(options: argparse.Namespace) -> int:

@@ -305,8 +305,20 @@ class RoutedRule(Rule, frozen=True, kw_only=True):
 # -- scenarios, client keys, the whole ---------------------------------------------------------------------------------
 
 
+class AgentMarkers(Struct, frozen=True, kw_only=True):
+    """Words in the prompts of Claude Code (its command line as of 2026-05) that only one kind of request has."""
+
+    compact_marker: str = "summary of the conversation"
+    main_preamble: str = "You are Claude Code"
+    subagent_marker: str = "You are an agent"
+
+
 class ScenarioFlags(Struct, frozen=True, kw_only=True):
-    """How a scenario's models are configured: one rule for all, one for each, or smart."""
+    """How a scenario's models are configured.
+
+    `unified`: its only rule serves every model. `separate`: each rule serves the model that it names, and nothing else
+    is served. `smart`: the smart routing of its rules counts, whatever their `smart_enabled`.
+    """
 
     unified: bool = False
     separate: bool = False
@@ -319,6 +331,16 @@ class ScenarioConfig(Struct, frozen=True, kw_only=True):
     scenario: ScenarioName
     flags: ScenarioFlags = ScenarioFlags()
     extensions: dict[str, Any] = {}
+
+    @property
+    def default_model(self) -> str:
+        """The model that stands for all that no rule of the scenario names; empty for none."""
+        return str(self.extensions.get("default_model", ""))
+
+    @property
+    def agent_markers(self) -> AgentMarkers:
+        """By which words an agent's kinds of requests are told apart."""
+        return AgentMarkers(**{n: v for n, v in self.extensions.items() if n in AgentMarkers.__struct_fields__})
 
     def effective_flags(self) -> ScenarioFlags:
         """The flags as set; unified when none is."""
@@ -358,6 +380,23 @@ class Configuration(Struct, frozen=True, kw_only=True):
     def rule(self, uuid: str) -> Rule | None:
         """The rule of that uuid."""
         return next((rule for rule in self.rules if rule.uuid == uuid), None)
+
+    def scenario(self, name: str) -> ScenarioConfig | None:
+        """The settings of a scenario that has some of its own."""
+        return next((scenario for scenario in self.scenarios if scenario.scenario == name), None)
+
+    def catch_all(self, name: str) -> Rule | None:
+        """The active rule that serves the models which no rule of a scenario names; None where they are unknown.
+
+        That is what its `default_model` says, or where its settings are unified its only rule.
+        """
+        scenario = self.scenario(name)
+        if scenario is None:
+            return None
+        rules = [rule for rule in self.rules if rule.active and rule.scenario == name]
+        if scenario.default_model:
+            return next((rule for rule in rules if rule.request_model == scenario.default_model), None)
+        return rules[0] if len(rules) == 1 and scenario.effective_flags().unified else None
 
 
 # -- what a request leaves ---------------------------------------------------------------------------------------------

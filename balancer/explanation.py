@@ -10,7 +10,7 @@ from datetime import datetime
 import msgspec
 
 from balancer import bodies
-from balancer.domain import Configuration, Rule
+from balancer.domain import AgentMarkers, Configuration, Rule
 from balancer.errors import NotFoundError, UnknownModelError
 from balancer.facts import AbsentError, Facts, Services
 from balancer.routing import Considered, Router
@@ -54,13 +54,18 @@ def rule_of(configuration: Configuration, body: bytes, *, uuid: str = "", scenar
     for rule in configuration.rules:
         if rule.active and (rule.scenario, rule.request_model) == (scenario, model):
             return rule
+    if (rule := configuration.catch_all(scenario)) is not None:
+        return rule
     raise UnknownModelError(f"no active rule of scenario {scenario} has the request's model", param="model")
 
 
-def explain(rule: Rule, body: bytes, now: datetime, services: Services | None = None) -> Explanation:
+def explain(
+    configuration: Configuration, rule: Rule, body: bytes, now: datetime, services: Services | None = None
+) -> Explanation:
     """What becomes of a request under a rule. Raises RequestError for a body that no request has."""
     peek = bodies.peek(body)
-    facts = Facts(peek, now, services)
+    scenario = configuration.scenario(rule.scenario)
+    facts = Facts(peek, now, services, scenario.agent_markers if scenario else AgentMarkers())
     is_asked = rule.smart_enabled and bool(rule.smart_routing)
     matched = Router(rule.smart_routing if is_asked else ()).match(facts)
     serving = rule if matched.index is None else rule.routed(matched.index)

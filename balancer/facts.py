@@ -15,12 +15,13 @@ import msgspec
 
 from balancer import lenient
 from balancer.bodies import Peek
-from balancer.domain import Service
+from balancer.domain import AgentMarkers, Service
 
 _BYTES_PER_TOKEN = 4
 _SYSTEM_ROLES = ("system", "developer")
 _USER = "user"
 _NULL = b"null"
+_MARKERS = AgentMarkers()
 # A part's type, as vendors spell it, and what the operation `type` calls it.
 _KINDS = {
     "text": "text",
@@ -43,10 +44,6 @@ _KINDS = {
 CONTENT_KINDS = tuple(dict.fromkeys(_KINDS.values()))
 _CALLS = ("function_call", "custom_tool_call")
 
-# Fragments of Claude Code's prompts (its command line as of 2026-05), by which its kinds of requests are told apart.
-_COMPACT_MARKER = "summary of the conversation"
-_MAIN_MARKER = "You are Claude Code"
-_SUBAGENT_MARKER = "You are an agent"
 AGENT_KINDS = ("main", "subagent", "compact")
 
 
@@ -123,8 +120,11 @@ class Services(Protocol):
 class Facts:
     """The facts of one request. Each may raise AbsentError."""
 
-    def __init__(self, peek: Peek, now: datetime, services: Services | None = None) -> None:
+    def __init__(
+        self, peek: Peek, now: datetime, services: Services | None = None, markers: AgentMarkers = _MARKERS
+    ) -> None:
         self._peek = peek
+        self._markers = markers
         self.now = now
         """The time, in any zone."""
         self.services = services
@@ -203,10 +203,10 @@ class Facts:
     @cached_property
     def agent(self) -> str:
         """Which kind of request of Claude Code's this is, of AGENT_KINDS, by the words of its prompts."""
-        system = self.system
-        if _COMPACT_MARKER in system or _COMPACT_MARKER in self.user:
+        system, markers = self.system, self._markers
+        if markers.compact_marker in system or markers.compact_marker in self.user:
             return "compact"
-        if _MAIN_MARKER not in system and _SUBAGENT_MARKER in system:
+        if markers.main_preamble not in system and markers.subagent_marker in system:
             return "subagent"
         return "main"
 

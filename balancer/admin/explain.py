@@ -34,5 +34,6 @@ class Explain:
         """The entry that a request matches, its services, and how each entry was considered."""
         wanted = call.read(ExplainRequest)
         body = bytes(wanted.request)
-        rule = rule_of(self._balance.directory.configuration, body, uuid=wanted.rule, scenario=wanted.scenario)
-        return explain(rule, body, datetime.now(UTC), self._balance.seen(rule.pool))
+        configuration = self._balance.directory.configuration
+        rule = rule_of(configuration, body, uuid=wanted.rule, scenario=wanted.scenario)
+        return explain(configuration, rule, body, datetime.now(UTC), self._balance.seen(rule.pool))

@@ -65,7 +65,7 @@ def apply(options: argparse.Namespace) -> int:
         _print_differences(planned)
         return await publish_file(registry, configuration, store.sealer, force=options.force)
 
-    publication = _with_registry(options, work)
+    publication = with_registry(options, work)
     print(describe(publication))
     return 0
 
@@ -78,7 +78,7 @@ def diff(options: argparse.Namespace) -> int:
         publication, _, _ = await plan(registry, configuration, store.sealer, force=True)
         return publication
 
-    publication = _with_registry(options, work)
+    publication = with_registry(options, work)
     _print_differences(publication)
     return 1 if publication.differences else 0
 
@@ -89,7 +89,7 @@ def rollback(options: argparse.Namespace) -> int:
     async def work(registry: Registry, store: Store) -> Publication:
         return await roll_back(registry, options.revision)
 
-    publication = _with_registry(options, work)
+    publication = with_registry(options, work)
     _print_differences(publication)
     print(describe(publication))
     return 0
@@ -99,13 +99,13 @@ def get(options: argparse.Namespace) -> int:
     """Prints what stands: rules and providers in the shape of a file (credentials masked), or counters."""
 
     async def work(registry: Registry, store: Store) -> object:
-        snapshot = await _standing(registry)
+        snapshot = await standing(registry)
         if options.what == "stats":
             pools = sorted({rule.pool for rule in snapshot.configuration.rules})
             return [_stats(view, snapshot.configuration) for view in await _views(store.url, pools)]
         return document.write(document.masked(snapshot.configuration)).get(options.what, [])
 
-    value = _with_registry(options, work)
+    value = with_registry(options, work)
     if options.output == "json":
         print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
     else:
@@ -117,12 +117,13 @@ def current_configuration(options: argparse.Namespace) -> Configuration:
     """The configuration that stands in the registry. Raises ConfigurationError where none does."""
 
     async def work(registry: Registry, store: Store) -> Configuration:
-        return (await _standing(registry)).configuration
+        return (await standing(registry)).configuration
 
-    return _with_registry(options, work)
+    return with_registry(options, work)
 
 
-async def _standing(registry: Registry) -> Snapshot:
+async def standing(registry: Registry) -> Snapshot:
+    """What stands in the registry. Raises ConfigurationError where nothing does."""
     snapshot = await registry.current()
     if snapshot is None:
         raise ConfigurationError("nothing has been published yet: run `balancer apply FILE`")
@@ -148,7 +149,8 @@ def _print_differences(publication: Publication) -> None:
         print(line)
 
 
-def _with_registry(options: argparse.Namespace, work: Callable[[Registry, Store], Awaitable[_Result]]) -> _Result:
+def with_registry(options: argparse.Namespace, work: Callable[[Registry, Store], Awaitable[_Result]]) -> _Result:
+    """What `work` makes of the fleet's registry."""
     settings = config.load(vars(options))
 
     async def run(store: Store) -> _Result:

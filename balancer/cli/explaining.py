@@ -19,7 +19,7 @@ def run(options: argparse.Namespace) -> int:
     body = _body(options.request)
     configuration = read_file(options.config, lenient=False) if options.config else current_configuration(options)
     rule = rule_of(configuration, body, uuid=options.rule, scenario=options.scenario)
-    explanation = explain(rule, body, datetime.now(UTC))
+    explanation = explain(configuration, rule, body, datetime.now(UTC))
     if options.output == "json":
         print(msgspec.json.format(msgspec.json.encode(explanation), indent=2).decode())
     else:

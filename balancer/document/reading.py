@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 from urllib.parse import SplitResult, urlsplit
 
@@ -20,6 +20,7 @@ import msgspec
 from balancer.document import links, ranges
 from balancer.document.fields import fields_of
 from balancer.domain import (
+    AgentMarkers,
     BreakerSettings,
     Configuration,
     Health,
@@ -252,7 +253,7 @@ class _Reader:
                 self._fault("scenarios", f"{name} is there {count} times")
         return Configuration(
             providers=tuple(providers),
-            rules=tuple(rules),
+            rules=tuple(self._with_scenarios(rules, scenarios)),
             scenarios=tuple(scenarios),
             pools=tuple(self._pools(table.get("pools"))),
         )
@@ -292,13 +293,36 @@ class _Reader:
 
     def _scenario(self, table: dict[str, Any], path: str) -> ScenarioConfig:
         flags = self._part(ScenarioFlags, table, "flags", path)
-        for name in ("separate", "smart"):
-            if self._not_yet(getattr(flags, name), _join(path, f"flags.{name}")):
-                flags = msgspec.structs.replace(flags, **{name: False})
         table = dict(table)
-        if self._not_yet(bool(table.get("extensions")), _join(path, "extensions")):
-            del table["extensions"]
+        extensions = table.get("extensions")
+        if isinstance(extensions, dict):
+            table["extensions"] = {
+                name: value
+                for name, value in extensions.items()
+                if self._is_good_extension(name, value, _join(path, f"extensions.{name}"))
+            }
         return self._struct(ScenarioConfig, table, path, flags=flags)
+
+    def _is_good_extension(self, name: str, value: Any, path: str) -> bool:
+        known = ("default_model", *AgentMarkers.__struct_fields__)
+        if name not in known:
+            return self._door == "stored" or not self._mend(path, f"unknown (known: {', '.join(known)})", "dropped")
+        return (isinstance(value, str) and bool(value)) or not self._mend(path, "expected some text", "dropped")
+
+    def _with_scenarios(self, rules: list[Rule], scenarios: Sequence[ScenarioConfig]) -> list[Rule]:
+        """The rules, of which those of smart scenarios are smart; default models are looked at."""
+        for i, scenario in enumerate(scenarios):
+            models = {rule.request_model for rule in rules if rule.active and rule.scenario == scenario.scenario}
+            if scenario.default_model and scenario.default_model not in models and self._door != "stored":
+                path = f"scenarios[{i}].extensions.default_model"
+                self._mend(path, f"no active rule of scenario {scenario.scenario} has this request_model", "unused")
+        smart = {scenario.scenario for scenario in scenarios if scenario.flags.smart}
+        return [
+            msgspec.structs.replace(rule, smart_enabled=True)
+            if rule.scenario in smart and rule.smart_routing and not rule.smart_enabled
+            else rule
+            for rule in rules
+        ]
 
     # -- providers -----------------------------------------------------------------------------------------------------
 

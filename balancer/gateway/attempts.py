@@ -52,11 +52,8 @@ class Balance(Protocol):
         """
 
 
-class Providers(Protocol):
-    """Providers by uuid, and their credentials."""
-
-    def provider(self, uuid: str) -> Provider | None:
-        """The provider of that uuid."""
+class Secrets(Protocol):
+    """The credentials of providers."""
 
     def access_token(self, provider: Provider) -> str:
         """The credential to send, empty for none."""
@@ -69,6 +66,13 @@ class Providers(Protocol):
 
     def proxy_url(self, provider: Provider) -> str:
         """The proxy to go through, empty for none."""
+
+
+class Providers(Secrets, Protocol):
+    """Providers by uuid, and their credentials."""
+
+    def provider(self, uuid: str) -> Provider | None:
+        """The provider of that uuid."""
 
 
 class Attempt:

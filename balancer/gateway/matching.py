@@ -8,7 +8,7 @@ from typing import Protocol, get_args
 
 from balancer import log
 from balancer.bodies import Peek
-from balancer.domain import DEFAULT_TIMEOUT_S, ApiStyle, Provider, Rule, Service
+from balancer.domain import DEFAULT_TIMEOUT_S, AgentMarkers, ApiStyle, Configuration, Provider, Rule, Service
 from balancer.facts import Facts, Services
 from balancer.gateway.opening import opening_s
 from balancer.routing import Router
@@ -37,6 +37,10 @@ class Directory(Protocol):
 
     def provider(self, uuid: str) -> Provider | None:
         """The provider of that uuid."""
+
+    @property
+    def configuration(self) -> Configuration:
+        """All of it."""
 
 
 def usable(directory: Directory, rule: Rule) -> list[Service]:
@@ -83,6 +87,7 @@ class Plan:
         "foreign",
         "is_usual",
         "longest_s",
+        "markers",
         "needs_estimate",
         "patience_s",
         "router",
@@ -98,6 +103,8 @@ class Plan:
         self.router = Router(rule.smart_routing) if is_asked else None
         """What tells which of the rule's entries a request belongs to; None where that is not asked."""
         self.entries = rule.variants()[1:] if self.router else ()
+        scenario = directory.configuration.scenario(rule.scenario) if self.router else None
+        self.markers = scenario.agent_markers if scenario else AgentMarkers()
         self.usable = usable(directory, rule)
         """The services that may serve at all."""
         self.foreign: dict[ApiStyle, list[Service]] = {
@@ -142,7 +149,8 @@ class Plans:
         if rule is None:
             return None
         plan = self.of(rule)
-        self._matching[scenario, model] = plan
+        if rule.request_model == model:  # What else clients ask for has no end.
+            self._matching[scenario, model] = plan
         return plan
 
     def of(self, rule: Rule) -> Plan:
@@ -161,7 +169,7 @@ class Plans:
         if plan.router is None:
             return plan
         services = self._seen(plan.rule.pool) if self._seen else None
-        matched = plan.router.match(Facts(peek, datetime.now(UTC), services))
+        matched = plan.router.match(Facts(peek, datetime.now(UTC), services, plan.markers))
         if log.is_debugging():
             log.debug("smart routing", request=request_id, rule=plan.rule.uuid, reason=matched.reason)
         return plan if matched.index is None else self.of(plan.entries[matched.index])

@@ -79,6 +79,8 @@ class Directory(msgspec.Struct, frozen=True, kw_only=True, weakref=True):
     by_model: dict[tuple[str, str], Rule]
     by_uuid: dict[str, Rule]
     by_scenario: dict[str, tuple[Rule, ...]]
+    catch_alls: dict[str, Rule]
+    """By scenario what serves the models that no rule names."""
     providers: dict[str, Provider]
     pools: frozenset[str]
     """The pools of all rules."""
@@ -95,8 +97,8 @@ class Directory(msgspec.Struct, frozen=True, kw_only=True, weakref=True):
         return self.snapshot.configuration
 
     def rule(self, scenario: str, model: str) -> Rule | None:
-        """The active rule of that scenario and request_model; the first one wins."""
-        return self.by_model.get((scenario, model))
+        """The active rule of that scenario and request_model, the first one wins; else what serves all others."""
+        return self.by_model.get((scenario, model)) or self.catch_alls.get(scenario)
 
     def rules(self, scenario: str) -> tuple[Rule, ...]:
         """The active rules of a scenario, in order."""
@@ -125,6 +127,11 @@ def directory_of(snapshot: Snapshot) -> Directory:
         by_model=by_model,
         by_uuid={rule.uuid: rule for rule in snapshot.configuration.rules},
         by_scenario={scenario: tuple(rules) for scenario, rules in by_scenario.items()},
+        catch_alls={
+            scenario.scenario: catch_all
+            for scenario in snapshot.configuration.scenarios
+            if (catch_all := snapshot.configuration.catch_all(scenario.scenario))
+        },
         pools=frozenset(rule.pool for rule in snapshot.configuration.rules),
         definer=Definer(snapshot.configuration),
         providers={provider.uuid: provider for provider in snapshot.configuration.providers},
