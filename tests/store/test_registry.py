@@ -827,6 +827,33 @@ async def test_a_registry_that_began_anew_is_followed_also_under_a_revision_seen
     await eventually(is_followed, timeout_s=3)
 
 
+async def test_a_follower_whose_registry_was_emptied_keeps_its_copy_and_says_so_once(
+    registry: Registry, follow: Any, control: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("balancer.store.registry.POLL_S", 0.02)
+    told: list[str] = []
+    monkeypatch.setattr("balancer.store.registry.log.warning", lambda event, **_: told.append(event))
+    snapshot = await registry.publish(BEFORE, None)
+    follower: Follower = await follow()
+
+    await control.flushall()
+
+    async def is_told() -> bool:
+        return "publish it again" in follower.failure
+
+    await eventually(is_told)
+    await follower.refresh()
+    assert follower.directory is not None
+    assert follower.directory.snapshot == snapshot
+    assert [event for event in told if "the registry is empty" in event] == told[:1]
+    await registry.publish(AFTER, None)
+    await eventually(lambda: _holds(follower, ""))
+
+
+async def _holds(follower: Follower, failure: str) -> bool:
+    return follower.failure == failure
+
+
 async def test_a_server_that_does_not_answer_is_told_as_unavailable(url: str, control: Any) -> None:
     with a_door(url) as door:
         await door.shut(control)
