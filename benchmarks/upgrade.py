@@ -48,7 +48,9 @@ TACTICS: dict[str, dict[str, Any]] = {
 STYLES = ("openai", "anthropic")
 PORTS = 2
 _LEASE_S = 3.0
-_DRAIN_S = 1.5
+_DRAIN_S = 3.0
+_DEADLINE_MS = 2000
+"""Versions are on trial here, and not how busy the machine is."""
 _START_S = 20.0
 _DEGRADED_REQUESTS = 40
 _MOST_DEGRADED = 0.01
@@ -113,6 +115,7 @@ class Trial:
                     "BALANCER_REDIS": self._url,
                     "BALANCER_LEASE_S": str(_LEASE_S),
                     "BALANCER_DRAIN_DELAY_S": str(_DRAIN_S),
+                    "BALANCER_REDIS_DEADLINE_MS": str(_DEADLINE_MS),
                     "BALANCER_ADMIN_PORT": "0",
                     "BALANCER_LOG_LEVEL": "info",
                 }
