@@ -197,6 +197,16 @@ class Registry:
         """
         await self.complete_pending()
         revision = base.revision + 1 if base else await self._first_revision(configuration)
+        snapshot = await self._publish(configuration, base, digest, revision, base.revision if base else 0)
+        while base is None and (above := await self._first_revision(configuration)) > snapshot.revision + 1:
+            # The registry was emptied, and workers have just put their rules back under the revisions that they had.
+            snapshot = await self._publish(configuration, None, digest, above, snapshot.revision)
+        return snapshot
+
+    async def _publish(
+        self, configuration: Configuration, base: Snapshot | None, digest: str, revision: int, standing: int
+    ) -> Snapshot:
+        """Publishes it under that revision, if the standing one is still the head's."""
         snapshot = Snapshot(
             revision=revision,
             configuration=configuration,
@@ -210,7 +220,7 @@ class Registry:
             "publish",
             {"head": keys.HEAD, "snapshot": keys.snapshot(revision)},
             {
-                "base": base.revision if base else 0,
+                "base": standing,
                 "revision": revision,
                 "document": encoded(snapshot).decode(),
             },
