@@ -53,7 +53,7 @@ def test_every_series_and_setting_of_a_guide_exists(name: str) -> None:
 def test_every_command_and_target_of_a_guide_exists(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
-    commands = set(re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE))
+    commands = set(re.findall(r"^    (\w+)\b", capsys.readouterr().out, re.MULTILINE))
     targets = set(re.findall(r"^([a-z-]+):", text("Makefile"), re.MULTILINE))
     assert set(re.findall(r"(?:`|^|… )balancer ([a-z]+)", text(name), re.MULTILINE)) <= commands
     assert set(re.findall(r"`make ([a-z-]+)", text(name))) <= targets

@@ -57,7 +57,7 @@ def test_its_tables_of_tactics_and_outcomes_leave_none_out() -> None:
 def test_its_table_of_commands_is_the_program_s(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
-    commands = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    commands = re.findall(r"^    (\w+)\b", capsys.readouterr().out, re.MULTILINE)
     assert sorted(re.findall(r"^\| `balancer (\w+)", README, re.MULTILINE)) == sorted(commands)
 
 
