@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each is a module with a function `files()`, which gives texts by their paths below the root.
 GENERATORS = (
     "docs.metrics",
+    "grafana.build",
 )  # fmt: skip
 
 
