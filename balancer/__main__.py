@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
 
 from balancer import __version__, config
 from balancer.errors import BalancerError
@@ -55,6 +58,15 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--insecure", action="store_true", default=None, help=_meaning("insecure"))
     serve.add_argument("--lenient", action="store_true", help="mend what can be mended in --config, with warnings")
     serve.set_defaults(run=_serve)
+
+    health = commands.add_parser(
+        "healthcheck",
+        help="ask the gateway of this machine whether it is alive",
+        description="Exit 0 if the gateway that these settings describe answers /healthz. For HEALTHCHECK of an image.",
+    )
+    health.add_argument("--ready", action="store_true", help="ask /readyz instead: can it pick, and is not draining")
+    _add_settings(health, ("host", "port"))
+    health.set_defaults(run=_healthcheck)
 
     demo = commands.add_parser("demo", help="watch a fleet decide as one, and check it")
     demo.add_argument("--requests", type=int, default=3200, help="how many to send (at least 400; default 3200)")
@@ -112,9 +124,23 @@ def _add_settings(parser: argparse.ArgumentParser, names: tuple[str, ...]) -> No
 
 
 def _serve(options: argparse.Namespace) -> int:
+    # Before the imports, which take most of the start: the first process of a container has no default action, so that
+    # a SIGTERM that nobody handles is lost, and the container lives on until it is killed at the end of its grace.
+    signal.signal(signal.SIGTERM, _end_at_once)
     from balancer.cli import serve
 
     return serve.run(options)
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """While nothing is served yet there is nothing to drain; the exit status is that of a death by the signal."""
+    raise SystemExit(128 + number)
+
+
+def _healthcheck(options: argparse.Namespace) -> int:
+    from balancer.cli import healthcheck
+
+    return healthcheck.run(options)
 
 
 def _demo(options: argparse.Namespace) -> int:
