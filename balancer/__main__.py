@@ -107,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(audit, ("redis", "data_dir"))
     audit.set_defaults(run=_audit)
 
+    import_ = commands.add_parser("import", help="make a configuration of another gateway's, with what it loses")
+    import_.add_argument("source", choices=("litellm", "tingly"), help="whose configuration it is")
+    import_.add_argument("file", help="its file; - reads stdin")
+    import_.add_argument("--output", default="", metavar="FILE", help="write there instead of to stdout")
+    import_.add_argument("--literals", action="store_true", help="keep literal credentials in what is written")
+    import_.set_defaults(run=_import)
+
     rollback = commands.add_parser("rollback", help="publish an earlier revision again, as a new one")
     rollback.add_argument("revision", type=int)
     _add_settings(rollback, ("redis", "data_dir"))
@@ -147,6 +154,12 @@ def _demo(options: argparse.Namespace) -> int:
     from balancer.cli import demo
 
     return demo.run(options)
+
+
+def _import(options: argparse.Namespace) -> int:
+    from balancer.cli import importing
+
+    return importing.run(options)
 
 
 def _audit(options: argparse.Namespace) -> int:

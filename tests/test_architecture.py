@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
                 "document",
                 "encoding",
                 "failures",
+                "importing",
                 "ledger",
                 "lenient",
                 "limits",
