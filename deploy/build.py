@@ -307,17 +307,19 @@ _README = """\
 The balancer on Kubernetes >= 1.30, with Redis or Valkey outside the chart, or with a small Valkey in it for trials. The
 [README](../../../README.md#on-kubernetes) goes through an installation from building the image to uninstalling.
 
-```sh
-kubectl create namespace llm
-kubectl --namespace llm create secret generic balancer-clients --from-literal=tokens="$(openssl rand -hex 24)"
-kubectl --namespace llm create secret generic balancer-redis --from-literal=url=rediss://balancer:PASSWORD@redis.internal:6380/0
-kubectl --namespace llm create secret generic balancer-providers --from-literal=OPENAI_KEY=sk-…
-helm install balancer deploy/helm/balancer --namespace llm --values values.yaml
-```
+Values that cannot work are refused before anything is installed, each with what to do; `helm template` tells them too.
+Secrets are named, never given, but for `trial`. A changed configuration replaces the pods; a changed Secret, or a
+ConfigMap of your own, does not: `kubectl rollout restart` does.
 
-Values that cannot work are refused before anything is installed, each with what to do. Secrets are named, never given,
-but for `trial`. A changed configuration replaces the pods; a changed Secret, or a ConfigMap of your own, does not:
-`kubectl rollout restart` does.
+With `autoscaling.openRequests` the autoscaler asks a custom metrics API for the open requests of each pod. For
+prometheus-adapter:
+
+```yaml
+rules:
+  - seriesQuery: balancer_open_requests{namespace!="",pod!=""}
+    resources: {overrides: {namespace: {resource: namespace}, pod: {resource: pod}}}
+    metricsQuery: sum(<<.Series>>{<<.LabelMatchers>>}) by (<<.GroupBy>>)
+```
 
 ## Values
 

@@ -28,8 +28,9 @@ PORT_VARIABLES = {"BALANCER_PORT": "http", "BALANCER_METRICS_PORT": "metrics", "
 class Pod:
     """A container that runs."""
 
-    def __init__(self, workload: Object, folder: Path, ports: dict[str, int]) -> None:
+    def __init__(self, workload: Object, folder: Path, ports: dict[str, int], variables: dict[str, str]) -> None:
         self.workload = workload
+        self.variables = variables
         self.folder = folder
         self.ports = ports
         self.process: asyncio.subprocess.Process | None = None
@@ -69,6 +70,24 @@ class Pod:
 
         await eventually(has_started, probe["periodSeconds"] * probe["failureThreshold"])
         await eventually(lambda: self.probe("readinessProbe"), 10)
+
+    async def execs(self, *command: str) -> str:
+        """What a command in the container prints, as by `kubectl exec`; fails if it fails."""
+        process = await self._start(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+        output, _ = await process.communicate()
+        assert process.returncode == 0, output.decode()
+        return output.decode()
+
+    async def _start(self, program: str, *arguments: str, stdout: Any, stderr: Any) -> asyncio.subprocess.Process:
+        assert program == "balancer"
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "balancer", *arguments),
+            env=self.variables,
+            cwd=self.folder,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+        )
 
     def terminate(self) -> None:
         """Sends what comes after the preStop hook."""
@@ -120,18 +139,9 @@ async def running(
         assert declared.get(name, variables[variable]) == variables[variable], f"it listens elsewhere than on {name}"
         variables[variable] = str(ports[name])
     inherited = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LANG") if name in os.environ}
-    program, *arguments = only["command"]
-    assert program == "balancer"
-    running = Pod(workload, folder, ports)
+    running = Pod(workload, folder, ports, inherited | {"TMPDIR": str(places["/tmp"])} | variables)  # noqa: S108  a mount
     with (folder / "log").open("wb") as log:
-        running.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "balancer", *arguments),
-            env=inherited | {"TMPDIR": str(places["/tmp"])} | variables,  # noqa: S108  the name of a mount
-            cwd=folder,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
+        running.process = await running._start(*only["command"], stdout=log, stderr=log)
     try:
         yield running
     finally:

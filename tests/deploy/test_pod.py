@@ -75,6 +75,11 @@ async def test_the_container_starts_with_what_is_rendered_answers_its_probes_and
                 async with client.get(pod.url("http", "/metrics"), headers=headers) as hidden:
                     assert hidden.status == 404
 
+                stats = await pod.execs("balancer", "get", "stats")
+                assert "a:m" in stats
+                applied = await pod.execs("balancer", "apply", "--force", pod.variables["BALANCER_CONFIG"])
+                assert "revision 1" in applied
+
                 pod.terminate()
 
                 async def is_unready() -> bool:
