@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -234,16 +235,20 @@ def test_a_long_name_of_a_release_leaves_names_valid_and_different(release: str)
 
 def test_every_setting_of_the_program_has_its_value() -> None:
     others = [setting for setting in config.SETTINGS if setting.name not in SET_BY]
-    odd: dict[type, Any] = {bool: lambda v: not v, int: lambda v: v + 1_000_000, float: lambda v: v + 0.5, str: str}
-    words = {"host": "::", "log_level": "debug", "loop": "uvloop"}
+    odd: dict[type, Any] = {
+        bool: lambda v: not v,
+        int: lambda v: v + 1_000_000,
+        float: lambda v: v + 0.5,
+        str: lambda v: v or "/a",
+    }
+    words = {"host": "::", "log_level": "debug", "loop": "uvloop", "otel_semconv": "1.36"}
     given = {setting.name: words.get(setting.name, odd[type(setting.default)](setting.default)) for setting in others}
 
     workload = gateway(render(over(ALL, {"settings": given})))
 
     settings = config.load(environ=environment(workload, SECRETS))
-    assert {name: getattr(settings, name) for name in given if name != "data_dir"} == {
-        name: value for name, value in given.items() if name != "data_dir"
-    }
+    assert {name: getattr(settings, name) for name in given} == given | {"data_dir": Path("/a")}
+    assert [setting.name for setting in others if given[setting.name] == setting.default] == []
     variables = {entry["name"] for entry in container(workload)["env"]} | {"BALANCER_INSECURE"}
     assert {setting.variable for setting in config.SETTINGS} <= variables
     assert {name for name in SET_BY if f"BALANCER_{name.upper()}" not in variables} == set()
