@@ -1,7 +1,7 @@
 """What a cluster does in a rolling update: it starts pods, probes them, removes endpoints and ends pods, each in time.
 
-All times are the chart's, divided by `PACE`; only how long a probe may take is not. Endpoints reach the proxy some time
-after the API server has them.
+The times that a cluster waits are the chart's, divided by `PACE`; those that a process may take are not: a start, a
+probe, a drain. Endpoints reach the proxy some time after the API server has them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.deploy.front import Nginx
 from tests.deploy.kubelet import Pod, running
 from tests.deploy.rendering import container, pod
 
-PACE = 10.0
+PACE = 5.0
 PROPAGATION_S = 3.0
 """What it may take until every proxy knows that an endpoint is gone. The chart's preStop hook sleeps for longer."""
 
@@ -39,12 +39,10 @@ class Hosted:
     async def keep(self) -> None:
         """Probes it until cancelled: the startup probe, then the two others at once."""
         probe = container(self._workload)["startupProbe"]
-        for _ in range(probe["failureThreshold"]):
-            if await self.runs.probe("startupProbe"):
-                break
+        deadline = time.monotonic() + probe["failureThreshold"] * probe["periodSeconds"]
+        while not await self.runs.probe("startupProbe"):
+            assert time.monotonic() < deadline, f"its startup probe never passed:\n{self.runs.log}"
             await asyncio.sleep(probe["periodSeconds"] / PACE)
-        else:
-            raise AssertionError(f"its startup probe never passed:\n{self.runs.log}")
         async with asyncio.TaskGroup() as group:
             group.create_task(self._watch("livenessProbe"))
             group.create_task(self._watch("readinessProbe"))

@@ -1,4 +1,8 @@
-"""A rolling update on a cluster of this machine: the chart's pods, probed and ended as rendered, under load."""
+"""A rolling update on a cluster of this machine: the chart's pods, probed and ended as rendered, under load.
+
+Without the preStop hook and BALANCER_DRAIN_DELAY_S dozens of requests meet a closed port; with
+BALANCER_DRAIN_TIMEOUT_S=0 dozens of streams are cut.
+"""
 
 from __future__ import annotations
 
@@ -106,5 +110,3 @@ async def test_pods_are_replaced_one_by_one_and_no_request_fails(tmp_path: Path)
     assert load.whole == sum(requests for requests, _, _ in theirs(accounts).values())
     assert ours(view) == theirs(accounts)
     assert sum(state.lost for state in view.services.values()) == 0
-    for hosted in cluster.pods:
-        assert '"POST' in hosted.runs.log or '"request"' in hosted.runs.log or hosted.runs.log
