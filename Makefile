@@ -9,7 +9,7 @@ SCRIPTS := .cache/lua
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check prove chaos soak bench growth profile bench-clients bench-peers lint format lock clean
+.PHONY: help demo test check prove chaos soak bench growth profile bench-clients bench-peers docs lint format lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -43,6 +43,9 @@ bench-peers: $(VENV)/.benched  ## installs whom we are compared with, in BENCH_P
 
 growth: $(VENV)/.benched  ## how costs grow with rules, services, pins, streams, and what should not (GROWTH_QUICK=1)
 	$(BIN)/python -m benchmarks.growth $(ARGS)
+
+docs: $(VENV)/.developed  ## what is made out of the program and checked in; fails, having made it, if some was stale
+	$(BIN)/python -m docs.build
 
 check: lint test  ## what the gate runs
 

@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
             }
         ),
     ),
-    ("instruments", frozenset({"log", "metrics", "polling", "tally"})),
+    ("instruments", frozenset({"cells", "exposition", "gauges", "log", "metrics", "polling", "tally"})),
     ("store", frozenset({"store"})),
     ("services", frozenset({"admin", "gateway"})),
     ("composition", frozenset({"__main__", "cli"})),

@@ -134,7 +134,7 @@ class Attempt:
         """Notes the first content token."""
         if self._first_token is None:
             self._first_token = time.monotonic()
-            self._metrics.first_token_s(self.pick.service, self._first_token - self._started)
+            self._metrics.first_token_s(self.pick, self._first_token - self._started)
 
 
 def _us(seconds: float) -> int:

@@ -255,7 +255,13 @@ class Way(msgspec.Struct, eq=False):
         express = self.express
         try:
             self._count()
-            express.metrics.request(self.route.scenario, self.plan.rule.uuid, outcome, time.monotonic() - self.began)
+            express.metrics.request(
+                self.route.scenario,
+                self.plan.rule.uuid,
+                outcome,
+                time.monotonic() - self.began,
+                self.attempt.pick if self.attempt is not None else None,
+            )
         finally:
             express.closed()
             self.lane.answered(is_whole=is_whole, is_last=self.is_last)
@@ -531,6 +537,8 @@ class Way(msgspec.Struct, eq=False):
                     self.overhead_s,
                     self.attempt_s,
                     time.monotonic() - self.began,
+                    pick,
+                    "",
                 ),
                 usage,
             )

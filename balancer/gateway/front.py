@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
@@ -112,16 +113,19 @@ class Front:
         max_body_bytes: int,
         is_draining: Callable[[], bool],
         own: Mapping[str, Answer],
+        refused: Callable[[ClientRequest, BalancerError, float], None] = lambda request, error, began: None,
     ) -> None:
-        """`own`: what answers by itself to GET, by path."""
+        """`own`: what answers by itself to GET, by path. `refused` counts what the handler never hears of."""
         self._handle = handle
         self._dialect_of = dialect_of
         self._max_body_bytes = max_body_bytes
         self._is_draining = is_draining
         self._own = own
+        self._refused = refused
 
     async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answers one request. The handler is cancelled when the client goes away."""
+        began = time.monotonic()
         path, _, query = request.raw_path.partition("?")
         if not path.startswith("/"):
             # Absolute form (RFC 9112 §3.2.2): a client that takes us for its proxy still means us.
@@ -149,6 +153,7 @@ class Front:
             # The rest of the body is still coming: the connection cannot be used again.
             stream = AiohttpStream(request, (("x-request-id", request_id), _CLOSE))
             await send_error(self._dialect_of(path), exc, message, stream)
+            self._refused(message, exc, began)
         except ClientGoneError:
             stream.abort()
         else:

@@ -31,6 +31,7 @@ from balancer.errors import (
     UnknownModelError,
     UnknownPathError,
     UnknownResponseError,
+    UpstreamError,
 )
 from balancer.gateway.course import Course
 from balancer.gateway.forwarding import Begun, Forwarder
@@ -93,6 +94,8 @@ class Handlers:
         wanted = route(request.method, request.path, speaks_anthropic=speaks_anthropic)
         dialect = wanted.dialect if wanted else self.dialect_of(request.path)
         rule: Rule | None = None
+        course: Course | None = None
+        refusal: BalancerError | None = None
         outcome = Outcome.REJECTED
         try:
             self._authenticate(request)
@@ -116,13 +119,13 @@ class Handlers:
                 course = await self._course(rule, peek, wanted)
                 outcome = await self._forwarder.forward(request, wanted, course, peek, stream, begun)
         except ConfigurationError as exc:
-            outcome = Outcome.FAILED
+            outcome, refusal = Outcome.FAILED, exc
             await send_error(dialect, incomplete(exc), request, stream)
         except RateLimitedError as exc:
-            outcome = Outcome.RATE_LIMITED
+            outcome, refusal = Outcome.RATE_LIMITED, exc
             await send_error(dialect, exc, request, stream)
         except BalancerError as exc:
-            outcome = Outcome.REJECTED if exc.status < 500 else Outcome.FAILED
+            outcome, refusal = Outcome.REJECTED if exc.status < 500 else Outcome.FAILED, exc
             await send_error(dialect, exc, request, stream)
         except ClientGoneError:
             outcome = Outcome.CANCELLED
@@ -135,7 +138,19 @@ class Handlers:
             await send_error(dialect, BalancerError("internal error"), request, stream)
         finally:
             scenario = wanted.scenario if wanted else ""
-            self._metrics.request(scenario, rule.uuid if rule else "", outcome, time.monotonic() - began)
+            pick = course.pick if course else None
+            self._metrics.request(scenario, rule.uuid if rule else "", outcome, time.monotonic() - began, pick)
+            if refusal is not None and pick is None and not isinstance(refusal, UpstreamError):
+                self._metrics.refused(scenario, refusal.reason)
+
+    def refused(self, request: ClientRequest, error: BalancerError, began: float) -> None:
+        """Counts a request that the front has refused already, and that arrived then."""
+        first = request.first
+        speaks_anthropic = "anthropic-version" in first or "x-api-key" in first
+        wanted = route(request.method, request.path, speaks_anthropic=speaks_anthropic)
+        scenario = wanted.scenario if wanted else ""
+        self._metrics.request(scenario, "", Outcome.REJECTED, time.monotonic() - began)
+        self._metrics.refused(scenario, error.reason)
 
     def may_pass(self, head: ClientRequest) -> Route | None:
         """The route of a request for a model with this head, when nothing in that speaks against it; else None.

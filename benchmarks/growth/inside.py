@@ -165,8 +165,7 @@ async def main(url: str, kept_s: float) -> None:
     marks, lines = Marks(), Lines()
     with tempfile.TemporaryDirectory(prefix="growth-") as folder:
         # As the workers of `serve` have it: metrics in files that they share.
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        gateway = Gateway(config.load({"redis": url}), url, None)
+        gateway = Gateway(config.load({"redis": url}), url, None, metrics_folder=Path(folder))
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         await gateway.start([listener])
         print(listener.getsockname()[1], flush=True)

@@ -176,7 +176,7 @@ class Walked(Served):
 
     def counters(self) -> dict[str, float]:
         """All that was counted: each series that is not 0, and of each histogram how many it holds."""
-        text = self.gateway.metrics.exposition([], {}).decode()
+        text = self.gateway.metrics.exposition().decode()
         return {
             f"{sample.name}{sorted(sample.labels.values())}": sample.value
             for family in text_string_to_metric_families(text)
