@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from balancer.cli.accounts import FakeAccount
 from balancer.cli.configuration import read_file
 from tests.deploy.front import Nginx
 from tests.fleet.conftest import LAST_WORDS, PATHS, a_document
-from tests.needs import program
 from tests.store.conftest import eventually
 from tests.topologies import Server, free_ports
 
@@ -175,10 +174,12 @@ class Fleet:
 
 
 async def ask(session: aiohttp.ClientSession, url: str, *, stream: bool) -> tuple[int, str]:
-    """Status and text of a request to rule `chat`."""
+    """Status and text of a request to rule `chat`. A stream that does not come piece by piece fails."""
     body = {"model": "chat", "max_tokens": 40, "stream": stream, "messages": [{"role": "user", "content": "hello"}]}
     async with session.post(url + PATHS["openai"], json=body) as response:
-        return response.status, await response.text()
+        first = await response.content.readany()
+        assert LAST_WORDS["openai"].encode() not in first
+        return response.status, (first + await response.read()).decode()
 
 
 @pytest.mark.needs("apt:nginx")
@@ -224,3 +225,48 @@ async def test_its_parts_serve_together_and_a_worker_is_replaced_without_an_erro
     assert [status for status, _ in answers] == [200] * len(answers)
     assert all(LAST_WORDS["openai"] in text for _, text in answers if text.startswith("data:"))
     assert "no live upstreams" not in nginx.log
+
+
+@pytest.mark.needs("apt:nginx")
+async def test_nginx_never_sends_again_what_was_sent_and_goes_on_where_nobody_listens(tmp_path: Path) -> None:
+    """A worker that dies with a POST in its hands has perhaps spent tokens on it; one that is not there has not."""
+    received: list[bytes] = []
+
+    async def take_and_leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        received.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.close()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        received.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        dying = [await stack.enter_async_context(await listening(take_and_leave)) for _ in range(2)]
+        (tmp_path / "dying").mkdir()
+        nginx = await stack.enter_async_context(Nginx(tmp_path / "dying").running([port_of(each) for each in dying]))
+        async with session.post(f"{nginx.url}/v1/chat/completions", data=b"{}") as response:
+            assert response.status == 502
+        assert len(received) == 1
+
+        alive = await stack.enter_async_context(await listening(answer))
+        (tmp_path / "alive").mkdir()
+        ports = [*free_ports(2), port_of(alive)]
+        nginx = await stack.enter_async_context(Nginx(tmp_path / "alive").running(ports))
+        for _ in range(3):
+            async with session.post(f"{nginx.url}/v1/chat/completions", data=b"{}") as response:
+                assert response.status == 200
+        assert len(received) == 4
+
+
+async def listening(serves: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> asyncio.Server:
+    """A server on a free port."""
+    return await asyncio.start_server(serves, "127.0.0.1", 0)
+
+
+def port_of(server: asyncio.Server) -> int:
+    """Its port."""
+    port: int = server.sockets[0].getsockname()[1]
+    return port
