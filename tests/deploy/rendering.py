@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -120,6 +121,9 @@ def faults(objects: list[Object], namespace: str | None = NAMESPACE) -> list[str
 def _faults_of_names(item: Object, namespace: str | None) -> Iterator[str]:
     metadata = item["metadata"]
     place = f"{item['kind']} {metadata['name']}"
+    # `kubectl apply` keeps the object in an annotation of itself.
+    if len(json.dumps(item)) > 256 * 1024:
+        yield f"{place}: too large to be applied"
     if len(metadata["name"]) > 63 or not re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", metadata["name"]):
         yield f"{place}: no DNS label"
     # A StatefulSet's pods carry its name, a dash and ten letters in a label.
