@@ -10,7 +10,7 @@ SCRIPTS := .cache/lua
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test check prove chaos soak bench growth profile bench-clients bench-peers lint format lock clean
-.PHONY: docs verify-upgrade
+.PHONY: docs verify-upgrade verify-deploy
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -51,6 +51,9 @@ docs: $(VENV)/.developed  ## what is made out of the program and checked in; fai
 verify-upgrade: $(VENV)/.developed  ## two versions at once, there and back, under load (OLD=REVISION); 2 minutes
 	@test -n "$(OLD)" || { echo 'say which: make verify-upgrade OLD=REVISION' >&2; exit 2; }
 	$(BIN)/python -m benchmarks.upgrade $(OLD) $(ARGS)
+
+verify-deploy: $(VENV)/.developed  ## the image built on a Debian root and run in it (as root; apt: buildah debootstrap)
+	$(BIN)/python -m deploy.verify $(ARGS)
 
 check: lint test  ## what the gate runs
 
