@@ -130,7 +130,7 @@ VARIABLES = {
 ANNOTATIONS = (
     Annotation(
         name="Epoch raised",
-        expr=f"max by (namespace, pool) (changes(balancer_epoch{{{POOL}}}[2m])) > 0",
+        expr=f"sum by (namespace, pool) (increase(balancer_epoch_bumps_total{{{POOL}}}[2m])) > 0",
         text="A failover lost writes of pool {{pool}}; its history goes on in a new epoch.",
         colour=RED,
     ),

@@ -74,8 +74,8 @@ DASHBOARD = Dashboard(
                 ),
                 lines(
                     "Switches",
-                    "Moves of the cursor a second, by rule and reason: `next` after a full streak, `fewest` by tokens "
-                    "and the like, or because the current service could not serve.",
+                    "Moves of the cursor a second, by rule and reason: `next` after a full streak or because the "
+                    "current service cannot serve, `least` by what windows count, `turn` and `draw` by weight.",
                     Query(
                         expr=rate("balancer_switches_total", RULE, "rule", "reason"),
                         legend="{{rule}} {{reason}}",
@@ -128,7 +128,7 @@ DASHBOARD = Dashboard(
                 ),
                 lines(
                     "Picks by reason",
-                    "Why a service was picked: by the tactic (`stay` and what moves the cursor), or aside from it: "
+                    "Why a service was picked: by the tactic (`streak` and `threshold` stay), or aside from it: "
                     "`pinned` to a session, a `retry`, a `probe` of a breaker, `exhausted` when none may serve.",
                     Query(expr=rate("balancer_picks_total", RULE, "reason"), legend="{{reason}}"),
                     unit="reqps",
