@@ -9,7 +9,7 @@ SCRIPTS := .cache/lua
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check prove chaos soak bench growth profile bench-clients bench-peers docs lint format lock clean
+.PHONY: help demo test check prove chaos soak bench growth profile bench-clients bench-peers docs pictures lint format lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -46,6 +46,9 @@ growth: $(VENV)/.benched  ## how costs grow with rules, services, pins, streams,
 
 docs: $(VENV)/.developed  ## what is made out of the program and checked in; fails, having made it, if some was stale
 	$(BIN)/python -m docs.build
+
+pictures: $(VENV)/.benched  ## docs/pictures anew: the dashboards' panels over a fleet that lives and fails, 3 minutes
+	$(BIN)/python -m benchmarks.pictures $(ARGS)
 
 check: lint test  ## what the gate runs
 

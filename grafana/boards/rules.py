@@ -5,8 +5,10 @@ from __future__ import annotations
 from grafana.boards.common import (
     ANNOTATIONS,
     ASIDE,
+    OF_RULE,
     PLACES,
     RULE,
+    STREAKS,
     or_zero,
     rate,
     shared,
@@ -62,13 +64,14 @@ DASHBOARD = Dashboard(
                 ),
                 lines(
                     "Streak",
-                    "Consecutive requests on the current service, by the count of the whole fleet, and in dashes "
-                    "where it ends. It never goes above; only requests picked by the tactic count.",
-                    Query(expr=shared("balancer_streak", RULE, "pool", "rule"), legend="{{rule}}"),
+                    "Consecutive requests on the current service, by the count of the whole fleet, of the rules that "
+                    "move on by it; in dashes where it ends. It never goes above. Only requests that the tactic "
+                    "picks count.",
                     Query(
-                        expr=shared("balancer_request_threshold", RULE, "pool", "rule"),
-                        legend="{{rule}} threshold",
+                        expr=f"{shared('balancer_streak', RULE, 'pool', 'rule')} and {OF_RULE} {STREAKS}",
+                        legend="{{rule}}",
                     ),
+                    Query(expr=STREAKS, legend="{{rule}} threshold"),
                     dashed="/ threshold$/",
                     width=12,
                 ),

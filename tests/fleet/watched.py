@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -91,6 +92,7 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
     streak: int = 12
     window_s: int = 15
     window_tokens: int = 2500
+    cooldown_s: int = 1
 
 
 LOADS = (
@@ -221,8 +223,8 @@ class Watched:
         with self._named("a worker killed"):
             holds = {account.name: account.hold_s for account in accounts.values()}
             for account in accounts.values():
-                account.hold_s = 0.5  # So that it dies with attempts open.
-            await asyncio.sleep(0.4)
+                account.hold_s = 0.3  # So that it dies with attempts open.
+            await asyncio.sleep(0.3)
             os.kill(next(iter(await self.pods["balancer-1"].workers())), signal.SIGKILL)
             for name, hold_s in holds.items():
                 accounts[name].hold_s = hold_s
@@ -231,7 +233,7 @@ class Watched:
             await asyncio.sleep(fault_s)
             await self._is_seen('balancer_breaker_state{service="anna-openai:gpt-5"} == 2')
         with self._named("another is at its limits"):
-            accounts["boris"].fault = (429, "1")
+            accounts["boris"].fault = (429, str(self.pace.cooldown_s))
             await asyncio.sleep(fault_s)
             await self._is_seen('balancer_cooldown_seconds{service="boris-openai:gpt-5"} > 0')
             await self._is_seen('rate(balancer_attempts_total{outcome="rate_limited"}[3s]) > 0')
@@ -239,7 +241,7 @@ class Watched:
         for account in accounts.values():
             account.fault = None
         with self._named("clients ask for too much"):
-            more = (Load(rule="summaries", clients=16, pause_s=0.02), Load(rule="unheard-of", clients=1, pause_s=0.2))
+            more = (Load(rule="summaries", clients=14, pause_s=0.2), Load(rule="unheard-of", clients=1, pause_s=0.2))
             everybody = [self._ask_on(urls, load, number) for load in more for number in range(load.clients)]
             everybody.append(self._ask_on(urls, Load(rule="gpt-5", clients=1, pause_s=0.2), 0, headers={}))
             async with asyncio.TaskGroup() as group:
@@ -251,15 +253,16 @@ class Watched:
                 for task in tasks:
                     task.cancel()
         with self._named("the configuration changes"):
-            for number in range(12):
-                await self._change_tactic(self.pace.streak + 1 - number % 2)
-                await asyncio.sleep(fault_s / 12)
+            # Over and over, until a worker has picked under the one before.
             seeing = asyncio.create_task(self._is_seen("rate(balancer_stale_picks_total[3s]) > 0"))
-            while not seeing.done():
-                await self._change_tactic(self.pace.streak + 2)
-                await self._change_tactic(self.pace.streak)
+            for number in itertools.count():
+                await self._change_tactic(self.pace.streak + 1 - number % 2)
+                await asyncio.sleep(0.05)
+                if seeing.done() and number > 10:
+                    break
             await seeing
-            await self._is_seen("rate(balancer_leases_expired_total[20s]) > 0")
+            await asyncio.sleep(fault_s / 2)
+            await self._is_seen("balancer_leases_expired_total > 0")
         self.store.control.save()
         with self._named("after the snapshot"):
             await asyncio.sleep(fault_s)
