@@ -23,7 +23,7 @@ from tests.fleet.watched import NAMESPACE, Pace, watched
 from tests.prometheus import Series
 
 FOLDER = ROOT / "docs" / "pictures"
-PACE = Pace(calm_s=60, fault_s=12, after_s=35, streak=60, window_s=30, window_tokens=9000)
+PACE = Pace(calm_s=75, fault_s=12, after_s=35, streak=30, window_s=30, window_tokens=15000, cooldown_s=5)
 STEP_S = 0.5
 INTERVALS = {"namespace": NAMESPACE, "__rate_interval": "5s", "__interval": "500ms"}
 

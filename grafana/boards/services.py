@@ -36,7 +36,7 @@ DASHBOARD = Dashboard(
                     "Tokens in the window",
                     "Tokens that a service has settled in its window, which starts anew when it is over, for the "
                     "services of rules that move on by tokens; in dashes those rules' thresholds. A service above is "
-                    "left. All of a rule above: its threshold is too low for this traffic, and the least used is taken.",
+                    "left. All of a rule above: its threshold is too low for this traffic, the least used serves.",
                     Query(
                         expr=served("balancer_window_tokens", has("token", POOL)),
                         legend="{{service}} {{window}} s",

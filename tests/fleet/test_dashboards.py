@@ -254,7 +254,6 @@ def test_a_killed_worker_is_replaced_and_what_it_held_is_lost(seen: Seen) -> Non
     lost = seen.during("balancer-store / Attempts lost, by pool / A", "faults", "mended")
     assert max(number for numbers in lost.values() for number in numbers) > 0
     alive = seen.during("balancer-store / Workers / A", "faults", "mended")[""]
-    assert 3 in alive
     assert alive[-1] == 4
 
 

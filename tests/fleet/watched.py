@@ -228,6 +228,7 @@ class Watched:
             os.kill(next(iter(await self.pods["balancer-1"].workers())), signal.SIGKILL)
             for name, hold_s in holds.items():
                 accounts[name].hold_s = hold_s
+            await asyncio.sleep(fault_s / 4)
         with self._named("an account fails"):
             accounts["anna"].fault = (503, "")
             await asyncio.sleep(fault_s)
