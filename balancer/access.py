@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import msgspec
 
 from balancer import log
+from balancer.errors import ConfigurationError
 
 FLUSH_S = 0.1
 """So long a line waits for others at most."""
@@ -119,8 +120,11 @@ def pieces(data: bytes, most_bytes: int) -> Iterator[bytes]:
 class AccessLog:
     """Writes lines to a file descriptor, stdout's as a rule, from the loop's thread on."""
 
-    def __init__(self, fd: int | None = None, *, most_bytes: int = _MOST_BYTES) -> None:
-        self._fd = sys.stdout.fileno() if fd is None else fd
+    def __init__(self, fd: int = 1, *, most_bytes: int = _MOST_BYTES) -> None:
+        """Raises ConfigurationError where the process has no stdout: the number may be some connection's by now."""
+        if fd == 1 and sys.__stdout__ is None:
+            raise ConfigurationError("BALANCER_ACCESS_LOG: stdout is closed: redirect it to where the lines should go")
+        self._fd = fd
         self._most_bytes = most_bytes
         self._is_pipe = stat.S_ISFIFO(os.fstat(self._fd).st_mode)
         self._lines: list[Line] = []
