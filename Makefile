@@ -10,6 +10,7 @@ SCRIPTS := .cache/lua
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test check prove chaos soak bench growth profile bench-clients bench-peers lint format lock clean
+.PHONY: docs verify-upgrade
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -43,6 +44,13 @@ bench-peers: $(VENV)/.benched  ## installs whom we are compared with, in BENCH_P
 
 growth: $(VENV)/.benched  ## how costs grow with rules, services, pins, streams, and what should not (GROWTH_QUICK=1)
 	$(BIN)/python -m benchmarks.growth $(ARGS)
+
+docs: $(VENV)/.developed  ## what is made out of the program and checked in; fails, having made it, if some was stale
+	$(BIN)/python -m docs.build
+
+verify-upgrade: $(VENV)/.developed  ## two versions at once, there and back, under load (OLD=REVISION); 2 minutes
+	@test -n "$(OLD)" || { echo 'say which: make verify-upgrade OLD=REVISION' >&2; exit 2; }
+	$(BIN)/python -m benchmarks.upgrade $(OLD) $(ARGS)
 
 check: lint test  ## what the gate runs
 

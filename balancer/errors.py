@@ -1,4 +1,7 @@
-"""The errors of the program: one shallow tree, each with the HTTP `status` and `code` that a client sees."""
+"""The errors of the program: one shallow tree, each with the HTTP `status` and `code` that a client sees.
+
+`reason` says in the metrics why a request was refused; there are no others than those here.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ class BalancerError(Exception):
 
     status = 500
     code = "internal_error"
+    reason = "internal"
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -38,6 +42,7 @@ class RequestError(BalancerError):
 
     status = 400
     code = "invalid_request"
+    reason = "bad_request"
 
 
 class UnauthorizedError(RequestError):
@@ -45,6 +50,7 @@ class UnauthorizedError(RequestError):
 
     status = 401
     code = "invalid_api_key"
+    reason = "unauthorized"
 
 
 class UnknownModelError(RequestError):
@@ -52,6 +58,7 @@ class UnknownModelError(RequestError):
 
     status = 404
     code = "model_not_found"
+    reason = "unknown_model"
 
 
 class UnknownPathError(RequestError):
@@ -59,6 +66,7 @@ class UnknownPathError(RequestError):
 
     status = 404
     code = "not_found"
+    reason = "unknown_path"
 
 
 class NotFoundError(RequestError):
@@ -66,6 +74,7 @@ class NotFoundError(RequestError):
 
     status = 404
     code = "not_found"
+    reason = "not_found"
 
 
 class MethodNotAllowedError(RequestError):
@@ -80,6 +89,7 @@ class BodyTooLargeError(RequestError):
 
     status = 413
     code = "request_too_large"
+    reason = "too_large"
 
 
 class ContentTypeError(RequestError):
@@ -101,6 +111,7 @@ class NotSupportedError(RequestError):
 
     status = 400
     code = "not_supported_yet"
+    reason = "not_supported"
 
 
 class UnknownResponseError(RequestError):
@@ -108,6 +119,7 @@ class UnknownResponseError(RequestError):
 
     status = 400
     code = "previous_response_not_found"
+    reason = "not_found"
 
 
 class NoServiceError(BalancerError):
@@ -120,11 +132,13 @@ class NoServiceError(BalancerError):
 
     status = 503
     code = "no_service_available"
+    reason = "exhausted"
 
     def __init__(self, message: str, *, cause: str = "inactive", retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.cause = cause
         self.retry_after_s = retry_after_s
+        self.reason = cause if cause in ("inactive", "limited") else "exhausted"
 
 
 class RateLimitedError(NoServiceError):
@@ -139,6 +153,7 @@ class StoreUnavailableError(BalancerError):
 
     status = 503
     code = "store_unavailable"
+    reason = "store_lost"
 
 
 class UpstreamError(BalancerError):

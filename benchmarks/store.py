@@ -146,8 +146,7 @@ async def _measure(url: str, folder: Path, options: argparse.Namespace) -> None:
     providers = tuple(Provider(uuid=name, name=name, api_base="http://127.0.0.1") for name in "abc")
     await Registry(client).publish(Configuration(providers=providers, rules=tuple(_RULES.values())), None)
     await client.aclose()
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)  # As a worker under a supervisor counts.
-    metrics = Metrics(folder)
+    metrics = Metrics(folder)  # As a worker under a supervisor counts.
     balance = Balance(url, load({"redis_deadline_ms": 5000}, {}), BalanceEvents(selected=metrics.select_s))
     await balance.start()
     try:

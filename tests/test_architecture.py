@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
                 "document",
                 "encoding",
                 "failures",
+                "importing",
                 "ledger",
                 "lenient",
                 "limits",
@@ -44,7 +45,23 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
             }
         ),
     ),
-    ("instruments", frozenset({"access", "log", "metrics", "polling", "semconv", "tally", "tracing"})),
+    (
+        "instruments",
+        frozenset(
+            {
+                "access",
+                "cells",
+                "exposition",
+                "gauges",
+                "log",
+                "metrics",
+                "polling",
+                "semconv",
+                "tally",
+                "tracing",
+            }
+        ),
+    ),
     ("store", frozenset({"store"})),
     ("services", frozenset({"admin", "gateway"})),
     ("composition", frozenset({"__main__", "cli"})),

@@ -6,7 +6,9 @@ import socket
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tests import actors, prometheus
 from tests.needs import FINDERS, program
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,3 +122,30 @@ def test_programs_are_looked_for_under_every_known_need() -> None:
     for need in FINDERS:
         path = program(need)
         assert path is None or Path(path).exists()
+
+
+@pytest.mark.needs("apt:prometheus")
+async def test_the_prometheus_of_the_tests_scrapes_evaluates_rules_and_answers(tmp_path: Path) -> None:
+    alert = {"alert": "ItIsSo", "expr": "max by (pod) (some_gauge) > 2"}
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": [alert]}]}), encoding="utf-8")
+    upstream = actors.Upstream()
+    upstream.answers(body=b"# TYPE some_gauge gauge\nsome_gauge 3\n", content_type="text/plain")
+
+    async with upstream.running():
+        address = upstream.url.removeprefix("http://")
+        configuration = prometheus.scraping({"pod-0": address}, namespace="here", rule_files=[rules])
+        async with prometheus.running(configuration) as server:
+            await server.until_scraped()
+            found = await server.until("some_gauge")
+            await server.until('ALERTS{alertname="ItIsSo", alertstate="firing"}')
+            alerts, metadata = await server.alerts(), await server.metadata()
+            pods = await server.label_values("pod", "some_gauge")
+            nothing, sum_ = await server.value("sum(other_gauge)"), await server.value("sum(some_gauge) - 1")
+            with pytest.raises(prometheus.QueryError, match=r"unclosed left parenthesis.*sum\(some"):
+                await server.query("sum(some_gauge")
+
+    labels = {"namespace": "here", "pod": "pod-0", "job": "balancer", "instance": address}
+    assert [(one.labels, one.values) for one in found] == [(labels | {"__name__": "some_gauge"}, [3.0])]
+    assert (alerts, metadata, pods) == ({"ItIsSo": "firing"}, {"some_gauge": "gauge"}, ["pod-0"])
+    assert (nothing, sum_) == (None, 2.0)

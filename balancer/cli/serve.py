@@ -161,11 +161,11 @@ async def _supervise(settings: Settings, store: Store, slots: tuple[Slot, ...], 
         loop.add_signal_handler(number, stopping.set)
     # Workers see the end of this pipe when the supervisor is gone, however it went.
     life_read, life_write = os.pipe()
-    environment = os.environ | settings.environment() | {"PROMETHEUS_MULTIPROC_DIR": str(metrics_folder)}
+    environment = os.environ | settings.environment()
     keeper = asyncio.create_task(store.held.keep()) if store.held else None
     keepers: list[asyncio.Task[None]] = []
     try:
-        starting = (_start(slot, environment, life_read) for slot in slots)
+        starting = (_start(slot, environment, life_read, metrics_folder) for slot in slots)
         failures = [exc for exc in await asyncio.gather(*starting, return_exceptions=True) if exc]
         if failures:
             await _stop(settings, slots)
@@ -174,7 +174,9 @@ async def _supervise(settings: Settings, store: Store, slots: tuple[Slot, ...], 
         if slots[0].admin:
             urls["admin_url"] = _url(slots[0].admin)
         log.info("serving", **urls, workers=len(slots), pid=os.getpid())
-        keepers = [asyncio.create_task(_keep_alive(slot, environment, life_read, stopping)) for slot in slots]
+        keepers = [
+            asyncio.create_task(_keep_alive(slot, environment, life_read, metrics_folder, stopping)) for slot in slots
+        ]
         await stopping.wait()
         log.info("draining", timeout_s=settings.drain_timeout_s)
         for task in keepers:
@@ -200,10 +202,11 @@ def _url(listener: socket.socket, scheme: str = "http") -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-async def _start(slot: Slot, environment: dict[str, str], life_fd: int) -> None:
+async def _start(slot: Slot, environment: dict[str, str], life_fd: int, metrics_folder: Path) -> None:
     """Starts a worker in the slot and returns when it serves. Raises BalancerError when it ends before that."""
     ready_read, ready_write = os.pipe()
     command = [sys.executable, "-m", "balancer.cli.worker", "--slot", str(slot.number)]
+    command += ["--metrics-folder", str(metrics_folder)]
     command += ["--ready-fd", str(ready_write), "--life-fd", str(life_fd)]
     command += [part for listener in slot.sockets for part in ("--listen-fd", str(listener.fileno()))]
     command += ["--admin-fd", str(slot.admin.fileno())] if slot.admin else []
@@ -237,7 +240,9 @@ async def _reads_a_byte(fd: int) -> bool:
         transport.close()
 
 
-async def _keep_alive(slot: Slot, environment: dict[str, str], life_fd: int, stopping: asyncio.Event) -> None:
+async def _keep_alive(
+    slot: Slot, environment: dict[str, str], life_fd: int, metrics_folder: Path, stopping: asyncio.Event
+) -> None:
     """Puts a new worker in the slot whenever the old one has ended. Pauses grow while they end at once."""
     loop = asyncio.get_running_loop()
     pause_s = 0.0
@@ -249,7 +254,7 @@ async def _keep_alive(slot: Slot, environment: dict[str, str], life_fd: int, sto
         pause_s = min(_LONGEST_PAUSE_S, pause_s * 2 or 0.1) if loop.time() - started < _QUICK_S else 0.0
         await asyncio.sleep(pause_s)
         try:
-            await _start(slot, environment, life_fd)
+            await _start(slot, environment, life_fd, metrics_folder)
             log.info("a worker was replaced", slot=slot.number)
         except BalancerError as exc:
             log.error("a worker cannot start", slot=slot.number, reason=exc.message)

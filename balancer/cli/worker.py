@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from balancer import config, log, polling
 from balancer.cli.store import Store, opened
@@ -24,6 +25,7 @@ def main() -> int:
     """Runs the worker that the arguments describe; the exit status."""
     parser = argparse.ArgumentParser(prog="balancer.cli.worker", description=__doc__)
     parser.add_argument("--slot", type=int, required=True)
+    parser.add_argument("--metrics-folder", type=Path, required=True)
     parser.add_argument("--ready-fd", type=int, required=True)
     parser.add_argument("--life-fd", type=int, required=True)
     parser.add_argument("--listen-fd", type=int, action="append", required=True)
@@ -80,7 +82,7 @@ async def _serve(settings: Settings, store: Store, options: argparse.Namespace) 
     loop.add_signal_handler(signal.SIGTERM, draining.set)
     loop.add_reader(options.life_fd, draining.set)
     keeper = asyncio.create_task(store.held.keep()) if store.held else None
-    gateway = Gateway(settings, store.url, store.sealer, slot=options.slot)
+    gateway = Gateway(settings, store.url, store.sealer, slot=options.slot, metrics_folder=options.metrics_folder)
     try:
         planes = []
         if options.admin_fd is not None:

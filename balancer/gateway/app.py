@@ -17,6 +17,7 @@ from balancer.access import AccessLog
 from balancer.config import Settings
 from balancer.domain import Provider
 from balancer.errors import StoreUnavailableError
+from balancer.exposition import CLASSIC_TYPE, OPEN_TYPE, Lines, is_open_wanted
 from balancer.gateway.express import Express
 from balancer.gateway.forwarding import Forwarder
 from balancer.gateway.front import Front
@@ -25,15 +26,17 @@ from balancer.gateway.handlers import Handlers
 from balancer.gateway.health import HealthProbe
 from balancer.gateway.lane import Lanes
 from balancer.gateway.matching import Plans
-from balancer.gateway.messages import ClientRequest, ClientStream
+from balancer.gateway.messages import ClientRequest, WayBack
 from balancer.gateway.tls import server_context
 from balancer.gateway.upstream import UpstreamClient
 from balancer.gateway.watched import WatchedWay
 from balancer.gateway.witness import Watch
-from balancer.metrics import CONTENT_TYPE, Metrics, pool_gauges
+from balancer.gauges import Configured, configured, pooled
+from balancer.metrics import Metrics
 from balancer.store.balance import Balance, BalanceEvents
 from balancer.store.credentials import Credentials, Sealer
 from balancer.store.pool import PoolEvents
+from balancer.store.registry import Directory
 from balancer.store.slices import in_slices
 
 _TICK_S = 1.0
@@ -63,10 +66,21 @@ class _Providers:
 class Gateway:
     """A worker's data plane: start, serve, drain."""
 
-    def __init__(self, settings: Settings, url: str, sealer: Sealer | None, slot: int = 0) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        url: str,
+        sealer: Sealer | None,
+        *,
+        slot: int = 0,
+        metrics_folder: Path | None = None,
+    ) -> None:
+        """`metrics_folder`: where the workers of a supervisor, one in each `slot`, share what they count."""
         self._settings = settings
-        folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-        self.metrics = Metrics(Path(folder) if folder else None, slot)
+        self.metrics = Metrics(metrics_folder, slot)
+        self.metrics.open_requests = lambda: self._open_requests
+        self._configured: tuple[Directory, Configured] | None = None
+        """What the metrics tell of a configuration."""
         self.balance = Balance(url, settings, self._events())
         self._upstream = UpstreamClient(settings.upstream_connections, settings.upstream_ca_file)
         providers = _Providers(self.balance, Credentials(sealer))
@@ -96,13 +110,13 @@ class Gateway:
     def _events(self) -> BalanceEvents:
         metrics = self.metrics
         return BalanceEvents(
-            stale=lambda pool: metrics.stale_picks.labels(pool).inc(),
+            stale=lambda pool: metrics.count(metrics.stale_picks, pool),
             selected=metrics.select_s,
             pool=PoolEvents(
-                epoch_bumped=lambda pool, lost: metrics.epoch_bumps.labels(pool).inc(),
-                lease_expired=lambda pool, lost: metrics.leases_expired.labels(pool).inc(lost),
-                batches_lost=lambda pool, count: metrics.batches_lost.labels(pool).inc(count),
-                violated=lambda pool, count: metrics.violations.labels(pool).inc(count),
+                epoch_bumped=lambda pool, lost: metrics.count(metrics.epoch_bumps, pool),
+                lease_expired=lambda pool, lost: metrics.count(metrics.leases_expired, pool, lost),
+                batches_lost=lambda pool, count: metrics.count(metrics.batches_lost, pool, count),
+                violated=lambda pool, count: metrics.count(metrics.violations, pool, count),
             ),
         )
 
@@ -192,13 +206,28 @@ class Gateway:
     async def _tick(self) -> None:
         """Keeps the gauges that describe this worker fresh, for whichever worker is scraped."""
         while True:
-            for pool, entries in self.balance.outbox_entries().items():
-                self.metrics.outbox.labels(pool).set(entries)
-            try:
-                self.metrics.revision.set(self.balance.directory.revision)
-            except StoreUnavailableError:
-                self.metrics.revision.set(0)
+            self._tell_state()
             await asyncio.sleep(_TICK_S)
+
+    def _tell_state(self) -> None:
+        metrics, balance = self.metrics, self.balance
+        for pool, entries in balance.outbox_entries().items():
+            metrics.knows(pool)
+            metrics.outbox.set(entries, pool)
+        for pool, age_s in balance.outbox_ages_s().items():
+            metrics.outbox_age.set(age_s, pool)
+        for pool, is_up in balance.pools_up().items():
+            metrics.store_up.set(is_up, pool)
+        try:
+            metrics.revision.set(balance.directory.revision)
+        except StoreUnavailableError:
+            metrics.revision.set(0)
+        metrics.ready.set(self._is_ready)
+        metrics.flush()
+
+    @property
+    def _is_ready(self) -> bool:
+        return self.balance.is_ready and not self._is_draining
 
     # -- routes --------------------------------------------------------------------------------------------------------
 
@@ -212,6 +241,7 @@ class Gateway:
             self._settings.max_body_bytes,
             lambda: self._is_draining,
             own,
+            self._handlers.refused,
             self._watch,
         )
 
@@ -220,7 +250,7 @@ class Gateway:
         app.router.add_get("/metrics", self._metrics)
         return app
 
-    async def _counted(self, request: ClientRequest, stream: ClientStream) -> None:
+    async def _counted(self, request: ClientRequest, stream: WayBack) -> None:
         self._opened()
         try:
             await self._handlers.handle(request, stream)
@@ -240,17 +270,30 @@ class Gateway:
 
     async def _readyz(self, request: web.BaseRequest) -> web.Response:
         detail = {"pid": os.getpid(), "draining": self._is_draining, **self.balance.readiness()}
-        is_ready = self.balance.is_ready and not self._is_draining
+        is_ready = self._is_ready
         return _json(200 if is_ready else 503, {"ready": is_ready, **detail})
 
     async def _metrics(self, request: web.BaseRequest) -> web.Response:
+        gauges: list[Lines] = []
         try:
-            configuration = self.balance.directory.configuration
-            pools = await in_slices(pool_gauges(await self.balance.views(), configuration))
+            directory = self.balance.directory
         except StoreUnavailableError:
-            pools = []  # Absent, not 0: nobody knows.
-        body = await in_slices(self.metrics.exposing(pools, self.balance.pools_up()))
-        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
+            pass  # Absent, not 0: nobody knows.
+        else:
+            known = await self._configured_by(directory)
+            views, workers = await asyncio.gather(self.balance.views(), self.balance.live_workers())
+            gauges = [known.lines, await in_slices(pooled(views, workers, directory.configuration, known))]
+        self._tell_state()
+        is_open = is_open_wanted(request.headers.getall("Accept", []))
+        body = await in_slices(self.metrics.exposing(gauges, is_open=is_open))
+        return web.Response(body=body, headers={"Content-Type": OPEN_TYPE if is_open else CLASSIC_TYPE})
+
+    async def _configured_by(self, directory: Directory) -> Configured:
+        """What the metrics tell of the configuration, worked out once."""
+        if self._configured is None or self._configured[0] is not directory:
+            known = await in_slices(configured(directory.configuration, directory.definition))
+            self._configured = directory, known
+        return self._configured[1]
 
 
 def _json(status: int, value: object) -> web.Response:

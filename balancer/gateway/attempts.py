@@ -104,7 +104,7 @@ class Attempt:
         if self.outcome is None:
             self.cooldown_ms = cooldown_ms
             self.duration_s = duration_s = self.end(outcome, cooldown_ms)
-            self._metrics.settled(self.pick, outcome, self.usage, duration_s)
+            self._metrics.settled(self.pick, outcome, self.usage, duration_s, self.trace_id)
 
     def end(self, outcome: Outcome, cooldown_ms: int = 0) -> float:
         """Settles the attempt, which was not, for somebody who counts it for the metrics; how long it took."""
@@ -160,7 +160,7 @@ class Attempt:
         """Notes the first content token."""
         if self._first_token is None:
             self._first_token = time.monotonic()
-            self._metrics.first_token_s(self.pick.service, self._first_token - self._started)
+            self._metrics.first_token_s(self.pick, self.first_token_s, self.trace_id)
 
 
 def _us(seconds: float) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from balancer.domain import Rule
+from balancer.domain import Pick, Rule
 from balancer.failures import RETRYABLE, Verdict
 
 FindRule = Callable[[str], Rule | None]
@@ -28,6 +28,8 @@ class Course:
         self.rule = under or rule
         self.only = only
         self.attempts = 0
+        self.pick: Pick | None = None
+        """The last, as the forwarder notes it."""
         self._find = find
         self._is_bound = is_bound or bool(only)
         self._here = 0

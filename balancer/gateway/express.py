@@ -259,7 +259,7 @@ class Way(msgspec.Struct, eq=False):
         if self.sent is not None:
             metrics.overhead_s(self.overhead_s)
         if self.attempt_s:
-            metrics.settled(attempt.pick, Outcome.SUCCESS, attempt.usage, self.attempt_s)
+            metrics.settled(attempt.pick, Outcome.SUCCESS, attempt.usage, self.attempt_s, attempt.trace_id)
 
     def _end(self, outcome: Outcome, *, is_whole: bool) -> None:
         """The request is answered, or never will be."""
@@ -267,7 +267,14 @@ class Way(msgspec.Struct, eq=False):
         express = self.express
         try:
             self._count()
-            express.metrics.request(self.route.scenario, self.plan.rule.uuid, outcome, time.monotonic() - self.began)
+            express.metrics.request(
+                self.route.scenario,
+                self.plan.rule.uuid,
+                outcome,
+                time.monotonic() - self.began,
+                self.attempt.pick if self.attempt is not None else None,
+                self.attempt.trace_id if self.attempt is not None else "",
+            )
         finally:
             express.closed()
             self.lane.answered(is_whole=is_whole, is_last=self.is_last)
@@ -556,6 +563,8 @@ class Way(msgspec.Struct, eq=False):
                     self.overhead_s,
                     self.attempt_s,
                     time.monotonic() - self.began,
+                    pick,
+                    attempt.trace_id,
                 ),
                 usage,
             )

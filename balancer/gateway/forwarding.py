@@ -182,6 +182,7 @@ class Forwarder:
         Raises BalancerError when nothing was sent to the client yet.
         """
         if begun is not None and begun.error is not None:
+            course.pick = begun.attempt.pick if begun.attempt is not None else None
             raise begun.error
         clock = begun.clock if begun else Clock(request, self._deadlines)
         errand = _Errand(request=request, route=route, peek=peek, course=course, stream=stream, clock=clock)
@@ -203,7 +204,10 @@ class Forwarder:
                 if failure is None:
                     raise
                 break
+            course.pick = attempt.pick
             course.picked(attempt.pick.service, attempt.rule)
+            if course.attempts > 1:
+                self._metrics.retried(attempt.pick)
             ended = await self._attempt(errand, attempt, first)
             if isinstance(ended, Outcome):
                 return ended

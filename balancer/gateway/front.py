@@ -128,14 +128,19 @@ class Front:
         max_body_bytes: int,
         is_draining: Callable[[], bool],
         own: Mapping[str, Answer],
+        refused: Callable[[ClientRequest, BalancerError, float], str] = lambda request, error, began: "",
         watch: Watch | None = None,
     ) -> None:
-        """`own`: what answers by itself to GET, by path. `watch` tells of what is refused here."""
+        """`own`: what answers by itself to GET, by path.
+
+        `refused` counts what the handler never hears of, and gives its scenario; `watch` tells of it.
+        """
         self._handle = handle
         self._dialect_of = dialect_of
         self._max_body_bytes = max_body_bytes
         self._is_draining = is_draining
         self._own = own
+        self._refused = refused
         self._watch = watch
 
     async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -170,8 +175,9 @@ class Front:
             if self._watch is not None:
                 message.witness = self._watch.begin(message, stream.client, began)
             await send_error(self._dialect_of(path), exc, message, stream)
+            scenario = self._refused(message, exc, began)
             if message.witness is not None:
-                message.witness.ended("", "", Outcome.REJECTED, stream)
+                message.witness.ended(scenario, "", Outcome.REJECTED, stream)
         except ClientGoneError:
             stream.abort()
         else:

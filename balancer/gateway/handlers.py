@@ -31,11 +31,12 @@ from balancer.errors import (
     UnknownModelError,
     UnknownPathError,
     UnknownResponseError,
+    UpstreamError,
 )
 from balancer.gateway.course import Course
 from balancer.gateway.forwarding import Begun, Forwarder
 from balancer.gateway.matching import Directory, Plans, serving, standing_in
-from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
+from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream, WayBack
 from balancer.gateway.telling import incomplete, send_error
 from balancer.gateway.witness import Watch
 from balancer.metrics import Metrics
@@ -94,7 +95,7 @@ class Handlers:
         # Digests are of one length, so that comparing them tells nothing of a token.
         self._tokens = tuple(_digest(token) for token in settings.client_tokens)
 
-    async def handle(self, request: ClientRequest, stream: ClientStream, begun: Begun | None = None) -> None:
+    async def handle(self, request: ClientRequest, stream: WayBack, begun: Begun | None = None) -> None:
         """Answers the request on the stream, from its start or from where it was `begun`."""
         began = begun.clock.began if begun else time.monotonic()
         if self._watch is not None and request.witness is None:
@@ -104,6 +105,8 @@ class Handlers:
         wanted = route(request.method, request.path, speaks_anthropic=speaks_anthropic)
         dialect = wanted.dialect if wanted else self.dialect_of(request.path)
         rule: Rule | None = None
+        course: Course | None = None
+        refusal: BalancerError | None = None
         outcome = Outcome.REJECTED
         try:
             self._authenticate(request)
@@ -127,13 +130,13 @@ class Handlers:
                 course = await self._course(rule, peek, wanted)
                 outcome = await self._forwarder.forward(request, wanted, course, peek, stream, begun)
         except ConfigurationError as exc:
-            outcome = Outcome.FAILED
+            outcome, refusal = Outcome.FAILED, exc
             await send_error(dialect, incomplete(exc, request), request, stream)
         except RateLimitedError as exc:
-            outcome = Outcome.RATE_LIMITED
+            outcome, refusal = Outcome.RATE_LIMITED, exc
             await send_error(dialect, exc, request, stream)
         except BalancerError as exc:
-            outcome = Outcome.REJECTED if exc.status < 500 else Outcome.FAILED
+            outcome, refusal = Outcome.REJECTED if exc.status < 500 else Outcome.FAILED, exc
             await send_error(dialect, exc, request, stream)
         except ClientGoneError:
             outcome = Outcome.CANCELLED
@@ -146,9 +149,25 @@ class Handlers:
             await send_error(dialect, BalancerError("internal error"), request, stream)
         finally:
             scenario = wanted.scenario if wanted else ""
-            self._metrics.request(scenario, rule.uuid if rule else "", outcome, time.monotonic() - began)
+            pick = course.pick if course else None
+            trace_id = request.witness.trace_id if request.witness is not None else ""
+            self._metrics.request(
+                scenario, rule.uuid if rule else "", outcome, time.monotonic() - began, pick, trace_id
+            )
+            if refusal is not None and pick is None and not isinstance(refusal, UpstreamError):
+                self._metrics.refused(scenario, refusal.reason)
             if request.witness is not None:
                 request.witness.ended(scenario, rule.uuid if rule else "", outcome, stream)
+
+    def refused(self, request: ClientRequest, error: BalancerError, began: float) -> str:
+        """Counts a request that the front has refused already, and that arrived then; its scenario."""
+        first = request.first
+        speaks_anthropic = "anthropic-version" in first or "x-api-key" in first
+        wanted = route(request.method, request.path, speaks_anthropic=speaks_anthropic)
+        scenario = wanted.scenario if wanted else ""
+        self._metrics.request(scenario, "", Outcome.REJECTED, time.monotonic() - began)
+        self._metrics.refused(scenario, error.reason)
+        return scenario
 
     def may_pass(self, head: ClientRequest) -> Route | None:
         """The route of a request for a model with this head, when nothing in that speaks against it; else None.

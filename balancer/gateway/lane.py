@@ -13,7 +13,7 @@ from typing import Final, Protocol, cast
 from balancer import log
 from balancer.gateway.lane_head import MAX_HEAD_BYTES, Head, Repeat, is_beginning, read_head, repeat_of
 from balancer.gateway.lane_stream import LaneStream
-from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
+from balancer.gateway.messages import ClientGoneError, ClientRequest, WayBack
 from balancer.gateway.request_ids import request_id_of
 from balancer.polling import DirectSocket, direct_socket
 
@@ -29,7 +29,7 @@ IDLE_S = 3630.0
 SLOW_S = 60.0
 """For a whole head, and between two parts of a body."""
 
-Handle = Callable[[ClientRequest, ClientStream], Awaitable[None]]
+Handle = Callable[[ClientRequest, WayBack], Awaitable[None]]
 
 
 class Work(Protocol):

@@ -9,7 +9,7 @@ import msgspec
 
 from balancer.dialects import Headers
 from balancer.domain import Timeouts
-from balancer.gateway.witness import Witness
+from balancer.gateway.witness import Answered, Witness
 
 
 class Take(Protocol):
@@ -82,18 +82,6 @@ class ClientStream(Protocol):
     def is_started(self) -> bool:
         """True once the answer's headers are on their way."""
 
-    @property
-    def client(self) -> str:
-        """The client's address, empty when it is not known (any more)."""
-
-    @property
-    def status(self) -> int:
-        """The answer's status, 0 before it is started."""
-
-    @property
-    def body_bytes(self) -> int:
-        """How much of a body was sent."""
-
     def give_until(self, time: float) -> None:
         """Breaks the connection, with ClientGoneError, where something written waits beyond a time of the loop's."""
 
@@ -117,6 +105,14 @@ class ClientStream(Protocol):
 
     def abort(self) -> None:
         """Breaks the connection, so that nobody takes what was sent for the whole."""
+
+
+class WayBack(ClientStream, Answered, Protocol):
+    """The same, as whoever tells of the request looks at it."""
+
+    @property
+    def client(self) -> str:
+        """The client's address, empty when it is not known (any more)."""
 
 
 class UpstreamRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -215,6 +215,22 @@ class Balance:
         """For each pool the entries that Redis has not acknowledged."""
         return {name: len(pool.outbox) for name, pool in self._pools.items()}
 
+    def outbox_ages_s(self) -> dict[str, float]:
+        """For each pool how long the oldest entry has waited that Redis has not acknowledged, 0 for none."""
+        return {name: pool.outbox.oldest_s for name, pool in self._pools.items()}
+
+    async def live_workers(self) -> dict[str, int]:
+        """How many workers of the fleet have a lease on each pool that answers within the deadline."""
+        pools = list(self._pools.values())
+        counts = await asyncio.gather(*(pool.live_workers() for pool in pools), return_exceptions=True)
+        found = {}
+        for pool, count in zip(pools, counts, strict=True):
+            if isinstance(count, int):
+                found[pool.pool] = count
+            elif not isinstance(count, StoreUnavailableError):
+                raise count
+        return found
+
     async def views(self) -> list[PoolView]:
         """A picture of every pool that answers within the deadline; the others are left out."""
         pictures = await asyncio.gather(*(p.view() for p in self._pools.values()), return_exceptions=True)

@@ -8,7 +8,7 @@ import functools
 import time
 import types
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -753,10 +753,23 @@ class PoolClient:
         ends = _scores(reply)
         now_ms = int(seconds) * 1000 + int(micros) // 1000
         ended = [worker for worker, end_ms in ends.items() if 0 <= end_ms <= now_ms and worker != self.worker]
-        alive = sorted(w for w, end_ms in ends.items() if end_ms > now_ms and not w.startswith(keys.HOLD_PREFIX))
+        alive = _alive(ends, now_ms)
         self.local.saw_workers(len(alive))
         following = [worker for worker in alive if worker > self.worker] or [w for w in alive if w < self.worker]
         return ended + following[:1]
+
+    async def live_workers(self) -> int:
+        """How many workers have a lease. Raises StoreUnavailableError, at once while Redis is known to be away."""
+        if not self._link.is_up:
+            raise StoreUnavailableError(f"Redis is away: {self._link.failure}")
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                leases = self.command("ZRANGEBYSCORE", keys.leases(self.pool), 0, "+inf", "WITHSCORES")
+                reply, (seconds, micros) = await asyncio.gather(leases, self.command("TIME"))
+        except TimeoutError:
+            raise StoreUnavailableError("Redis did not answer in time") from None
+        now_ms = int(seconds) * 1000 + int(micros) // 1000
+        return len(_alive(_scores(reply), now_ms))
 
     async def _reap(self, target: str) -> None:
         names, place = self._keys(target), ""
@@ -824,6 +837,11 @@ def _store_error(exc: BaseException) -> StoreUnavailableError:
 def _mapping(reply: Any) -> dict[bytes, bytes]:
     """A hash as RESP3 (a map) or RESP2 (a flat list) gives it."""
     return reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
+
+
+def _alive(ends: Mapping[str, float], now_ms: int) -> list[str]:
+    """The workers, in order, whose leases end later than now."""
+    return sorted(w for w, end_ms in ends.items() if end_ms > now_ms and not w.startswith(keys.HOLD_PREFIX))
 
 
 def _scores(reply: Any) -> dict[str, float]:

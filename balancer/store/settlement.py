@@ -80,6 +80,14 @@ class Outbox:
         return len(self._entries) + self._unacknowledged
 
     @property
+    def oldest_s(self) -> float:
+        """For how long the oldest of them has waited, as far as it is in memory; 0 for none."""
+        for batch in self._batches:
+            if batch.entries:
+                return self._clock() - batch.entries[0][1]
+        return self._clock() - self._entries[0][1] if self._entries else 0.0
+
+    @property
     def last_number(self) -> int:
         """The number of the newest batch, 0 before the first."""
         return self._next - 1

@@ -148,6 +148,11 @@ class PoolView(msgspec.Struct, frozen=True, kw_only=True):
         partition = self.partitions.get(keys.partition(rule))
         return partition.cursor if partition else ""
 
+    def streak(self, rule: str) -> int | None:
+        """The rule's consecutive picks on its current service, None before the first."""
+        partition = self.partitions.get(keys.partition(rule))
+        return partition.streak if partition else None
+
     def breaker_state(self, service: str) -> BreakerState:
         """Whether the service's breaker lets requests through: `half_open` is one at a time, as a probe."""
         state = self.services.get(service)

@@ -27,7 +27,7 @@ import balancer
 from balancer import config, log
 from balancer.gateway.app import Gateway
 from balancer.gateway.handlers import Handlers
-from balancer.gateway.messages import ClientRequest, ClientStream
+from balancer.gateway.messages import ClientRequest, WayBack
 from balancer.store import settlement
 from benchmarks.growth.files import raise_open_files
 
@@ -128,7 +128,7 @@ class Lines:
         self._counts.clear()
         handle = self._handle
 
-        async def marked(handlers: Handlers, request: ClientRequest, stream: ClientStream) -> None:
+        async def marked(handlers: Handlers, request: ClientRequest, stream: WayBack) -> None:
             _is_request.set(True)
             try:
                 await handle(handlers, request, stream)
@@ -165,8 +165,7 @@ async def main(url: str, kept_s: float) -> None:
     marks, lines = Marks(), Lines()
     with tempfile.TemporaryDirectory(prefix="growth-") as folder:
         # As the workers of `serve` have it: metrics in files that they share.
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        gateway = Gateway(config.load({"redis": url}), url, None)
+        gateway = Gateway(config.load({"redis": url}), url, None, metrics_folder=Path(folder))
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         await gateway.start([listener])
         print(listener.getsockname()[1], flush=True)

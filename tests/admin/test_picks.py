@@ -304,7 +304,7 @@ async def test_a_pick_that_redis_makes_too_late_is_given_back(admin: Admin, cont
 async def test_picks_over_the_api_are_in_the_metrics(admin: Admin) -> None:
     await admin.settle((await admin.pick())["hold"], input=11)
     await admin.settle((await admin.pick())["hold"], "failed")
-    text = admin.gateway.metrics.exposition([], {}).decode()
+    text = admin.gateway.metrics.exposition().decode()
     labels = f'pool="default",rule="{RULE}",service="{FIRST}"'
     for line in (
         f'balancer_picks_total{{pool="default",reason="streak",rule="{RULE}",service="{FIRST}"}} 2.0',

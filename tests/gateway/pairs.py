@@ -44,11 +44,8 @@ async def settled(gateway: Served) -> Settled:
     await eventually(is_over)
     counts: Settled = {}
     gateway.gateway.metrics.flush()  # Those of the express way are counted some time soon.
-    for family in gateway.gateway.metrics.attempts.collect():
-        for sample in family.samples:
-            if sample.name.endswith("_total"):
-                key = sample.labels["service"], sample.labels["outcome"]
-                counts[key] = counts.get(key, 0) + int(sample.value)
+    for (_, _, service, outcome), count in gateway.gateway.metrics.attempts.totals().items():
+        counts[service, outcome] = counts.get((service, outcome), 0) + int(count)
     totals: dict[str, int] = {}
     for (service, _), count in counts.items():
         totals[service] = totals.get(service, 0) + count
@@ -59,19 +56,9 @@ async def settled(gateway: Served) -> Settled:
 
 def counted(counts: Counts) -> dict[tuple[str, ...], int]:
     """What a counter says, by the values of its labels."""
-    return {
-        tuple(sample.labels.values()): int(sample.value)
-        for family in counts.collect()
-        for sample in family.samples
-        if sample.name.endswith("_total")
-    }
+    return {labels: int(count) for labels, count in counts.totals().items()}
 
 
 def requests_total(gateway: Served) -> dict[tuple[str, str], int]:
     """Requests by rule and outcome."""
-    return {
-        (sample.labels["rule"], sample.labels["outcome"]): int(sample.value)
-        for family in gateway.gateway.metrics.requests.collect()
-        for sample in family.samples
-        if sample.name.endswith("_total")
-    }
+    return {(rule, outcome): count for (_, rule, outcome), count in counted(gateway.gateway.metrics.requests).items()}

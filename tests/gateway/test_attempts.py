@@ -121,7 +121,7 @@ def test_picks_without_the_store_and_switches_that_a_pin_saved_are_counted() -> 
     metrics = Metrics()
     for more in ({"is_local": True}, {"is_saved": True}, {"is_saved": True}, {}):
         metrics.picked(a_pick(**more))
-    lines = metrics.exposition([], {}).decode().splitlines()
+    lines = metrics.exposition().decode().splitlines()
     assert 'balancer_degraded_picks_total{pool="p",rule="chat"} 1.0' in lines
     assert 'balancer_pinned_switches_saved_total{pool="p",rule="chat"} 2.0' in lines
 

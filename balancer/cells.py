@@ -1,0 +1,291 @@
+"""Numbers that all workers of one supervisor share, in files of one folder: a set for each worker's slot.
+
+A slot outlives its workers: one that takes the place of a dead one goes on counting where that stopped. `slot-N.rows`
+names the rows, one JSON line each, and is only ever appended to; `slot-N.numbers` has their doubles in the same order,
+mapped into the worker's memory; `slot-N.exemplars` has, for rows with exemplars, records of a fixed length. While a
+worker lives it holds a lock on the first: whoever reads can tell whether the gauges there are of somebody alive.
+
+Without a folder, as in tests, it all is in memory.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from balancer.errors import ConfigurationError
+
+BEATS_AT = 0
+"""The cell in which a worker writes when it last gave a sign of life, of the machine's monotonic clock."""
+_FIRST_CELL = 1
+_CELLS_AT_ONCE = 1024
+_CELL_BYTES = 8
+_LOCK_S = 5.0
+_ROWS, _NUMBERS, _EXEMPLARS = ".rows", ".numbers", ".exemplars"
+_RECORD = struct.Struct("<dd112s")
+_TEXT_BYTES = 112
+_READ_AT_ONCE = 1 << 20
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """What a run of cells is for: a family and label values; how many cells, and how many of them have exemplars."""
+
+    family: str
+    labels: tuple[str, ...]
+    width: int = 1
+    exemplars: int = 0
+
+
+class Exemplar(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One thing that was counted: its value, when (seconds of the epoch), its decision, and its trace or ""."""
+
+    value: float
+    time_s: float
+    decision: str
+    trace_id: str = ""
+
+    def packed(self) -> bytes:
+        """The record; a trace that does not fit in beside its decision is left out."""
+        text = f"{self.decision}\n{self.trace_id}".encode()
+        if len(text) > _TEXT_BYTES:
+            text = self.decision.encode()[:_TEXT_BYTES]
+        return _RECORD.pack(self.value, self.time_s, text)
+
+
+def _unpacked(record: bytes) -> Exemplar | None:
+    value, time_s, text = _RECORD.unpack(record)
+    if not time_s:
+        return None
+    decision, _, trace_id = text.rstrip(b"\0").decode("utf-8", "replace").partition("\n")
+    return Exemplar(value, time_s, decision, trace_id)
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(Row).decode
+
+
+class Slot:
+    """One worker's rows, to be written by that worker alone."""
+
+    def __init__(self, folder: Path | None = None, number: int = 0) -> None:
+        """Takes the slot over, with what the worker before has counted.
+
+        Raises ConfigurationError when a living one has it.
+        """
+        self.numbers: array.array[float] | memoryview[float] = array.array("d", bytes(_CELL_BYTES))
+        """All cells. Others may stand here after each call of `place`."""
+        self.rows: list[tuple[Row, int]] = []
+        """With the first cell of each."""
+        self.records: list[int] = []
+        """The place of the first exemplar of each row."""
+        self.exemplars: dict[int, Exemplar] = {}
+        """In memory; with a folder they are in their file."""
+        self._places: dict[Row, tuple[int, int]] = {}
+        self._next = _FIRST_CELL
+        self._next_record = 0
+        self._map: mmap.mmap | None = None
+        self._rows_fd = self._numbers_fd = self._exemplars_fd = -1
+        self.is_closed = False
+        if folder is not None:
+            self._open(folder, number)
+
+    def _open(self, folder: Path, number: int) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._rows_fd = os.open(path_of(folder, number, _ROWS), flags | os.O_APPEND, 0o600)
+        _lock(self._rows_fd, number)
+        self._numbers_fd = os.open(path_of(folder, number, _NUMBERS), flags, 0o600)
+        self._exemplars_fd = os.open(path_of(folder, number, _EXEMPLARS), flags, 0o600)
+        text = _read_all(self._rows_fd, 0)
+        whole = text.rfind(b"\n") + 1
+        os.ftruncate(self._rows_fd, whole)  # The worker before died while it wrote the rest.
+        for line in text[:whole].splitlines():
+            self._note(_decode(line))
+        self._grow()
+
+    def _note(self, row: Row) -> int:
+        place = self._next
+        self._places[row] = place, self._next_record
+        self.rows.append((row, place))
+        self.records.append(self._next_record)
+        self._next += row.width
+        self._next_record += row.exemplars
+        return place
+
+    def place(self, row: Row) -> int:
+        """The first cell of the row, which is made if it is not there."""
+        found = self._places.get(row)
+        if found is not None:
+            return found[0]
+        if self._rows_fd >= 0:
+            os.write(self._rows_fd, _encode(row) + b"\n")
+        place = self._note(row)
+        self._grow()
+        return place
+
+    def _grow(self) -> None:
+        missing = self._next - len(self.numbers)
+        if self._numbers_fd < 0:
+            if missing > 0:
+                assert isinstance(self.numbers, array.array), "in memory"
+                self.numbers.frombytes(bytes(_CELL_BYTES * missing))
+            return
+        if missing <= 0 and self._map is not None:
+            return
+        held = os.fstat(self._numbers_fd).st_size // _CELL_BYTES
+        cells = max(held, -(-self._next // _CELLS_AT_ONCE) * _CELLS_AT_ONCE)
+        os.ftruncate(self._numbers_fd, cells * _CELL_BYTES)
+        self._unmap()
+        self._map = mmap.mmap(self._numbers_fd, cells * _CELL_BYTES)
+        # Each cell is one aligned word, which is written at once: who reads meanwhile sees the old number or the new.
+        self.numbers = memoryview(self._map).cast("d")
+
+    def _unmap(self) -> None:
+        if isinstance(self.numbers, memoryview):
+            self.numbers.release()
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+
+    def exemplify(self, row: Row, index: int, exemplar: Exemplar) -> None:
+        """Keeps an exemplar of that cell of the row, in place of the one before."""
+        self.place(row)
+        record = self._places[row][1] + index
+        if self._exemplars_fd < 0:
+            self.exemplars[record] = exemplar
+        else:
+            os.pwrite(self._exemplars_fd, exemplar.packed(), record * _RECORD.size)
+
+    def close(self) -> None:
+        """Leaves the slot to the next worker."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._unmap()
+        self.numbers = array.array("d", bytes(_CELL_BYTES * self._next))
+        for fd in (self._rows_fd, self._numbers_fd, self._exemplars_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._rows_fd = self._numbers_fd = self._exemplars_fd = -1
+
+
+class Seen:
+    """A slot as others see it: the rows known so far, and at each look its numbers, and whether its worker lives."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.number = number
+        self.rows: list[tuple[Row, int]] = []
+        """With the first cell of each."""
+        self.records: list[int] = []
+        """The place of the first exemplar of each row."""
+        self._folder = folder
+        self._read_bytes = 0
+        self._next = _FIRST_CELL
+        self._next_record = 0
+
+    def look(self) -> tuple[Sequence[float], bool]:
+        """The cells of all rows, and whether the worker lives."""
+        fd = os.open(path_of(self._folder, self.number, _ROWS), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            is_alive = not _takes(fd, fcntl.LOCK_SH)
+            text = _read_all(fd, self._read_bytes)
+        finally:
+            os.close(fd)
+        whole = text.rfind(b"\n") + 1
+        for line in text[:whole].splitlines():
+            row = _decode(line)
+            self.rows.append((row, self._next))
+            self.records.append(self._next_record)
+            self._next += row.width
+            self._next_record += row.exemplars
+        self._read_bytes += whole
+        numbers = array.array("d", self._bytes(_NUMBERS)[: self._next * _CELL_BYTES])
+        if len(numbers) < self._next:  # Rows are named before there is room for them.
+            numbers.frombytes(bytes(_CELL_BYTES * (self._next - len(numbers))))
+        return numbers, is_alive
+
+    def exemplars(self) -> dict[int, Exemplar]:
+        """The exemplars by their place."""
+        data = self._bytes(_EXEMPLARS)
+        found = {}
+        for place in range(len(data) // _RECORD.size):
+            exemplar = _unpacked(data[place * _RECORD.size : (place + 1) * _RECORD.size])
+            if exemplar is not None:
+                found[place] = exemplar
+        return found
+
+    def _bytes(self, kind: str) -> bytes:
+        try:
+            fd = os.open(path_of(self._folder, self.number, kind), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return b""
+        try:
+            return _read_all(fd, 0)
+        finally:
+            os.close(fd)
+
+
+def path_of(folder: Path, number: int, kind: str) -> Path:
+    """A file of a slot."""
+    return folder / f"slot-{number}{kind}"
+
+
+def slots_in(folder: Path) -> list[int]:
+    """The numbers of the slots that a worker has had, in order."""
+    return sorted(int(path.name[5 : -len(_ROWS)]) for path in folder.glob(f"slot-*{_ROWS}"))
+
+
+def is_held(path: Path) -> bool:
+    """True while somebody holds the lock on a file."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return not _takes(fd, fcntl.LOCK_SH)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def held(path: Path, *, create: bool = False) -> Iterator[int | None]:
+    """The lock on a file, as its descriptor, for as long as the block runs; None where somebody else has it."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
+    try:
+        yield fd if _takes(fd, fcntl.LOCK_EX) else None
+    finally:
+        os.close(fd)
+
+
+def _takes(fd: int, how: int) -> bool:
+    """True when the lock was there for the taking: it is ours until the descriptor is closed."""
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except OSError as exc:
+        if exc.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        return False
+    return True
+
+
+def _lock(fd: int, number: int) -> None:
+    """Takes the slot's lock; who looks whether it is free holds it for a moment."""
+    until = time.monotonic() + _LOCK_S
+    while not _takes(fd, fcntl.LOCK_EX):
+        if time.monotonic() > until:
+            raise ConfigurationError(f"another process counts in slot {number} of the same metrics folder")
+        time.sleep(0.001)
+
+
+def _read_all(fd: int, offset: int) -> bytes:
+    chunks = []
+    while chunk := os.pread(fd, _READ_AT_ONCE, offset):
+        chunks.append(chunk)
+        offset += len(chunk)
+    return b"".join(chunks)

@@ -1,0 +1,274 @@
+"""What Prometheus reads: the numbers of all slots put together, in the classic text format or as OpenMetrics.
+
+Thousands of services are hundreds of thousands of lines; everything here is done in steps.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from balancer.cells import BEATS_AT, Exemplar, Row, Seen, Slot, slots_in
+from balancer.steps import Steps
+
+CLASSIC_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OPEN_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+_OPEN_VERSIONS = ("", "0.0.1", "1.0.0")
+_ROWS_A_STEP = 16
+_BEAT_S = 10.0
+"""A worker that has given no sign of life for so long answers nobody."""
+_MOST_EXEMPLAR_CHARACTERS = 128
+"""Names and values of an exemplar's labels together (OpenMetrics 1.0.0, Exemplars)."""
+
+Source = Literal["counted", "worker", "fleet", "configuration"]
+Lines = Mapping[str, Sequence[str]]
+"""Of families by name: their samples, each a line that ends. Gauges look alike in both formats."""
+
+
+class Family(msgspec.Struct, frozen=True, kw_only=True):
+    """A series as it is exported. `across` is how it adds up: over the workers of a pod, and over pods.
+
+    A state that `needs_beat` is that of a worker which has given a sign of life in the last seconds.
+    """
+
+    name: str
+    type: Literal["counter", "gauge", "histogram"]
+    labels: tuple[str, ...]
+    help: str
+    unit: str
+    source: Source
+    across: Literal["sum", "min", "max"]
+    buckets: tuple[float, ...] = ()
+    has_exemplars: bool = False
+    needs_beat: bool = False
+
+    @property
+    def width(self) -> int:
+        """How many cells a row of it has: those of a histogram count each bucket, what is above them, and the sum."""
+        return len(self.buckets) + 2 if self.type == "histogram" else 1
+
+    @property
+    def exemplars(self) -> int:
+        """How many of them have exemplars."""
+        return max(1, self.width - 1) if self.has_exemplars else 0
+
+    def head(self, *, is_open: bool) -> str:
+        """The lines that say what it is."""
+        name = self.name
+        if is_open and self.type == "counter":
+            name = name.removesuffix("_total")
+        lines = f"# HELP {name} {self.help}\n# TYPE {name} {self.type}\n"
+        if is_open and name.endswith(f"_{self.unit}"):
+            lines += f"# UNIT {name} {self.unit}\n"
+        return lines
+
+
+def escaped(label: str) -> str:
+    """A label's value as it stands between quotes."""
+    return label.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+
+
+def label_text(names: Sequence[str], values: Sequence[str]) -> str:
+    """Labels as they stand in braces, without these."""
+    return ",".join([f'{name}="{escaped(value)}"' for name, value in zip(names, values, strict=True)])
+
+
+def is_open_wanted(accepts: Sequence[str]) -> bool:
+    """True when the values of Accept ask for OpenMetrics, and rather for that than for plain text."""
+    best: dict[bool, float] = {}
+    for item in ",".join(accepts).split(","):
+        kind, *parameters = (part.strip().lower() for part in item.split(";"))
+        given = dict(parameter.partition("=")[::2] for parameter in parameters)
+        is_open = kind == "application/openmetrics-text"
+        if is_open and given.get("version", "").strip('"') not in _OPEN_VERSIONS:
+            continue
+        if not is_open and kind not in ("text/plain", "text/*"):
+            continue
+        try:
+            quality = float(given.get("q", "1"))
+        except ValueError:
+            continue
+        best[is_open] = max(best.get(is_open, 0.0), quality)
+    return best.get(True, 0.0) > 0 and best[True] >= best.get(False, 0.0)
+
+
+class _Place(msgspec.Struct, frozen=True, gc=False):
+    """Where a row of a slot is, and where in the sum; its first exemplar there; and how it adds up."""
+
+    begin: int
+    to: int
+    width: int
+    record: int
+    exemplars: int
+    combine: Callable[[float, float], float] | None
+    """None for what is counted, and stays when its worker is gone."""
+    needs_beat: bool
+
+
+class _Known(msgspec.Struct):
+    """A slot, and the places of its rows so far."""
+
+    seen: Seen
+    places: list[_Place]
+
+
+class Scrape:
+    """Adds up what the slots say, and writes it. It remembers where everything is from one scrape to the next."""
+
+    def __init__(self, families: Sequence[Family], slot: Slot, folder: Path | None) -> None:
+        self._families = families
+        self._by_name = {family.name: family for family in families}
+        self._slot = slot
+        self._folder = folder
+        self._known: dict[int, _Known] = {}
+        self._own: list[_Place] = []
+        self._to: dict[Row, int] = {}
+        self._rows: dict[str, list[tuple[str, int]]] = {family.name: [] for family in families}
+        """Of each family the rows: labels in the text format, and the place in the sum."""
+        self._size = 0
+
+    def written(self, gauges: Sequence[Lines], *, is_open: bool) -> Steps[bytes]:
+        """The whole text, in steps; `gauges` are the lines of families that no slot has."""
+        sums, exemplars = yield from self._added_up(with_exemplars=is_open)
+        size = len(sums)
+        text = bytearray()
+        for family in self._families:
+            parts = [family.head(is_open=is_open)]
+            write = _histogram if family.type == "histogram" else _plain
+            for i, (labels, place) in enumerate(self._rows[family.name]):
+                if place >= size:
+                    break  # Somebody else's scrape has met it meanwhile.
+                write(parts, family, labels, sums, place, exemplars)
+                if not i % _ROWS_A_STEP:
+                    yield
+            for lines in gauges:
+                parts.extend(lines.get(family.name, ()))
+            text += "".join(parts).encode()
+            yield
+        if is_open:
+            text += b"# EOF\n"
+        return bytes(text)
+
+    def _added_up(self, *, with_exemplars: bool) -> Steps[tuple[list[float], Mapping[int, Exemplar]]]:
+        """The numbers of all slots in one, in the slots' order: a sum of doubles must not depend on who adds."""
+        looks = list(self._looks())
+        sums = [math.nan] * self._size
+        exemplars: dict[int, Exemplar] = {}
+        for known, numbers, is_alive in looks:
+            places = self._own if known is None else known.places
+            is_beating = is_alive and time.monotonic() - numbers[BEATS_AT] < _BEAT_S
+            yield
+            for i, place in enumerate(list(places)):
+                begin, to, combine = place.begin, place.to, place.combine
+                if begin + place.width > len(numbers) or to >= len(sums):
+                    continue
+                if combine is None:
+                    is_first = math.isnan(sums[to])
+                    for j in range(place.width):
+                        sums[to + j] = numbers[begin + j] if is_first else sums[to + j] + numbers[begin + j]
+                elif (is_beating if place.needs_beat else is_alive) and not math.isnan(numbers[begin]):
+                    sums[to] = numbers[begin] if math.isnan(sums[to]) else combine(sums[to], numbers[begin])
+                if not i % _ROWS_A_STEP:
+                    yield
+            if with_exemplars:
+                found = self._slot.exemplars if known is None else known.seen.exemplars()
+                yield
+                for i, place in enumerate(list(places) if found else ()):
+                    for j in range(place.exemplars):
+                        exemplar = found.get(place.record + j)
+                        held = exemplars.get(place.to + j)
+                        if exemplar is not None and (held is None or held.time_s < exemplar.time_s):
+                            exemplars[place.to + j] = exemplar
+                    if not i % _ROWS_A_STEP:
+                        yield
+        return sums, exemplars
+
+    def _looks(self) -> Iterator[tuple[_Known | None, Sequence[float], bool]]:
+        """Each slot, None for one in memory, with its numbers, and whether its worker lives."""
+        if self._folder is None:
+            self._learn(self._own, self._slot.rows, self._slot.records)
+            yield None, self._slot.numbers, True
+            return
+        for number in slots_in(self._folder):
+            known = self._known.get(number)
+            if known is None:
+                known = self._known[number] = _Known(Seen(self._folder, number), [])
+            numbers, is_alive = known.seen.look()
+            self._learn(known.places, known.seen.rows, known.seen.records)
+            yield known, numbers, is_alive
+
+    def _learn(self, places: list[_Place], rows: Sequence[tuple[Row, int]], records: Sequence[int]) -> None:
+        """Notes where the rows are that are new since the last time."""
+        for i in range(len(places), len(rows)):
+            row, begin = rows[i]
+            family = self._by_name.get(row.family)
+            if family is None or (family.width, len(family.labels)) != (row.width, len(row.labels)):
+                # Of another version of the program, which was replaced under the same supervisor.
+                places.append(_Place(begin, 0, 0, 0, 0, None, False))
+                continue
+            to = self._to.get(row)
+            if to is None:
+                to = self._to[row] = self._size
+                self._size += row.width
+                self._rows[family.name].append((label_text(family.labels, row.labels), to))
+            combine = _COMBINE[family.across] if family.type == "gauge" else None
+            places.append(_Place(begin, to, row.width, records[i], row.exemplars, combine, family.needs_beat))
+
+
+def _add(first: float, second: float) -> float:
+    return first + second
+
+
+_COMBINE: Mapping[str, Callable[[float, float], float]] = {"sum": _add, "min": min, "max": max}
+
+
+def _plain(
+    parts: list[str],
+    family: Family,
+    labels: str,
+    sums: Sequence[float],
+    place: int,
+    exemplars: Mapping[int, Exemplar],
+) -> None:
+    value = sums[place]
+    if not math.isnan(value):
+        braces = f"{{{labels}}}" if labels else ""
+        parts.append(f"{family.name}{braces} {value}{_told(exemplars, place)}\n")
+
+
+def _histogram(
+    parts: list[str],
+    family: Family,
+    labels: str,
+    sums: Sequence[float],
+    place: int,
+    exemplars: Mapping[int, Exemplar],
+) -> None:
+    if math.isnan(sums[place]):
+        return
+    name, count = family.name, 0.0
+    begin = f"{name}_bucket{{{labels}," if labels else f"{name}_bucket{{"
+    for i, bound in enumerate((*family.buckets, "+Inf"), place):
+        count += sums[i]
+        parts.append(f'{begin}le="{bound}"}} {count}{_told(exemplars, i)}\n')
+    braces = f"{{{labels}}}" if labels else ""
+    parts.append(f"{name}_count{braces} {count}\n{name}_sum{braces} {sums[place + family.width - 1]}\n")
+
+
+def _told(exemplars: Mapping[int, Exemplar], place: int) -> str:
+    """The exemplar of a sample, as it follows the value."""
+    exemplar = exemplars.get(place) if exemplars else None
+    if exemplar is None:
+        return ""
+    labels = [("decision", exemplar.decision)]
+    if exemplar.trace_id:
+        labels.append(("trace_id", exemplar.trace_id))
+    if sum(len(name) + len(value) for name, value in labels) > _MOST_EXEMPLAR_CHARACTERS:
+        labels = labels[:1]
+    text = label_text(*zip(*labels, strict=True))
+    return f" # {{{text}}} {exemplar.value} {exemplar.time_s:.3f}"
