@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
                 "bodies",
                 "breaker",
                 "checkpoint",
+                "details",
                 "dialects",
                 "document",
                 "encoding",
@@ -44,7 +45,23 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
             }
         ),
     ),
-    ("instruments", frozenset({"cells", "exposition", "gauges", "log", "metrics", "polling", "tally"})),
+    (
+        "instruments",
+        frozenset(
+            {
+                "access",
+                "cells",
+                "exposition",
+                "gauges",
+                "log",
+                "metrics",
+                "polling",
+                "semconv",
+                "tally",
+                "tracing",
+            }
+        ),
+    ),
     ("store", frozenset({"store"})),
     ("services", frozenset({"admin", "gateway"})),
     ("composition", frozenset({"__main__", "cli"})),
@@ -62,6 +79,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
         "gateway/upstream/socks.py",  # the client that talks to providers behind SOCKS proxies
         "cli/*",  # the demo's fake accounts, clients of the admin API
     ),
+    "opentelemetry": ("tracing.py",),
     "aiohttp_socks": ("gateway/upstream/socks.py",),
 }
 
