@@ -36,8 +36,10 @@ _CELLS_AT_ONCE = 1024
 _CELL_BYTES = 8
 _LOCK_S = 5.0
 _ROWS, _NUMBERS, _EXEMPLARS = ".rows", ".numbers", ".exemplars"
-_RECORD = struct.Struct("<dd112s")
-_TEXT_BYTES = 112
+_RECORD = struct.Struct("=dd128s")
+_TEXT_AT, _TEXT_BYTES = 16, 128
+"""The labels as they are told. OpenMetrics 1.0.0 allows as many characters in their names and values alone."""
+_RECORD_DOUBLES = _RECORD.size // _CELL_BYTES
 _READ_AT_ONCE = 1 << 20
 
 
@@ -59,19 +61,33 @@ class Exemplar(msgspec.Struct, frozen=True, array_like=True, gc=False):
     trace_id: str = ""
 
     def packed(self) -> bytes:
-        """The record; a trace that does not fit in beside its decision is left out."""
-        text = f"{self.decision}\n{self.trace_id}".encode()
-        if len(text) > _TEXT_BYTES:
-            text = self.decision.encode()[:_TEXT_BYTES]
-        return _RECORD.pack(self.value, self.time_s, text)
+        """The record. A trace that does not fit in beside its decision is left out."""
+        text = f'decision="{self.decision}",trace_id="{self.trace_id}"' if self.trace_id else ""
+        if not 0 < len(text) <= _TEXT_BYTES:
+            text = f'decision="{self.decision}"'
+        return _RECORD.pack(self.value, self.time_s, text.encode())
 
 
-def _unpacked(record: bytes) -> Exemplar | None:
-    value, time_s, text = _RECORD.unpack(record)
-    if not time_s:
-        return None
-    decision, _, trace_id = text.rstrip(b"\0").decode("utf-8", "replace").partition("\n")
-    return Exemplar(value, time_s, decision, trace_id)
+class Records:
+    """The exemplars of a slot, by their places."""
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        self._data = data
+        self._doubles = memoryview(data)[: len(data) // _RECORD.size * _RECORD.size].cast("d")
+
+    def __len__(self) -> int:
+        return len(self._doubles) // _RECORD_DOUBLES
+
+    def time_s(self, place: int) -> float:
+        """When the thing at the place was counted, 0 for none."""
+        return self._doubles[place * _RECORD_DOUBLES + 1]
+
+    def told(self, place: int) -> str:
+        """The exemplar, as it follows a sample's value in OpenMetrics."""
+        begin = place * _RECORD.size
+        text = self._data[begin + _TEXT_AT : begin + _RECORD.size].rstrip(b"\0").decode()
+        value, time_s = self._doubles[place * _RECORD_DOUBLES], self.time_s(place)
+        return f" # {{{text}}} {value} {time_s:.3f}"
 
 
 _encode = msgspec.json.Encoder().encode
@@ -92,8 +108,8 @@ class Slot:
         """With the first cell of each."""
         self.records: list[int] = []
         """The place of the first exemplar of each row."""
-        self.exemplars: dict[int, Exemplar] = {}
-        """In memory; with a folder they are in their file."""
+        self.exemplars = bytearray()
+        """Their records in memory; with a folder they are in their file."""
         self._places: dict[Row, tuple[int, int]] = {}
         self._next = _FIRST_CELL
         self._next_record = 0
@@ -165,7 +181,9 @@ class Slot:
         self.place(row)
         record = self._places[row][1] + index
         if self._exemplars_fd < 0:
-            self.exemplars[record] = exemplar
+            begin = record * _RECORD.size
+            self.exemplars.extend(bytes(max(0, begin + _RECORD.size - len(self.exemplars))))
+            self.exemplars[begin : begin + _RECORD.size] = exemplar.packed()
         else:
             os.pwrite(self._exemplars_fd, exemplar.packed(), record * _RECORD.size)
 
@@ -217,15 +235,9 @@ class Seen:
             numbers.frombytes(bytes(_CELL_BYTES * (self._next - len(numbers))))
         return numbers, is_alive
 
-    def exemplars(self) -> dict[int, Exemplar]:
-        """The exemplars by their place."""
-        data = self._bytes(_EXEMPLARS)
-        found = {}
-        for place in range(len(data) // _RECORD.size):
-            exemplar = _unpacked(data[place * _RECORD.size : (place + 1) * _RECORD.size])
-            if exemplar is not None:
-                found[place] = exemplar
-        return found
+    def exemplars(self) -> Records:
+        """The exemplars of all rows."""
+        return Records(self._bytes(_EXEMPLARS))
 
     def _bytes(self, kind: str) -> bytes:
         try:

@@ -28,6 +28,8 @@ BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 """Of what an upstream has a part in: from an answer out of a cache to the longest that one thinks."""
 SHORT_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 """Of what is between us and Redis, whose deadline is 250 ms."""
+OVERHEAD_BUCKETS = (*SHORT_BUCKETS, 2.5, 5.0, 10.0, 30.0)
+"""Of a selection and what is around it; at the limits a request may wait in its rule's queue for longer."""
 FLUSH_S = 0.1
 """So long after it was counted the other workers know of it."""
 Passing = tuple[str, str, str, str, str]
@@ -115,7 +117,7 @@ FAMILIES: tuple[Family, ...] = (
     _counter("refused_total", "scenario reason", "Requests refused before a service was picked.", "requests"),
     _durations("request_duration", "scenario", "Whole requests.", BUCKETS, has_exemplars=True),
     _gauge("open_requests", "", "Requests being answered.", "requests", "worker", "sum"),
-    _durations("overhead", "", "From the request's last byte to sending it on.", SHORT_BUCKETS),
+    _durations("overhead", "", "From the request's last byte to sending it on.", OVERHEAD_BUCKETS),
     # What is picked, and how that goes.
     _counter("picks_total", "pool rule service reason", "Services picked.", "picks"),
     _counter("switches_total", "pool rule reason", "Moves of a rule's cursor.", "switches"),
