@@ -194,7 +194,7 @@ class Scrape:
         """Each slot, None for one in memory, with its numbers, and whether its worker lives."""
         if self._folder is None:
             self._learn(self._own, self._slot.rows, self._slot.records)
-            yield None, self._slot.numbers, True
+            yield None, list(self._slot.numbers), True
             return
         for number in slots_in(self._folder):
             known = self._known.get(number)

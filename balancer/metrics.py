@@ -20,6 +20,7 @@ from typing import Literal, Protocol
 from balancer import __version__
 from balancer.cells import BEATS_AT, Exemplar, Slot
 from balancer.domain import Outcome, Pick, Usage
+from balancer.errors import REASONS
 from balancer.exposition import Family, Lines, Scrape, Source
 from balancer.steps import Steps, finished
 from balancer.tally import Counts, Level, Times
@@ -51,8 +52,8 @@ LABELS: Mapping[str, str] = {
     "service": "`<provider uuid>:<model>`; of limits also `<provider uuid>:*`, all services of a provider in the pool",
     "outcome": "how it ended: `success`, `rate_limited`, `unauthorized`, `overloaded`, `failed`, `rejected`, "
     "`cancelled`, `abandoned`, `lost`",
-    "reason": "of a pick or switch: what the tactic or the rest of the selection says of it; of a refusal: a word of "
-    "`balancer/errors.py`",
+    "reason": "of a pick or switch: what the tactic or the rest of the selection says of it; of a refusal: "
+    + ", ".join(f"`{reason}`" for reason in REASONS),
     "kind": "of tokens and prices: `input`, `output`, `cached`, `cache_creation`, `reasoning`; of limits: `rpm`, "
     "`tpm`, `in_flight`",
     "window": "its length in seconds",

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as text_string_to_open_families
 
-from balancer.errors import BalancerError, NoServiceError
+from balancer.errors import REASONS, BalancerError, NoServiceError
 from balancer.exposition import CLASSIC_TYPE, OPEN_TYPE, is_open_wanted
 from balancer.metrics import BY_NAME
 from tests.actors import Upstream, openai_events
@@ -34,20 +34,6 @@ PROMETHEUS_3 = (
 METHODS = (*("GET", "POST", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "PROPFIND") * 5, "BREW")
 HEADERS = ("Authorization", "x-api-key", "x-request-id", "User-Agent", "anthropic-version", "traceparent")
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] [1-5][0-9]{2} ")
-REASONS = (
-    "bad_request",
-    "exhausted",
-    "inactive",
-    "internal",
-    "limited",
-    "not_found",
-    "not_supported",
-    "store_lost",
-    "too_large",
-    "unauthorized",
-    "unknown_model",
-    "unknown_path",
-)
 PATHS = ("/v1/chat/completions", "/v1/messages", "/tingly/openai/v1/responses", "/v1/models/", "/v1/responses/", "/")
 
 

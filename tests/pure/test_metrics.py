@@ -197,6 +197,21 @@ def test_the_version_is_told() -> None:
     assert named(values, "balancer_build_info") == {sample("balancer_build_info", version=__version__): 1}
 
 
+def test_two_scrapes_at_once_and_series_that_are_new_meanwhile_do_not_mix() -> None:
+    metrics = Metrics()
+    for i in range(100):
+        metrics.refused("openai", str(i))
+    first = metrics.exposing([])
+    for _ in range(5):
+        next(first)
+    for i in range(200):
+        metrics.refused("openai", str(i))
+        metrics.overhead_s(0.5)
+    second = samples(metrics.exposition())
+    assert len(named(second, "balancer_refused_total")) == 200
+    assert set(named(samples(finished(first)), "balancer_refused_total").values()) == {1}
+
+
 # -- tallies -----------------------------------------------------------------------------------------------------------
 
 
