@@ -28,16 +28,9 @@ class WatchedWay(Way, eq=False):
         return watch
 
     def __post_init__(self) -> None:
-        approach, tracing = self.approach, self.watch.tracing
+        approach = self.approach
         if not approach.client:
             approach.client = address_of(self.lane.transport)
-        if tracing is not None:
-            first = self.head.first
-            state = approach.request.joined("tracestate") if "tracestate" in first else ""
-            self.trace = trace = tracing.begin(first, state)
-            self.span_id = trace.new_span_id()
-            lines = "".join([f"{name}: {value}\r\n" for name, value in trace.headers(self.span_id)])
-            self.more = lines.encode("ascii")
 
     def witness(self, request: ClientRequest) -> Witness:
         """Who tells of the request from now on, with what was done so far."""
@@ -51,17 +44,6 @@ class WatchedWay(Way, eq=False):
             witness.waited(self.select_s)
             witness.picked(attempt)
         return witness
-
-    def facts(self) -> dict[str, str]:
-        """What every line of the log about it says."""
-        facts = Way.facts(self)
-        return facts | {"trace": self.trace.id} if self.trace is not None and self.trace.is_sampled else facts
-
-    def _send(self, asked: Asked) -> bool:
-        is_sent = Way._send(self, asked)
-        if self.trace is not None and self.attempt is not None:
-            follow(self.attempt, self.trace, self.span_id)
-        return is_sent
 
     def _end(self, outcome: Outcome, *, is_whole: bool) -> None:
         status = self.stream.status if self.stream is not None else 0
@@ -103,3 +85,36 @@ class WatchedWay(Way, eq=False):
             len(self.body),
             bytes_out,
         )
+
+
+class TracedWay(WatchedWay, eq=False):
+    """The same where there are traces: what is sent upstream goes on in one."""
+
+    def __post_init__(self) -> None:
+        WatchedWay.__post_init__(self)
+        tracing = self.watch.tracing
+        assert tracing is not None, "or it were a way of the other kind"
+        first = self.head.first
+        state = self.approach.request.joined("tracestate") if "tracestate" in first else ""
+        self.trace = trace = tracing.begin(first, state)
+        self.span_id = trace.new_span_id()
+        lines = "".join([f"{name}: {value}\r\n" for name, value in trace.headers(self.span_id)])
+        self.more = lines.encode("ascii")
+
+    def facts(self) -> dict[str, str]:
+        """What every line of the log about it says."""
+        facts = Way.facts(self)
+        return facts | {"trace": self.trace.id} if self.trace is not None and self.trace.is_sampled else facts
+
+    def _send(self, asked: Asked) -> bool:
+        is_sent = Way._send(self, asked)
+        if self.trace is not None and self.attempt is not None:
+            follow(self.attempt, self.trace, self.span_id)
+        return is_sent
+
+
+def way_of(watch: Watch | None) -> type[Way]:
+    """The kind of way of which such a watch, or none, can tell."""
+    if watch is None:
+        return Way
+    return WatchedWay if watch.tracing is None else TracedWay
