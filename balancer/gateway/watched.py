@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from balancer.domain import Outcome
 from balancer.gateway.attempts import Attempt
 from balancer.gateway.express import Way
-from balancer.gateway.lane_stream import address_of
 from balancer.gateway.messages import ClientRequest
 from balancer.gateway.witness import CLIENT_LEFT, Watch, Witness, follow
 from balancer.store.pool import Asked
@@ -20,21 +19,10 @@ class WatchedWay(Way, eq=False):
     trace: Trace | None = None
     span_id: int = 0
 
-    @property
-    def watch(self) -> Watch:
-        """Who tells."""
-        watch = self.express.watch
-        assert watch is not None, "or it were a way of the other kind"
-        return watch
-
-    def __post_init__(self) -> None:
-        approach = self.approach
-        if not approach.client:
-            approach.client = address_of(self.lane.transport)
-
     def witness(self, request: ClientRequest) -> Witness:
         """Who tells of the request from now on, with what was done so far."""
-        witness = Witness(self.watch, request, self.approach.client, self.trace, self.began)
+        assert self.express.watch is not None, "or it were a way of the other kind"
+        witness = Witness(self.express.watch, request, self.approach.client, self.trace, self.began)
         attempt = self.attempt
         if attempt is not None:
             if self.answer is not None:
@@ -50,25 +38,25 @@ class WatchedWay(Way, eq=False):
         if not status and outcome is Outcome.CANCELLED:
             status = CLIENT_LEFT
         attempt = self.attempt
-        if attempt is not None and self.answer is not None:
-            attempt.status = self.answer.status
+        if attempt is not None:
+            if self.answer is not None:
+                attempt.status = self.answer.status
+            if self.attempt_s:
+                attempt.duration_s = self.attempt_s
         bytes_out = self.stream.body_bytes if self.stream is not None else 0
         self._tell_of((attempt,) if attempt is not None else (), status, outcome, bytes_out)
         Way._end(self, outcome, is_whole=is_whole)
 
     def _arrive(self, attempt: Attempt) -> None:
-        attempt.status = 200
-        if attempt.details is not None and self.body_out:
-            attempt.details.read(self.body_out)
         bytes_out = self.stream.body_bytes if self.stream is not None else len(self.body_out)
         self._tell_of((attempt,), 200, Outcome.SUCCESS, bytes_out)
         Way._arrive(self, attempt)
 
     def _tell_of(self, attempts: Sequence[Attempt], status: int, outcome: Outcome, bytes_out: int) -> None:
         """Tells of the request, which is over."""
-        if attempts and self.attempt_s:
-            attempts[0].duration_s = self.attempt_s
-        self.watch.tell(
+        watch = self.express.watch
+        assert watch is not None, "or it were a way of the other kind"
+        watch.tell(
             self.request_id,
             self.trace,
             self.approach.client,
@@ -84,6 +72,7 @@ class WatchedWay(Way, eq=False):
             "",
             len(self.body),
             bytes_out,
+            self.attempt_s,
         )
 
 
@@ -91,9 +80,9 @@ class TracedWay(WatchedWay, eq=False):
     """The same where there are traces: what is sent upstream goes on in one."""
 
     def __post_init__(self) -> None:
-        WatchedWay.__post_init__(self)
-        tracing = self.watch.tracing
-        assert tracing is not None, "or it were a way of the other kind"
+        assert self.express.watch is not None, "or it were a way of the other kind"
+        tracing = self.express.watch.tracing
+        assert tracing is not None, "likewise"
         first = self.head.first
         state = self.approach.request.joined("tracestate") if "tracestate" in first else ""
         self.trace = trace = tracing.begin(first, state)
@@ -105,6 +94,12 @@ class TracedWay(WatchedWay, eq=False):
         """What every line of the log about it says."""
         facts = Way.facts(self)
         return facts | {"trace": self.trace.id} if self.trace is not None and self.trace.is_sampled else facts
+
+    def _arrive(self, attempt: Attempt) -> None:
+        attempt.status, attempt.duration_s = 200, self.attempt_s
+        if attempt.details is not None and self.body_out:
+            attempt.details.read(self.body_out)
+        WatchedWay._arrive(self, attempt)
 
     def _send(self, asked: Asked) -> bool:
         is_sent = Way._send(self, asked)

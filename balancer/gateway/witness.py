@@ -113,9 +113,13 @@ class Watch:
         error: str,
         bytes_in: int,
         bytes_out: int,
+        upstream_s: float = 0.0,
         uncounted: Sequence[Tried] = (),
     ) -> None:
-        """Tells of a request that is over: `path` is what it asked for, `rule` the one that it asked."""
+        """Tells of a request that is over: `path` is what it asked for, `rule` the one that it asked.
+
+        `upstream_s`: how long the last attempt took, where that does not say so itself.
+        """
         try:
             duration_s = time.monotonic() - began
             method, path = method if method in _METHODS else _OTHER, shape(path)
@@ -137,6 +141,7 @@ class Watch:
                         error,
                         bytes_in,
                         bytes_out,
+                        upstream_s,
                         uncounted,
                     )
                 )
@@ -175,6 +180,7 @@ def _line(
     error: str,
     bytes_in: int,
     bytes_out: int,
+    upstream_s: float,
     uncounted: Sequence[Tried],
 ) -> Line:
     """The line of a request; by position, with whole microseconds: by name, or rounded, it would take twice as long."""
@@ -228,7 +234,7 @@ def _line(
         usage.cache_creation,
         usage.reasoning,
         int(select_s * 1_000_000) / 1000,
-        int(last.duration_s * 1_000_000) / 1000,
+        int((upstream_s or last.duration_s) * 1_000_000) / 1000,
         int(first_token_s * 1_000_000) / 1000 if first_token_s else None,
         pick.is_local,
         error,
@@ -358,5 +364,5 @@ class Witness:
             self.error,
             self._bytes_in,
             stream.body_bytes,
-            self._uncounted,
+            uncounted=self._uncounted,
         )
