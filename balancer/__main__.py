@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
 
 from balancer import __version__, config
 from balancer.errors import BalancerError
@@ -56,6 +59,15 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--lenient", action="store_true", help="mend what can be mended in --config, with warnings")
     serve.set_defaults(run=_serve)
 
+    health = commands.add_parser(
+        "healthcheck",
+        help="ask the gateway of this machine whether it is alive",
+        description="Exit 0 if the gateway that these settings describe answers /healthz. For HEALTHCHECK of an image.",
+    )
+    health.add_argument("--ready", action="store_true", help="ask /readyz instead: can it pick, and is not draining")
+    _add_settings(health, ("host", "port"))
+    health.set_defaults(run=_healthcheck)
+
     demo = commands.add_parser("demo", help="watch a fleet decide as one, and check it")
     demo.add_argument("--requests", type=int, default=3200, help="how many to send (at least 400; default 3200)")
     demo.add_argument("--workers", type=int, default=2, help="worker processes (default 2)")
@@ -82,8 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(diff, ("redis", "data_dir"))
     diff.set_defaults(run=_configuration("diff"))
 
-    get = commands.add_parser("get", help="print rules, providers or counters as they stand")
-    get.add_argument("what", choices=("rules", "providers", "stats"))
+    get = commands.add_parser("get", help="print the configuration or counters as they stand")
+    get.add_argument("what", choices=("rules", "providers", "configuration", "stats"))
+    get.add_argument("--sealed", action="store_true", help="print sealed credentials as Redis has them, and not ***")
     get.add_argument("--output", choices=("yaml", "json"), default="yaml")
     _add_settings(get, ("redis", "data_dir"))
     get.set_defaults(run=_configuration("get"))
@@ -94,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--save", default="", metavar="FILE", help="write the live history to a file too")
     _add_settings(audit, ("redis", "data_dir"))
     audit.set_defaults(run=_audit)
+
+    import_ = commands.add_parser("import", help="make a configuration of another gateway's, with what it loses")
+    import_.add_argument("source", choices=("litellm", "tingly"), help="whose configuration it is")
+    import_.add_argument("file", help="its file; - reads stdin")
+    import_.add_argument("--output", default="", metavar="FILE", help="write there instead of to stdout")
+    import_.add_argument("--literals", action="store_true", help="keep literal credentials in what is written")
+    import_.set_defaults(run=_import)
 
     rollback = commands.add_parser("rollback", help="publish an earlier revision again, as a new one")
     rollback.add_argument("revision", type=int)
@@ -112,15 +132,35 @@ def _add_settings(parser: argparse.ArgumentParser, names: tuple[str, ...]) -> No
 
 
 def _serve(options: argparse.Namespace) -> int:
+    # Before the imports, which take most of the start: the first process of a container has no default action, so that
+    # a SIGTERM that nobody handles is lost, and the container lives on until it is killed at the end of its grace.
+    signal.signal(signal.SIGTERM, _end_at_once)
     from balancer.cli import serve
 
     return serve.run(options)
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """While nothing is served yet there is nothing to drain; the exit status is that of a death by the signal."""
+    raise SystemExit(128 + number)
+
+
+def _healthcheck(options: argparse.Namespace) -> int:
+    from balancer.cli import healthcheck
+
+    return healthcheck.run(options)
 
 
 def _demo(options: argparse.Namespace) -> int:
     from balancer.cli import demo
 
     return demo.run(options)
+
+
+def _import(options: argparse.Namespace) -> int:
+    from balancer.cli import importing
+
+    return importing.run(options)
 
 
 def _audit(options: argparse.Namespace) -> int:

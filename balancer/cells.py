@@ -16,7 +16,10 @@ import errno
 import fcntl
 import mmap
 import os
+import shutil
+import stat
 import struct
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +31,7 @@ from balancer.errors import ConfigurationError
 BEATS_AT = 0
 """The cell in which a worker writes when it last gave a sign of life, of the machine's monotonic clock."""
 _FIRST_CELL = 1
+_PREFIX, _LOCK = "balancer-metrics-", "lock"
 _CELLS_AT_ONCE = 1024
 _CELL_BYTES = 8
 _LOCK_S = 5.0
@@ -234,6 +238,51 @@ class Seen:
             os.close(fd)
 
 
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def shared_folder() -> Iterator[Path]:
+    """A new folder for the workers of one supervisor; it is gone afterwards, and so are those that killed ones left."""
+    remove_abandoned()
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        with _held(folder / _LOCK, create=True) as fd:
+            # Before it was locked it was anybody's, who may have taken it for abandoned.
+            if fd is None or not _is_at(fd, folder / _LOCK):
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+
+
+def remove_abandoned() -> int:
+    """Removes the folders of supervisors that are gone, and none of whose workers is left to drain; how many.
+
+    Only those of this user, in the folder for temporary files that we use; what has no lock is none of ours.
+    """
+    removed = 0
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # It is gone, or nothing that we may touch.
+            state = folder.lstat()
+            if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid():
+                continue
+            with _held(folder / _LOCK) as fd:
+                if fd is not None and not any(map(_is_held, folder.glob(f"slot-*{_ROWS}"))):
+                    shutil.rmtree(folder)
+                    removed += 1
+    return removed
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def path_of(folder: Path, number: int, kind: str) -> Path:
     """A file of a slot."""
     return folder / f"slot-{number}{kind}"
@@ -244,7 +293,7 @@ def slots_in(folder: Path) -> list[int]:
     return sorted(int(path.name[5 : -len(_ROWS)]) for path in folder.glob(f"slot-*{_ROWS}"))
 
 
-def is_held(path: Path) -> bool:
+def _is_held(path: Path) -> bool:
     """True while somebody holds the lock on a file."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -254,7 +303,7 @@ def is_held(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def held(path: Path, *, create: bool = False) -> Iterator[int | None]:
+def _held(path: Path, *, create: bool = False) -> Iterator[int | None]:
     """The lock on a file, as its descriptor, for as long as the block runs; None where somebody else has it."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
     try:

@@ -22,6 +22,7 @@ PREFIX = "BALANCER_"
 _WHOLE = re.compile(r"[+-]?\d+")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
 DEFAULT_ADMIN_PORT = 8081
+SEMCONV_VERSIONS = ("1.36", "1.41")
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +79,21 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(name="data_dir", default="", meaning="embedded store and its key; empty: ~/.local/share/balancer"),
     Setting(name="log_level", default="info", meaning="debug, info, warning or error"),
+    Setting(
+        name="access_log",
+        default=False,
+        meaning="a JSON line for each request on stdout, see docs/observability.md",
+    ),
+    Setting(
+        name="otel",
+        default=False,
+        meaning="traces by OpenTelemetry, OTLP over HTTP; where to, and which of them, the variables OTEL_* say",
+    ),
+    Setting(
+        name="otel_semconv",
+        default="1.41",
+        meaning="version of the semantic conventions that name what stands on spans: 1.36 or 1.41",
+    ),
     Setting(name="redis_deadline_ms", default=250, meaning="milliseconds that a selection waits for Redis at most"),
     Setting(name="lease_s", default=30.0, meaning="seconds after which a silent worker's open attempts count as lost"),
     Setting(
@@ -131,6 +147,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     secret_key: str
     data_dir: Path
     log_level: str
+    access_log: bool
+    otel: bool
+    otel_semconv: str
     redis_deadline_ms: int
     lease_s: float
     outbox_dir: str
@@ -243,6 +262,11 @@ def _check(settings: Settings) -> None:
     require("upstream_connections", settings.upstream_connections > 0, "1 or more")
     require("loop", settings.loop in ("asyncio", "uvloop"), "asyncio or uvloop")
     require("audit_interval_s", settings.audit_interval_s >= 0, "0 seconds or more")
+    require("otel_semconv", settings.otel_semconv in SEMCONV_VERSIONS, " or ".join(SEMCONV_VERSIONS))
+    if settings.otel and not _has_opentelemetry():
+        faults.append(
+            f"{PREFIX}OTEL: OpenTelemetry is not installed: `pip install 'llm-balancer[otel]'`, or leave it off"
+        )
     if settings.loop == "uvloop" and importlib.util.find_spec("uvloop") is None:
         faults.append(f"{PREFIX}LOOP: uvloop is not installed: `pip install uvloop`, or leave it at asyncio")
     if bool(settings.tls_cert_file) != bool(settings.tls_key_file):
@@ -260,6 +284,13 @@ def _check(settings: Settings) -> None:
             f"refusing to serve the admin API on {settings.admin_host} without a token: set {PREFIX}ADMIN_TOKEN "
             f"or {PREFIX}ADMIN_TOKEN_FILE, or leave --admin-host at 127.0.0.1"
         )
+
+
+def _has_opentelemetry() -> bool:
+    try:
+        return all(map(importlib.util.find_spec, ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")))
+    except ModuleNotFoundError:
+        return False
 
 
 def is_loopback(host: str) -> bool:

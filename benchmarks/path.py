@@ -226,6 +226,7 @@ class _Upstream:
 
 class _Stream:
     is_started = False
+    status, client, body_bytes = 0, "", 0
     sent = 0
 
     def give_until(self, time: float) -> None: ...

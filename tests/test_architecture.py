@@ -25,10 +25,12 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
                 "bodies",
                 "breaker",
                 "checkpoint",
+                "details",
                 "dialects",
                 "document",
                 "encoding",
                 "failures",
+                "importing",
                 "ledger",
                 "lenient",
                 "limits",
@@ -43,7 +45,23 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
             }
         ),
     ),
-    ("instruments", frozenset({"cells", "exposition", "gauges", "log", "metrics", "polling", "tally"})),
+    (
+        "instruments",
+        frozenset(
+            {
+                "access",
+                "cells",
+                "exposition",
+                "gauges",
+                "log",
+                "metrics",
+                "polling",
+                "semconv",
+                "tally",
+                "tracing",
+            }
+        ),
+    ),
     ("store", frozenset({"store"})),
     ("services", frozenset({"admin", "gateway"})),
     ("composition", frozenset({"__main__", "cli"})),
@@ -61,6 +79,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
         "gateway/upstream/socks.py",  # the client that talks to providers behind SOCKS proxies
         "cli/*",  # the demo's fake accounts, clients of the admin API
     ),
+    "opentelemetry": ("tracing.py",),
     "aiohttp_socks": ("gateway/upstream/socks.py",),
 }
 
@@ -235,7 +254,9 @@ def test_a_registry_or_a_machine_path_is_seen_and_a_url_or_a_home_is_not() -> No
     assert strays(f"cd {relative}; GET https://example.com/home/ann") == []
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-build.txt", "requirements-dev.txt"])
+@pytest.mark.parametrize(
+    "name", ["requirements.txt", "requirements-build.txt", "requirements-dev.txt", "requirements-otel.txt"]
+)
 def test_a_lock_pins_every_package_with_hashes_and_names_no_address(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
     entries = [line for line in text.splitlines() if line and not line.startswith("#")]

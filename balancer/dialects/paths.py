@@ -23,6 +23,29 @@ _SCENARIOS = "|".join(get_args(ScenarioName))
 _PLAIN = re.compile(r"/v1(?:/[a-z0-9_-]+)+")
 _ID = "/v1/responses/[A-Za-z0-9_-]+"
 _BY_ID = re.compile(rf"(?:GET|DELETE) {_ID}|GET {_ID}/input_items|POST {_ID}/cancel")
+# What may be told of paths, in logs and traces: of others a client might have made anything.
+_SHAPES = frozenset(
+    f"/v1/{rest}"
+    for rest in (
+        "audio/speech",
+        "audio/transcriptions",
+        "audio/translations",
+        "chat/completions",
+        "completions",
+        "embeddings",
+        "images/edits",
+        "images/generations",
+        "images/variations",
+        "messages",
+        "messages/count_tokens",
+        "models",
+        "moderations",
+        "rerank",
+        "responses",
+    )
+)
+_SHAPE_BY_ID = re.compile(r"(/v1/responses/)[A-Za-z0-9_-]+(/input_items|/cancel)?|(/v1/models/).+")
+OTHER_SHAPE = "_OTHER"
 _PREFIX = re.compile(rf"^/(?:tingly/)?({_SCENARIOS})(/v1/.*)$")
 
 Kind = Literal["models", "count_tokens", "generation", "by_id"]
@@ -59,6 +82,19 @@ def route(method: str, path: str, *, speaks_anthropic: bool) -> Route | None:
         return None
     kind: Kind = "count_tokens" if rest == "/v1/messages/count_tokens" else "generation"
     return Route(scenario=scenario, dialect=dialect, path=rest, kind=kind)
+
+
+@functools.lru_cache(maxsize=512)
+def shape(path: str) -> str:
+    """What a path asks for, without its scenario, ids and names; `_OTHER` for one that no vendor's API has."""
+    match = _PREFIX.match(path)
+    rest = match[2] if match else path
+    if rest in _SHAPES:
+        return rest
+    by_id = _SHAPE_BY_ID.fullmatch(rest)
+    if by_id is None:
+        return OTHER_SHAPE
+    return f"{by_id[3]}{{model}}" if by_id[3] else f"{by_id[1]}{{id}}{by_id[2] or ''}"
 
 
 def upstream_url(provider: Provider, path: str, model: str, query: str, own: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from balancer.details import Details
 from balancer.domain import Outcome, Usage
 
 
@@ -12,6 +13,8 @@ class Accounting(Protocol):
 
     usage: Usage | None
     is_stream: bool
+    details: Details | None
+    """Listens to what the answer says of itself, where somebody wants to know."""
 
     def settle(self, outcome: Outcome, cooldown_ms: int = 0) -> None:
         """Settles the attempt; only the first call counts."""
@@ -28,6 +31,7 @@ class Uncounted:
 
     usage: Usage | None = None
     is_stream = False
+    details: Details | None = None
 
     def settle(self, outcome: Outcome, cooldown_ms: int = 0) -> None:
         """Nothing to settle."""

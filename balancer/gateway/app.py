@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 from aiohttp import web
 
-from balancer import log
+from balancer import log, tracing
+from balancer.access import AccessLog
 from balancer.config import Settings
 from balancer.domain import Provider
 from balancer.errors import StoreUnavailableError
@@ -24,9 +26,11 @@ from balancer.gateway.handlers import Handlers
 from balancer.gateway.health import HealthProbe
 from balancer.gateway.lane import Lanes
 from balancer.gateway.matching import Plans
-from balancer.gateway.messages import ClientRequest, ClientStream
+from balancer.gateway.messages import ClientRequest, WayBack
 from balancer.gateway.tls import server_context
 from balancer.gateway.upstream import UpstreamClient
+from balancer.gateway.watched import WatchedWay
+from balancer.gateway.witness import Watch
 from balancer.gauges import Configured, configured, pooled
 from balancer.metrics import Metrics
 from balancer.store.balance import Balance, BalanceEvents
@@ -37,6 +41,10 @@ from balancer.store.slices import in_slices
 
 _TICK_S = 1.0
 _LAST_SETTLES_S = 5.0
+_LAST_LINES_S = 2.0
+_LAST_SPANS_S = 5.0
+_LEAST_S = 0.5
+"""So long the last spans may take though the time to drain is over."""
 _SHUTDOWN_S = 1.0
 
 
@@ -76,12 +84,23 @@ class Gateway:
         self.balance = Balance(url, settings, self._events())
         self._upstream = UpstreamClient(settings.upstream_connections, settings.upstream_ca_file)
         providers = _Providers(self.balance, Credentials(sealer))
+        self._access = AccessLog() if settings.access_log else None
+        self._tracing: tracing.Tracing | None = None
+        if settings.otel:
+            self._tracing = tracing.start(settings.otel_semconv, self.balance.worker, providers.provider)
+        self._watch = Watch(self._access, self._tracing) if self._access or self._tracing else None
         self._plans = plans = Plans(self.balance.snapshot)
         self._forwarder = Forwarder(
-            self.balance, providers, self._upstream, self.metrics, plans, decision_headers=settings.decision_headers
+            self.balance,
+            providers,
+            self._upstream,
+            self.metrics,
+            plans,
+            decision_headers=settings.decision_headers,
+            drops=tracing.CONTEXT_HEADERS if settings.otel else frozenset(),
         )
         self._probe = HealthProbe(providers, self._upstream)
-        self._handlers = Handlers(settings, self.balance, self._forwarder, self.metrics, plans)
+        self._handlers = Handlers(settings, self.balance, self._forwarder, self.metrics, plans, self._watch)
         self._runners: list[web.BaseRunner] = []
         self._ticker: asyncio.Task[None] | None = None
         self._is_draining = False
@@ -117,7 +136,7 @@ class Gateway:
             await self._serve_plane(app, listener)
 
     async def _serve_data(self, listener: socket.socket, *, with_metrics: bool) -> None:
-        server = Server(self._front(with_metrics=with_metrics).answer)
+        server = Server(self._front(with_metrics=with_metrics).answer, self._watch)
         if self._settings.fast_lane:
             lanes = Lanes(self._counted, server, self._settings.max_body_bytes, lambda: self._is_draining)
             express = Express(
@@ -130,6 +149,8 @@ class Gateway:
                 opened=self._opened,
                 closed=self._closed,
                 decision_headers=self._settings.decision_headers,
+                way=WatchedWay if self._watch is not None else None,
+                watch=self._watch,
             )
             lanes.begin = express.begin
             server.lanes = lanes
@@ -155,6 +176,7 @@ class Gateway:
     async def drain(self) -> None:
         """Is not ready from now on, lets open requests finish, hands in the last settles, and closes."""
         self._is_draining = True
+        ends_at = time.monotonic() + self._settings.drain_delay_s + self._settings.drain_timeout_s
         await asyncio.sleep(self._settings.drain_delay_s)
         for runner in self._runners:
             for site in list(runner.sites):
@@ -170,9 +192,16 @@ class Gateway:
             await runner.cleanup()
         if self._ticker:
             self._ticker.cancel()
+        exported = self._tracing.close() if self._tracing is not None else None
         await self.balance.close(_LAST_SETTLES_S)
         self.metrics.flush()
         await self._upstream.close()
+        if self._access is not None:
+            await self._access.close(_LAST_LINES_S)
+        if exported is not None:
+            left_s = min(max(ends_at - time.monotonic(), _LEAST_S), _LAST_SPANS_S)
+            if not await asyncio.to_thread(exported.wait, left_s):
+                log.warning("the last spans are not exported: the collector does not take them in time")
 
     async def _tick(self) -> None:
         """Keeps the gauges that describe this worker fresh, for whichever worker is scraped."""
@@ -213,6 +242,7 @@ class Gateway:
             lambda: self._is_draining,
             own,
             self._handlers.refused,
+            self._watch,
         )
 
     def _metrics_plane(self) -> web.Application:
@@ -220,7 +250,7 @@ class Gateway:
         app.router.add_get("/metrics", self._metrics)
         return app
 
-    async def _counted(self, request: ClientRequest, stream: ClientStream) -> None:
+    async def _counted(self, request: ClientRequest, stream: WayBack) -> None:
         self._opened()
         try:
             await self._handlers.handle(request, stream)

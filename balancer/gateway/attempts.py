@@ -6,6 +6,7 @@ import time
 from typing import Protocol
 
 from balancer import log
+from balancer.details import Details
 from balancer.domain import Outcome, Pick, Provider, Rule, Usage
 from balancer.metrics import Metrics
 from balancer.store.pool import Asked
@@ -74,6 +75,19 @@ class Providers(Protocol):
 class Attempt:
     """What one attempt has used so far, and whether it is settled."""
 
+    # What is told of it, where that is told.
+    trace_id = ""
+    """Empty where its span is not kept."""
+    span_id = 0
+    status = 0
+    """Of the upstream's answer, 0 without one."""
+    fault = ""
+    """The code of an error of ours."""
+    cooldown_ms = 0
+    duration_s = 0.0
+    details: Details | None = None
+    """Listens to what the answer says of itself."""
+
     def __init__(self, balance: Balance, metrics: Metrics, rule: Rule, pick: Pick) -> None:
         self.rule = rule
         self.pick = pick
@@ -88,8 +102,9 @@ class Attempt:
     def settle(self, outcome: Outcome, cooldown_ms: int = 0) -> None:
         """Settles the attempt with the usage known by now; only the first call counts."""
         if self.outcome is None:
-            duration_s = self.end(outcome, cooldown_ms)
-            self._metrics.settled(self.pick, outcome, self.usage, duration_s)
+            self.cooldown_ms = cooldown_ms
+            self.duration_s = duration_s = self.end(outcome, cooldown_ms)
+            self._metrics.settled(self.pick, outcome, self.usage, duration_s, self.trace_id)
 
     def end(self, outcome: Outcome, cooldown_ms: int = 0) -> float:
         """Settles the attempt, which was not, for somebody who counts it for the metrics; how long it took."""
@@ -111,12 +126,23 @@ class Attempt:
         )
         return now - self._started
 
+    @property
+    def started(self) -> float:
+        """When it began, of the monotonic clock."""
+        return self._started
+
+    @property
+    def first_token_s(self) -> float:
+        """Seconds from its begin to the first token, 0 for none."""
+        return self._first_token - self._started if self._first_token is not None else 0.0
+
     def log(self, request_id: str) -> None:
         """Writes for somebody who looks for it how it ended."""
         if log.is_debugging():
             log.debug(
                 "attempt",
                 request=request_id,
+                **({"trace": self.trace_id} if self.trace_id else {}),
                 decision=self.pick.decision,
                 service=self.pick.service,
                 outcome=self.outcome,
@@ -134,7 +160,7 @@ class Attempt:
         """Notes the first content token."""
         if self._first_token is None:
             self._first_token = time.monotonic()
-            self._metrics.first_token_s(self.pick, self._first_token - self._started)
+            self._metrics.first_token_s(self.pick, self.first_token_s, self.trace_id)
 
 
 def _us(seconds: float) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from balancer import bodies
+from balancer.details import DetailedUsage
 from balancer.domain import ApiStyle, Outcome
 from balancer.encoding import DecodeError, Decoder
 from balancer.errors import UpstreamAnswerError, UpstreamError
@@ -116,7 +117,8 @@ class EventRelay:
         self._is_coded = not self._by_event and (decoder is None or not decoder.is_identity)
         self._may_skim = decoder is not None and decoder.is_identity and not rewriter.renames
         attempt.is_stream = True
-        self._parser, self._usage = Parser(), StreamUsage()
+        self._parser = Parser()
+        self._usage = StreamUsage() if attempt.details is None else DetailedUsage(attempt.details)
         self._must_abort = False
         self._is_last = False  # Nothing comes behind what is being read: it is sent with the stream's end.
         self._sent_bytes = 0  # How much of the unfinished event was sent before it went event by event.

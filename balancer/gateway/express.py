@@ -40,6 +40,7 @@ from balancer.gateway.telling import header_text
 from balancer.gateway.upstream import UpstreamClient
 from balancer.gateway.upstream.answer import Answer
 from balancer.gateway.upstream.client import Prepared
+from balancer.gateway.witness import Watch, Witness
 from balancer.metrics import Metrics
 from balancer.sessions import session_of
 from balancer.store.balance import Balance
@@ -75,7 +76,7 @@ class _Sent(msgspec.Struct, frozen=True, gc=False):
 class _Approach:
     """What a client's head says, found out once; `first` tells it from another. Without a `route` it is not for us."""
 
-    __slots__ = ("first", "patience_s", "request", "route", "sent")
+    __slots__ = ("client", "first", "patience_s", "request", "route", "sent")
 
     def __init__(self, request: ClientRequest, route: Route | None, patience_s: float | None) -> None:
         self.first = request.first
@@ -83,6 +84,8 @@ class _Approach:
         self.route = route
         self.patience_s = patience_s
         self.sent: dict[tuple[str, bool], _Sent] = {}
+        self.client = ""
+        """Its address, where that is told."""
 
 
 class Express:
@@ -100,8 +103,13 @@ class Express:
         opened: Callable[[], None],
         closed: Callable[[], None],
         decision_headers: bool,
+        way: type[Way] | None = None,
+        watch: Watch | None = None,
     ) -> None:
-        """`opened` and `closed` are called for each request that is answered here."""
+        """`opened` and `closed` are called for each request that is answered here.
+
+        `way`: another kind of them, which tells `watch` of what was answered.
+        """
         self.handlers = handlers
         self.forwarder = forwarder
         self.balance = balance
@@ -112,6 +120,8 @@ class Express:
         self.closed = closed
         self.decision_headers = decision_headers
         self._plans = plans
+        self._way = way or Way
+        self.watch = watch
         self.loop = asyncio.get_running_loop()
 
     def begin(self, lane: Lane, head: Head, body: bytes, is_last: bool) -> Way | None:
@@ -135,7 +145,7 @@ class Express:
             return None
         given = head.first.get("x-request-id", "")
         request_id = request_id_of(given) if given else new_request_id()
-        way = Way(self, lane, approach, route, head, body, peek, plan, is_last, time.monotonic(), request_id)
+        way = self._way(self, lane, approach, route, head, body, peek, plan, is_last, time.monotonic(), request_id)
         rule = plan.rule
         way.asked = self.balance.begin(
             rule,
@@ -212,6 +222,8 @@ class Way(msgspec.Struct, eq=False):
     select_s: float = 0.0
     overhead_s: float = 0.0
     attempt_s: float = 0.0
+    more: bytes = b""
+    """Lines of the head that go upstream with this request alone."""
 
     def cancel(self) -> None:
         """The client has left: what was picked for it is settled, and its answer ended."""
@@ -247,7 +259,7 @@ class Way(msgspec.Struct, eq=False):
         if self.sent is not None:
             metrics.overhead_s(self.overhead_s)
         if self.attempt_s:
-            metrics.settled(attempt.pick, Outcome.SUCCESS, attempt.usage, self.attempt_s)
+            metrics.settled(attempt.pick, Outcome.SUCCESS, attempt.usage, self.attempt_s, attempt.trace_id)
 
     def _end(self, outcome: Outcome, *, is_whole: bool) -> None:
         """The request is answered, or never will be."""
@@ -261,6 +273,7 @@ class Way(msgspec.Struct, eq=False):
                 outcome,
                 time.monotonic() - self.began,
                 self.attempt.pick if self.attempt is not None else None,
+                self.attempt.trace_id if self.attempt is not None else "",
             )
         finally:
             express.closed()
@@ -273,6 +286,7 @@ class Way(msgspec.Struct, eq=False):
             self.answer.leave()
         lane, express = self.lane, self.express
         request = request_of(self.head, self.body, self.request_id)
+        request.witness = self.witness(request)
         stream = self.stream or lane.stream(self.request_id, is_last=self.is_last)
         begun = Begun(
             rule=self.plan.rule,
@@ -297,6 +311,14 @@ class Way(msgspec.Struct, eq=False):
 
         self.task = task = lane.task(request, stream, resume)
 
+    def witness(self, request: ClientRequest) -> Witness | None:
+        """Who tells of the request from now on, which is not over."""
+        return None
+
+    def facts(self) -> dict[str, str]:
+        """What every line of the log about it says."""
+        return {"request": self.request_id}
+
     # -- callbacks -----------------------------------------------------------------------------------------------------
 
     def picked(self, asked: Asked) -> None:
@@ -315,7 +337,7 @@ class Way(msgspec.Struct, eq=False):
             finally:
                 self._go_on(exc)
         except Exception as more:  # noqa: BLE001 - who calls has others to call.
-            log.error("a request failed in the gateway", exc=more, request=self.request_id)
+            log.error("a request failed in the gateway", exc=more, **self.facts())
             if self.task is None:
                 self._break_off()
 
@@ -348,7 +370,11 @@ class Way(msgspec.Struct, eq=False):
         body = bodies.replace_model(self.body, model, self.peek)
         if sent.outgoing.hides_usage:
             body = bodies.ask_for_usage(body, self.peek)
-        lines = b"x-request-id: %b\r\nContent-Length: %d\r\n\r\n" % (self.request_id.encode("ascii"), len(body))
+        lines = b"%bx-request-id: %b\r\nContent-Length: %d\r\n\r\n" % (
+            self.more,
+            self.request_id.encode("ascii"),
+            len(body),
+        )
         began_at = express.loop.time() - elapsed_s
         self.answer = express.upstream.begin(sent.prepared, lines, body, began_at, self._on_news)
         if self.answer is None:
@@ -424,7 +450,7 @@ class Way(msgspec.Struct, eq=False):
             self.lane.write(transport, self.head_out, self.body_out)
             self._arrive(attempt)
         except Exception as exc:  # noqa: BLE001 - as above.
-            log.error("a request failed in the gateway", exc=exc, request=self.request_id)
+            log.error("a request failed in the gateway", exc=exc, **self.facts())
             self._break_off()
 
     # -- streams -------------------------------------------------------------------------------------------------------
@@ -538,7 +564,7 @@ class Way(msgspec.Struct, eq=False):
                     self.attempt_s,
                     time.monotonic() - self.began,
                     pick,
-                    "",
+                    attempt.trace_id,
                 ),
                 usage,
             )

@@ -156,11 +156,13 @@ class Forwarder:
         plans: Plans,
         *,
         decision_headers: bool,
+        drops: frozenset[str] = frozenset(),
     ) -> None:
+        """`drops`: the names in lower case of client's headers that are for no upstream."""
         self._balance = balance
         self._plans = plans
         self._deadlines = Deadlines()
-        self.preparer = Preparer(providers)
+        self.preparer = Preparer(providers, drops)
         self._upstream = upstream
         self._metrics = metrics
         self._decision_headers = decision_headers
@@ -240,6 +242,9 @@ class Forwarder:
         if peek is not None:
             body = with_model(body, request.header("content-type"), peek, service_id.partition(":")[2])
         needs_plain = bool(rule.response_model)
+        witness = request.witness
+        if witness is not None:
+            witness.asks()
         outgoing = self.preparer.request(request, route, service_id, body, needs_plain=needs_plain)
         relay = Relay(
             request_id=request.request_id,
@@ -250,6 +255,7 @@ class Forwarder:
             response_model=rule.response_model,
         )
         answer: Opening | None = None
+        fault = ""
         clock = Clock(request, self._deadlines)
         try:
             clock.limit(stream, outgoing.request.timeout_s)
@@ -257,7 +263,12 @@ class Forwarder:
                 answer = Opening(await self._upstream.send(outgoing.request))
                 await answer.look(route.dialect.name, _now_ms())
             await relay.run(answer)
+        except BalancerError as exc:
+            fault = exc.code
+            raise
         finally:
+            if witness is not None:
+                witness.asked(service_id, answer.status if answer is not None else 0, fault)
             if answer is not None:
                 await answer.close()
 
@@ -268,9 +279,17 @@ class Forwarder:
     # -- select --------------------------------------------------------------------------------------------------------
 
     async def _pick(self, errand: _Errand, asked: Asked | None) -> Attempt:
-        pick, rule = await self._select(errand, asked)
+        began, witness = time.monotonic(), errand.request.witness
+        try:
+            pick, rule = await self._select(errand, asked)
+        finally:
+            if witness is not None:
+                witness.waited(time.monotonic() - (asked.asked_at if asked is not None else began))
         self._metrics.picked(pick)
-        return Attempt(self._balance, self._metrics, rule, pick)
+        attempt = Attempt(self._balance, self._metrics, rule, pick)
+        if witness is not None:
+            witness.picked(attempt)
+        return attempt
 
     async def _select(self, errand: _Errand, asked: Asked | None) -> tuple[Pick, Rule]:
         course, clock, request = errand.course, errand.clock, errand.request
@@ -321,6 +340,7 @@ class Forwarder:
                     begun.answer.begun()
                 else:
                     response = await self._upstream.send(outgoing.request)
+                attempt.status = response.status
                 body = response.whole()
                 if body is None or not _is_plain(response, body, errand):
                     answer = Opening(response)
@@ -328,6 +348,8 @@ class Forwarder:
             if answer is None:
                 assert body is not None, "it is looked at otherwise"
                 attempt.usage = usage_of(body)
+                if attempt.details is not None:
+                    attempt.details.read(body)
                 await attempt.settle_before_last_byte(Outcome.SUCCESS)
                 headers = outgoing.mask.over_headers(response_headers(response.headers))
                 await stream.send(response.status, (*headers, *self._headers(errand, pick)), body)
@@ -373,7 +395,8 @@ class Forwarder:
         # A service is not to blame for a client that waits no longer.
         outcome = Outcome.CANCELLED if isinstance(error, DeadlineError) else Outcome.FAILED
         attempt.settle(outcome)
-        told = incomplete(error) if isinstance(error, ConfigurationError) else error
+        attempt.fault = error.code
+        told = incomplete(error, errand.request) if isinstance(error, ConfigurationError) else error
         headers = self._headers(errand, attempt.pick)
 
         async def tell() -> None:
@@ -391,13 +414,13 @@ class Forwarder:
             attempt=attempt,
             response_model=errand.course.response_model,
             hides_usage=outgoing.hides_usage,
-            remember=self._remembers(attempt.pick) if _is_kept(errand) else None,
+            remember=self._remembers(attempt.pick, errand.request) if _is_kept(errand) else None,
         )
 
     def _headers(self, errand: _Errand, pick: Pick) -> tuple[tuple[str, str], ...]:
         return decision_headers(pick, errand.course.attempts) if self._decision_headers else ()
 
-    def _remembers(self, pick: Pick) -> Remember:
+    def _remembers(self, pick: Pick, request: ClientRequest) -> Remember:
         async def remember(response_id: str) -> None:
             try:
                 await self._balance.remember(pick, response_id)
@@ -405,7 +428,8 @@ class Forwarder:
                 now = time.monotonic()
                 if now - self._warned_at >= _WARN_INTERVAL_S:
                     self._warned_at = now
-                    log.warning("a response cannot be asked for again", pool=pick.pool, reason=exc.message)
+                    facts = {"pool": pick.pool, "reason": exc.message} | request.facts
+                    log.warning("a response cannot be asked for again", **facts)
 
         return remember
 

@@ -10,12 +10,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from aiohttp import web
 
 from balancer.dialects import Dialect, Headers
+from balancer.domain import Outcome
 from balancer.errors import BalancerError, BodyTooLargeError, ExpectationError, RequestError
 from balancer.gateway.front_server import Answer, is_spoken
 from balancer.gateway.lane import SLOW_S, Handle
+from balancer.gateway.lane_stream import address_of
 from balancer.gateway.messages import ClientGoneError, ClientRequest
 from balancer.gateway.request_ids import request_id_of
 from balancer.gateway.telling import send_error
+from balancer.gateway.witness import Watch
 
 _AUTHORITY = re.compile(r"^https?://[^/]*", re.IGNORECASE)
 _HOST = re.compile(r"(?:[A-Za-z0-9!$&'()*+,;=._~%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
@@ -31,11 +34,22 @@ class AiohttpStream:
         self._extra = extra
         self._ends_at: float | None = None
         self.response: web.StreamResponse | None = None
+        self.body_bytes = 0
 
     @property
     def is_started(self) -> bool:
         """True once the answer's headers are on their way."""
         return self.response is not None
+
+    @property
+    def client(self) -> str:
+        """The client's address, empty when it is not known."""
+        return address_of(self._request.transport)
+
+    @property
+    def status(self) -> int:
+        """The answer's status, 0 before it is started."""
+        return self.response.status if self.response is not None else 0
 
     def give_until(self, time: float) -> None:
         """Breaks the connection where something written waits beyond a time of the loop's."""
@@ -69,6 +83,7 @@ class AiohttpStream:
         if self._request.method == "HEAD":
             return
         await self._within_time(self.response.write(chunk))
+        self.body_bytes += len(chunk)
 
     def write_now(self, chunk: bytes, framed: bytes = b"", /) -> bool:
         """False: aiohttp writes in coroutines only."""
@@ -113,15 +128,20 @@ class Front:
         max_body_bytes: int,
         is_draining: Callable[[], bool],
         own: Mapping[str, Answer],
-        refused: Callable[[ClientRequest, BalancerError, float], None] = lambda request, error, began: None,
+        refused: Callable[[ClientRequest, BalancerError, float], str] = lambda request, error, began: "",
+        watch: Watch | None = None,
     ) -> None:
-        """`own`: what answers by itself to GET, by path. `refused` counts what the handler never hears of."""
+        """`own`: what answers by itself to GET, by path.
+
+        `refused` counts what the handler never hears of, and gives its scenario; `watch` tells of it.
+        """
         self._handle = handle
         self._dialect_of = dialect_of
         self._max_body_bytes = max_body_bytes
         self._is_draining = is_draining
         self._own = own
         self._refused = refused
+        self._watch = watch
 
     async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answers one request. The handler is cancelled when the client goes away."""
@@ -152,8 +172,12 @@ class Front:
         except BalancerError as exc:
             # The rest of the body is still coming: the connection cannot be used again.
             stream = AiohttpStream(request, (("x-request-id", request_id), _CLOSE))
+            if self._watch is not None:
+                message.witness = self._watch.begin(message, stream.client, began)
             await send_error(self._dialect_of(path), exc, message, stream)
-            self._refused(message, exc, began)
+            scenario = self._refused(message, exc, began)
+            if message.witness is not None:
+                message.witness.ended(scenario, "", Outcome.REJECTED, stream)
         except ClientGoneError:
             stream.abort()
         else:

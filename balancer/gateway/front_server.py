@@ -22,7 +22,9 @@ from balancer.dialects.openai import OPENAI
 from balancer.errors import BalancerError, RequestError
 from balancer.gateway.accepting import Acceptor
 from balancer.gateway.lane import SLOW_S, Lanes
+from balancer.gateway.lane_stream import address_of
 from balancer.gateway.request_ids import new_request_id
+from balancer.gateway.witness import Watch
 
 BACKLOG = 1024
 """Connections that may wait to be accepted."""
@@ -119,18 +121,22 @@ class _Protocol(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """The answer to what is no request (400), or to one that failed in our hands (500)."""
+        request_id = new_request_id()
         if status >= 500:
-            log.error("a request failed in the gateway", exc=exc)
+            log.error("a request failed in the gateway", exc=exc, request=request_id)
         if request.writer.output_size > 0:
             raise ConnectionError("an answer has begun already")
         error = BalancerError("internal error")
         if status < 500:
             error = RequestError("this is no valid HTTP/1.1 request, or its head is too long")
-        request_id = new_request_id()
         # There may be no path to tell the dialect by.
+        body = OPENAI.error_body(error, request_id)
+        watch = self._manager.watch if isinstance(self._manager, Server) else None
+        if watch is not None and status < 500:
+            watch.tell_of_none(request_id, address_of(request.transport), status, error.code, len(body))
         response = web.Response(
             status=status,
-            body=OPENAI.error_body(error, request_id),
+            body=body,
             content_type="application/json",
             headers={"x-request-id": request_id},
         )
@@ -144,10 +150,12 @@ class Server(web.Server):
     A body with a Content-Encoding is not decoded: aiohttp would log what it cannot decode.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, watch: Watch | None = None) -> None:
+        """`watch` tells of what is no request."""
         super().__init__(answer, handler_cancellation=True, access_log=None, auto_decompress=False, logger=QUIET)
         self.lanes: Lanes | None = None
         """Connections that are served beside those of aiohttp, and are closed with them."""
+        self.watch = watch
 
     def pre_shutdown(self) -> None:
         """Closes idle connections."""

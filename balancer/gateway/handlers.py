@@ -36,8 +36,9 @@ from balancer.errors import (
 from balancer.gateway.course import Course
 from balancer.gateway.forwarding import Begun, Forwarder
 from balancer.gateway.matching import Directory, Plans, serving, standing_in
-from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
+from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream, WayBack
 from balancer.gateway.telling import incomplete, send_error
+from balancer.gateway.witness import Watch
 from balancer.metrics import Metrics
 
 _NAMES_SHOWN = 20
@@ -77,18 +78,28 @@ class Handlers:
     """Answers requests of the data plane. Every request gets an answer or a broken connection, in its own dialect."""
 
     def __init__(
-        self, settings: Settings, source: Source, forwarder: Forwarder, metrics: Metrics, plans: Plans
+        self,
+        settings: Settings,
+        source: Source,
+        forwarder: Forwarder,
+        metrics: Metrics,
+        plans: Plans,
+        watch: Watch | None = None,
     ) -> None:
+        """`watch` tells of the requests that are answered."""
         self._source = source
         self._plans = plans
         self._forwarder = forwarder
         self._metrics = metrics
+        self._watch = watch
         # Digests are of one length, so that comparing them tells nothing of a token.
         self._tokens = tuple(_digest(token) for token in settings.client_tokens)
 
-    async def handle(self, request: ClientRequest, stream: ClientStream, begun: Begun | None = None) -> None:
+    async def handle(self, request: ClientRequest, stream: WayBack, begun: Begun | None = None) -> None:
         """Answers the request on the stream, from its start or from where it was `begun`."""
         began = begun.clock.began if begun else time.monotonic()
+        if self._watch is not None and request.witness is None:
+            request.witness = self._watch.begin(request, stream.client, began)
         first = request.first
         speaks_anthropic = "anthropic-version" in first or "x-api-key" in first
         wanted = route(request.method, request.path, speaks_anthropic=speaks_anthropic)
@@ -120,7 +131,7 @@ class Handlers:
                 outcome = await self._forwarder.forward(request, wanted, course, peek, stream, begun)
         except ConfigurationError as exc:
             outcome, refusal = Outcome.FAILED, exc
-            await send_error(dialect, incomplete(exc), request, stream)
+            await send_error(dialect, incomplete(exc, request), request, stream)
         except RateLimitedError as exc:
             outcome, refusal = Outcome.RATE_LIMITED, exc
             await send_error(dialect, exc, request, stream)
@@ -134,23 +145,29 @@ class Handlers:
             raise
         except Exception as exc:  # noqa: BLE001 - a task's root: whatever went wrong is logged, the worker lives.
             outcome = Outcome.FAILED
-            log.error("a request failed in the gateway", exc=exc, request=request.request_id)
+            log.error("a request failed in the gateway", exc=exc, **request.facts)
             await send_error(dialect, BalancerError("internal error"), request, stream)
         finally:
             scenario = wanted.scenario if wanted else ""
             pick = course.pick if course else None
-            self._metrics.request(scenario, rule.uuid if rule else "", outcome, time.monotonic() - began, pick)
+            trace_id = request.witness.trace_id if request.witness is not None else ""
+            self._metrics.request(
+                scenario, rule.uuid if rule else "", outcome, time.monotonic() - began, pick, trace_id
+            )
             if refusal is not None and pick is None and not isinstance(refusal, UpstreamError):
                 self._metrics.refused(scenario, refusal.reason)
+            if request.witness is not None:
+                request.witness.ended(scenario, rule.uuid if rule else "", outcome, stream)
 
-    def refused(self, request: ClientRequest, error: BalancerError, began: float) -> None:
-        """Counts a request that the front has refused already, and that arrived then."""
+    def refused(self, request: ClientRequest, error: BalancerError, began: float) -> str:
+        """Counts a request that the front has refused already, and that arrived then; its scenario."""
         first = request.first
         speaks_anthropic = "anthropic-version" in first or "x-api-key" in first
         wanted = route(request.method, request.path, speaks_anthropic=speaks_anthropic)
         scenario = wanted.scenario if wanted else ""
         self._metrics.request(scenario, "", Outcome.REJECTED, time.monotonic() - began)
         self._metrics.refused(scenario, error.reason)
+        return scenario
 
     def may_pass(self, head: ClientRequest) -> Route | None:
         """The route of a request for a model with this head, when nothing in that speaks against it; else None.

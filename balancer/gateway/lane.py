@@ -13,7 +13,7 @@ from typing import Final, Protocol, cast
 from balancer import log
 from balancer.gateway.lane_head import MAX_HEAD_BYTES, Head, Repeat, is_beginning, read_head, repeat_of
 from balancer.gateway.lane_stream import LaneStream
-from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
+from balancer.gateway.messages import ClientGoneError, ClientRequest, WayBack
 from balancer.gateway.request_ids import request_id_of
 from balancer.polling import DirectSocket, direct_socket
 
@@ -29,7 +29,7 @@ IDLE_S = 3630.0
 SLOW_S = 60.0
 """For a whole head, and between two parts of a body."""
 
-Handle = Callable[[ClientRequest, ClientStream], Awaitable[None]]
+Handle = Callable[[ClientRequest, WayBack], Awaitable[None]]
 
 
 class Work(Protocol):
@@ -294,10 +294,18 @@ class Lane(asyncio.BufferedProtocol):
             try:
                 self.work = lanes.begin(self, head, body, is_last)
             except Exception as exc:  # noqa: BLE001 - a root: `handle` meets it too, and tells, or it was no harm.
-                log.error("a request could not be begun", exc=exc)
+                self._begin_task(head, body, is_last, exc)
+                return
             if self.work is not None:
                 return
+        self._begin_task(head, body, is_last)
+
+    def _begin_task(self, head: Head, body: bytes, is_last: bool, fault: Exception | None = None) -> None:
+        """Answers a request in a task; a `fault` is why that was not done without one."""
+        lanes = self._lanes
         request = request_of(head, body, request_id_of(head.first.get("x-request-id", "")))
+        if fault is not None:
+            log.error("a request could not be begun", exc=fault, **request.facts)
         stream = self.stream(request.request_id, is_last=is_last)
         self.work = task = self.task(request, stream, lambda: lanes.handle(request, stream))
         task.add_done_callback(self._never_begun)
@@ -324,7 +332,7 @@ class Lane(asyncio.BufferedProtocol):
         except ClientGoneError:
             pass
         except Exception as exc:  # noqa: BLE001 - a task's root: it is logged, and the worker lives.
-            log.error("a request failed in the gateway", exc=exc, request=request.request_id)
+            log.error("a request failed in the gateway", exc=exc, **request.facts)
         finally:
             self.answered(is_whole=stream.is_ended, is_last=stream.is_last)
 

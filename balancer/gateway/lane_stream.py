@@ -50,8 +50,10 @@ class LaneStream:
         "_line",
         "_loop",
         "_request_id",
+        "body_bytes",
         "is_ended",
         "is_started",
+        "status",
     )
 
     def __init__(self, line: Line, loop: asyncio.AbstractEventLoop, request_id: str, *, is_last: bool) -> None:
@@ -67,6 +69,13 @@ class LaneStream:
         self._is_open = False  # Started, and not ended: what is written then is this answer's.
         self.is_started = False
         self.is_ended = False
+        self.status = 0
+        self.body_bytes = 0
+
+    @property
+    def client(self) -> str:
+        """The client's address, empty when it has left."""
+        return address_of(self._line.transport)
 
     @property
     def is_last(self) -> bool:
@@ -87,6 +96,7 @@ class LaneStream:
         self._left = length or 0 if has_body else 0
         self._head = answer_head(status, headers, length, self._request_id, is_last=self._is_last)
         self.is_started = self._is_open = True
+        self.status = status
         if self._is_chunked:
             self._loop.call_soon(self._flush)
 
@@ -94,6 +104,7 @@ class LaneStream:
         """Keeps a whole head for the first part of a body in chunks, which follows at once."""
         self._is_chunked = self.is_started = self._is_open = True
         self._head = head
+        self.status = 200
         self._loop.call_soon(self._flush)
 
     async def write(self, chunk: bytes) -> None:
@@ -114,6 +125,7 @@ class LaneStream:
         if line.is_held_up or transport is None or transport.is_closing():
             return False
         if self._is_chunked:
+            self.body_bytes += len(chunk)
             if framed and not self._head:
                 transport.write(framed)
             elif chunk:
@@ -125,6 +137,7 @@ class LaneStream:
             chunk = chunk[: self._left]
         if chunk:
             self._left -= len(chunk)
+            self.body_bytes += len(chunk)
             transport.write(self._head + chunk if self._head else chunk)
             self._head = b""
         return True
@@ -145,6 +158,7 @@ class LaneStream:
         self._head = b""
         if self._is_chunked:
             data += b"%x\r\n%b\r\n0\r\n\r\n" % (len(last), last) if last else b"0\r\n\r\n"
+            self.body_bytes += len(last)
         if data:
             transport.write(data)
         self.is_ended = True
@@ -158,6 +172,7 @@ class LaneStream:
         if len(last) > _LAST_BYTES or transport is None or transport.is_closing() or transport.get_write_buffer_size():
             return False
         self._is_open = False
+        self.body_bytes += len(last)
         head, self._head = self._head, b""
         transport.write(b"%b%x\r\n%b\r\n0\r\n\r\n" % (head, len(last), last) if last else head + b"0\r\n\r\n")
         self.is_ended = True
@@ -195,6 +210,12 @@ class LaneStream:
         if transport is None or transport.is_closing():
             raise ClientGoneError
         return transport
+
+
+def address_of(transport: asyncio.BaseTransport | None) -> str:
+    """Who is at the other end of a connection, empty where that has no address, or is gone."""
+    peer = transport.get_extra_info("peername") if transport is not None else None
+    return str(peer[0]) if isinstance(peer, tuple) and peer else ""
 
 
 def answer_head(status: int, headers: Headers, length: int | None, request_id: str, *, is_last: bool) -> bytes:

@@ -9,6 +9,7 @@ import msgspec
 
 from balancer.dialects import Headers
 from balancer.domain import Timeouts
+from balancer.gateway.witness import Answered, Witness
 
 
 class Take(Protocol):
@@ -28,7 +29,7 @@ class ClientGoneError(Exception):
 class ClientRequest:
     """A request as it came: its target in parts, undecoded, its headers in order, its whole body."""
 
-    __slots__ = ("_first", "body", "headers", "method", "path", "query", "request_id")
+    __slots__ = ("_first", "body", "headers", "method", "path", "query", "request_id", "witness")
 
     def __init__(
         self,
@@ -49,6 +50,14 @@ class ClientRequest:
         self.body = body
         self.request_id = request_id
         self._first = first
+        self.witness: Witness | None = None
+        """Who tells of it; None where nobody does."""
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What every line of the log about it says."""
+        trace_id = self.witness.trace_id if self.witness is not None else ""
+        return {"request": self.request_id, "trace": trace_id} if trace_id else {"request": self.request_id}
 
     def header(self, name: str) -> str:
         """The first value of a header (its name in lower case), empty when it is absent."""
@@ -96,6 +105,14 @@ class ClientStream(Protocol):
 
     def abort(self) -> None:
         """Breaks the connection, so that nobody takes what was sent for the whole."""
+
+
+class WayBack(ClientStream, Answered, Protocol):
+    """The same, as whoever tells of the request looks at it."""
+
+    @property
+    def client(self) -> str:
+        """The client's address, empty when it is not known (any more)."""
 
 
 class UpstreamRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -67,24 +67,35 @@ class Account:
             url = self._urls[key] = upstream_url(self.provider, path, model, query, self.resolved[2])
         return url
 
-    def headers(self, client: ClientRequest, dialect: Dialect, *, is_plain: bool) -> tuple[Headers, Headers]:
-        """What goes upstream, and of it what is this request's alone: most clients send the same again and again."""
-        key = (client.headers, dialect.name, is_plain)
+    def headers(
+        self, client: ClientRequest, dialect: Dialect, *, is_plain: bool, drops: frozenset[str]
+    ) -> tuple[Headers, Headers]:
+        """What goes upstream, and of it what is this request's alone: most clients send the same again and again.
+
+        Of the client's headers those that it `drops`, by their names in lower case, do not.
+        """
+        asked = client.headers
+        if drops and not drops.isdisjoint(client.first):
+            asked = tuple(pair for pair in asked if pair[0].lower() not in drops)
+        key = (asked, dialect.name, is_plain)
         kept = self._headers.get(key)
         if kept is None:
             if len(self._headers) >= _HEADERS_KEPT:
                 self._headers.clear()
             token, own, _, _ = self.resolved
             ours = dialect.credential_headers(self.provider, token, client.joined) | own
-            kept = self._headers[key] = request_headers(client.headers, ours, identity_only=is_plain)
-        return kept, () if self._has_request_id else (("x-request-id", client.request_id),)
+            kept = self._headers[key] = request_headers(asked, ours, identity_only=is_plain)
+        more: Headers = () if self._has_request_id else (("x-request-id", client.request_id),)
+        return kept, more if client.witness is None else (*more, *client.witness.headers)
 
 
 class Preparer:
     """Makes them, with the credentials of the providers."""
 
-    def __init__(self, providers: Providers) -> None:
+    def __init__(self, providers: Providers, drops: frozenset[str] = frozenset()) -> None:
+        """`drops`: the names in lower case of client's headers that are for no upstream."""
         self._providers = providers
+        self._drops = drops
         self._accounts: dict[str, Account] = {}
 
     def provider(self, service_id: str) -> Provider:
@@ -159,7 +170,7 @@ class Preparer:
         timeout_s: float,
     ) -> tuple[UpstreamRequest, Mask]:
         account = self._account(provider)
-        headers, more = account.headers(request, route.dialect, is_plain=is_plain)
+        headers, more = account.headers(request, route.dialect, is_plain=is_plain, drops=self._drops)
         outgoing = UpstreamRequest(
             provider=provider.name,
             method=request.method,

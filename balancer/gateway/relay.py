@@ -114,7 +114,7 @@ class Relay:
     async def _relay_body(self, response: Opening, headers: Headers, chunk: bytes, verdict: Verdict) -> None:
         """The upstream's own bytes, from their first chunk on."""
         if len(chunk) == response.length and not response.coding:
-            self._attempt.usage = usage_of(chunk)
+            self._read(chunk)
             await self._send_whole(response.status, headers, chunk, verdict)
             return
         tap = UsageTap(response.coding)
@@ -149,8 +149,14 @@ class Relay:
         except (DecodeError, *lenient.UNREADABLE):
             await self._relay_body(response, headers, body, verdict)
             return
-        self._attempt.usage = usage_of(plain)
+        self._read(plain)
         await self._send_whole(response.status, _without(headers, "content-encoding"), renamed, verdict)
+
+    def _read(self, body: bytes) -> None:
+        """Takes over what a whole JSON answer tells of the attempt."""
+        self._attempt.usage = usage_of(body)
+        if self._attempt.details is not None:
+            self._attempt.details.read(body)
 
     async def _relay_events(self, response: Opening, headers: Headers, chunk: bytes) -> None:
         decoder: Decoder | None = None

@@ -15,6 +15,8 @@ async def send_error(
     dialect: Dialect, error: BalancerError, request: ClientRequest, stream: ClientStream, extra: Headers = ()
 ) -> None:
     """Tells the client of an error, or breaks its connection when its answer has begun already."""
+    if request.witness is not None:
+        request.witness.error = error.code
     if stream.is_started:
         stream.abort()
         return
@@ -26,7 +28,7 @@ async def send_error(
         await stream.write(body)
         await stream.end()
     except ClientGoneError:
-        log.debug("a client left before its error", request=request.request_id)
+        log.debug("a client left before its error", **request.facts)
 
 
 def retry_after(error: BalancerError) -> Headers:
@@ -53,7 +55,7 @@ def header_text(text: str) -> str:
     return text.encode("ascii", "backslashreplace").decode()
 
 
-def incomplete(error: ConfigurationError) -> BalancerError:
+def incomplete(error: ConfigurationError, request: ClientRequest) -> BalancerError:
     """What a client is told where the configuration lacks something; what that is, only the log is told."""
-    log.error("a request needs what the configuration does not give", reason=str(error))
+    log.error("a request needs what the configuration does not give", exc=None, reason=str(error), **request.facts)
     return BalancerError("the gateway's configuration is incomplete; its log says what is missing")

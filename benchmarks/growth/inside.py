@@ -27,7 +27,7 @@ import balancer
 from balancer import config, log
 from balancer.gateway.app import Gateway
 from balancer.gateway.handlers import Handlers
-from balancer.gateway.messages import ClientRequest, ClientStream
+from balancer.gateway.messages import ClientRequest, WayBack
 from balancer.store import settlement
 from benchmarks.growth.files import raise_open_files
 
@@ -128,7 +128,7 @@ class Lines:
         self._counts.clear()
         handle = self._handle
 
-        async def marked(handlers: Handlers, request: ClientRequest, stream: ClientStream) -> None:
+        async def marked(handlers: Handlers, request: ClientRequest, stream: WayBack) -> None:
             _is_request.set(True)
             try:
                 await handle(handlers, request, stream)

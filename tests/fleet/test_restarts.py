@@ -1,11 +1,15 @@
-"""Fleets that start while Redis is away."""
+"""Fleets that start while Redis is away, or that are told to end while they start."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
+import sys
 from pathlib import Path
 
 from balancer.cli.accounts import FakeAccount
-from tests.fleet.conftest import Start, a_document, idle_view, ours, run_command, theirs
+from tests.fleet.conftest import END_S, Start, a_document, idle_view, ours, run_command, theirs
 from tests.store.conftest import eventually
 from tests.topologies import Server
 
@@ -47,3 +51,26 @@ async def test_without_a_kept_configuration_redis_must_be_there(environment: dic
     status, _, err = await run_command(*command, environment=variables)
     assert status != 0
     assert "checking Redis" in err
+
+
+async def test_a_fleet_that_is_told_to_end_while_it_starts_ends_at_once(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The first process of a container has no default action for SIGTERM.
+
+    One within the first quarter of a second was lost, and the container served on until it was killed at the end of its
+    grace.
+    """
+    configuration = tmp_path / "balancer.yaml"
+    os.mkfifo(configuration)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "balancer", "serve", "--port", "0", "--config", str(configuration)),
+        env=environment,
+        stdin=asyncio.subprocess.DEVNULL,
+    )
+    # Can be opened once it is about to read it, and then waits for what nobody writes.
+    with await asyncio.to_thread(configuration.open, "wb"):
+        process.terminate()
+        async with asyncio.timeout(END_S):
+            status = await process.wait()
+    assert status == 128 + signal.SIGTERM

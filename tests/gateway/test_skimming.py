@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from balancer.details import Details
 from balancer.domain import Outcome, Usage
 from balancer.encoding import Decoder
 from balancer.gateway.events import EventRelay
@@ -42,6 +43,7 @@ class Ends:
 
     status, length, is_started = 200, None, True
     headers: tuple[tuple[str, str], ...] = ()
+    details: Details | None = None
 
     def __init__(self, parts: Sequence[bytes], refusals: Sequence[bool], *, tells_end: bool = False) -> None:
         self.parts = list(parts)

@@ -22,7 +22,7 @@ from balancer.gateway.forwarding import Begun
 from balancer.gateway.front_server import Server
 from balancer.gateway.lane import Lane, Lanes, Work
 from balancer.gateway.lane_head import Head
-from balancer.gateway.messages import ClientRequest, ClientStream
+from balancer.gateway.messages import ClientRequest, WayBack
 from balancer.gateway.upstream.answer import Answer
 from balancer.store import connection
 from balancer.store.credentials import Sealer
@@ -270,7 +270,7 @@ def _mark(walk: Walked, way: str, patch: pytest.MonkeyPatch) -> None:
     trail, handlers, lanes = walk.trail, walk.gateway._handlers, _server(walk).lanes
     handle = handlers.handle
 
-    async def noted(request: ClientRequest, stream: ClientStream, begun: Begun | None = None) -> None:
+    async def noted(request: ClientRequest, stream: WayBack, begun: Begun | None = None) -> None:
         trail.handled(request, begun)
         await handle(request, stream, begun)
 
