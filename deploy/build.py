@@ -113,8 +113,7 @@ def chart_files() -> dict[str, str]:
     chart = CHART.relative_to(ROOT).as_posix()
     made = {f"{chart}/README.md": _readme(), f"{chart}/values.schema.json": _schema()}
     alerts = ROOT / "grafana" / "alerts" / "balancer.yaml"
-    if alerts.exists():
-        made[f"{chart}/files/alerts/{alerts.name}"] = alerts.read_text(encoding="utf-8")
+    made[f"{chart}/files/alerts/{alerts.name}"] = alerts.read_text(encoding="utf-8")
     dashboards = {Path(name).name: text for name, text in grafana.files().items()}
     made |= {f"{chart}/files/dashboards/{name}": text for name, text in dashboards.items()}
     made[f"{chart}/files/dashboards/kustomization.yaml"] = _dashboards(dashboards)

@@ -140,7 +140,7 @@ def selectors(expression: Any) -> Iterator[promql_parser.VectorSelector]:
 
 def labels_of(name: str) -> frozenset[str]:
     """The labels that series of that name may have. Raises KeyError for a name that nobody exports."""
-    if name == "up":
+    if name in ("up", "scrape_duration_seconds"):
         return OF_PROMETHEUS
     if name in RECORDED:
         return frozenset(re.findall(r"\w+", " ".join(re.findall(r"by \(([^)]*)\)", RECORDED[name]["expr"]))))

@@ -241,4 +241,4 @@ def _faults_of_the_end(workload: Object) -> Iterator[str]:
         yield f"killed after {grace} s, and needs {needed}"
 
 
-KNOWN_VARIABLES = {setting.variable for setting in config.SETTINGS} | {"BALANCER_ACCESS_LOG", "BALANCER_OTEL"}
+KNOWN_VARIABLES = {setting.variable for setting in config.SETTINGS}

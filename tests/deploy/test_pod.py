@@ -75,6 +75,10 @@ async def test_the_container_starts_with_what_is_rendered_answers_its_probes_and
                 async with client.get(pod.url("http", "/metrics"), headers=headers) as hidden:
                     assert hidden.status == 404
 
+                async def is_told() -> bool:
+                    return '"status":200' in pod.log.replace(" ", "")
+
+                await eventually(is_told)  # The line of a request may come after its answer.
                 stats = await pod.execs("balancer", "get", "stats")
                 assert "a:m" in stats
                 applied = await pod.execs("balancer", "apply", "--force", pod.variables["BALANCER_CONFIG"])
