@@ -95,9 +95,11 @@ def test_the_configuration_it_shows_is_valid() -> None:
 def test_the_packages_with_a_reason_are_those_required() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (block,) = re.findall(r"^dependencies = \[\n(.*?)^\]", project, re.DOTALL | re.MULTILINE)
-    required = set(re.findall(r'^\s+"([a-z-]+)', block, re.MULTILINE))
+    required = set(re.findall(r'^\s+"([a-z0-9-]+)', block, re.MULTILINE))
     section = README.partition("## What it stands on")[2].partition("##")[0]
-    named = {name for row in re.findall(r"^\| ([a-z][a-z, -]+) \|", section, re.MULTILINE) for name in row.split(", ")}
+    named = {
+        name for row in re.findall(r"^\| ([a-z][a-z0-9, -]+) \|", section, re.MULTILINE) for name in row.split(", ")
+    }
     assert named - {"package"} == required
 
 
