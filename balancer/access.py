@@ -70,6 +70,8 @@ class Line(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag_field=
     is_degraded: bool = msgspec.field(default=False, name="degraded")
     error: str = ""
     trace: str = ""
+    entry: str = ""
+    """The smart-routing entry that it belongs to."""
     key: str = ""
     """The name of the client's key, once clients have keys with names."""
 

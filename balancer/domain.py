@@ -263,9 +263,12 @@ class Rule(Struct, frozen=True, kw_only=True):
         return next((rule for rule in self.variants() if rule.entry == entry), self) if entry else self
 
     def all_services(self) -> tuple[Service, ...]:
-        """The rule's own services, and those of its smart-routing entries when they count; each id may repeat."""
+        """The rule's own services, then those that only its smart-routing entries have, when these count."""
         entries = self.smart_routing if self.smart_enabled else ()
-        return (*self.services, *(service for route in entries for service in route.services))
+        found: dict[str, Service] = {}
+        for service in (*self.services, *(service for route in entries for service in route.services)):
+            found.setdefault(service.id, service)
+        return tuple(found.values())
 
     def active_services(self) -> tuple[Service, ...]:
         """The services that are switched on, in order. Whether their provider is enabled is not asked here."""
@@ -467,6 +470,11 @@ class Pick(Struct, frozen=True, kw_only=True, gc=False):
     """A pin has kept the session on a service that is not the cursor's."""
     is_local: bool = False
     """Made by this worker alone, without Redis: `seq`, `epoch` and `position` are 0."""
+
+    @property
+    def entry(self) -> str:
+        """The smart-routing entry whose services it was made among, empty for none."""
+        return self.partition[: -len(self.rule) - 1]
 
     @property
     def decision(self) -> str:

@@ -100,18 +100,22 @@ def configured(configuration: Configuration, define: Callable[[Rule], RuleDefini
     for rule in configuration.rules:
         definition = define(rule)
         labels = f'pool="{escaped(rule.pool)}",rule="{escaped(rule.uuid)}"'
-        (partition,) = definition.partitions
+        partition, *entries = definition.partitions or (None,)
+        if partition is None:
+            continue
         for name in _THRESHOLDS:
             if name in partition.params:
                 lines[name].append(_line(name, labels, partition.params[name]))
-        for id_, share in expected_shares(rule, partition.tactic, partition.services):
+        # What share of the requests belongs to an entry, nothing says.
+        shares = () if entries else expected_shares(rule, partition.tactic, partition.services)
+        for id_, share in shares:
             lines["expected_share"].append(_line("expected_share", f'{labels},service="{escaped(id_)}"', share))
         if rule.active:
-            for service in partition.services:
+            for service in (service for part in definition.partitions for service in part.services):
                 _tighten(limits.setdefault((rule.pool, service.id, False), {}), service)
             for provider in definition.providers:
                 _tighten(limits.setdefault((rule.pool, provider.id, True), {}), provider)
-        for offered in rule.services:
+        for offered in rule.all_services():
             if offered.id not in priced and offered.provider in prices:
                 priced.add(offered.id)
                 lines["token_price"] += _prices(offered.id, prices[offered.provider])
@@ -190,7 +194,7 @@ def pooled(
 def _services(view: _Pool, rules: Sequence[Rule], of_pool: str, lines: defaultdict[str, list[str]]) -> Steps[None]:
     told: set[str] = set()
     for rule in rules:
-        for service in rule.services:
+        for service in rule.all_services():
             state = view.services.get(service.id)
             if state is None or service.id in told:
                 continue

@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 
 from balancer import __version__
 from balancer.cells import BEATS_AT, Exemplar, Slot
-from balancer.domain import Outcome, Pick, Usage
+from balancer.domain import Outcome, Pick, Rule, Usage
 from balancer.errors import REASONS
 from balancer.exposition import Family, Lines, Scrape, Source
 from balancer.steps import Steps, finished
@@ -122,6 +122,12 @@ FAMILIES: tuple[Family, ...] = (
     # What is picked, and how that goes.
     _counter("picks_total", "pool rule service reason", "Services picked.", "picks"),
     _counter("switches_total", "pool rule reason", "Moves of a rule's cursor.", "switches"),
+    _counter(
+        "routed_total",
+        "pool rule entry",
+        "Requests of rules with smart routing, by the entry that they belong to; empty for none.",
+        "requests",
+    ),
     _counter(
         "pinned_switches_saved_total",
         "pool rule",
@@ -238,6 +244,7 @@ class Metrics:
         self.retries = self._counts("balancer_retries_total")
         self.picks = self._counts("balancer_picks_total")
         self.switches = self._counts("balancer_switches_total")
+        self.routings = self._counts("balancer_routed_total")
         self.tokens = self._counts("balancer_tokens_total")
         self.saved_switches = self._counts("balancer_pinned_switches_saved_total")
         self.degraded_picks = self._counts("balancer_degraded_picks_total")
@@ -324,6 +331,11 @@ class Metrics:
             self.saved_switch(pick)
         if pick.is_local:
             self.degraded_picks.pending[pool, rule] += 1
+        self._flush_soon()
+
+    def routed(self, rule: Rule) -> None:
+        """Counts a request of a rule with smart routing, which is given as it serves the request."""
+        self.routings.pending[rule.pool, rule.uuid, rule.entry] += 1
         self._flush_soon()
 
     def saved_switch(self, pick: Pick) -> None:

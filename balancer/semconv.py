@@ -236,6 +236,8 @@ def _picked(pick: Pick) -> Attributes:
         "balancer.decision": pick.decision,
         "balancer.reason": pick.reason,
     }
+    if pick.entry:
+        attributes["balancer.entry"] = pick.entry
     if pick.is_local:
         attributes["balancer.degraded"] = True
     return attributes

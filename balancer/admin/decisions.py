@@ -208,6 +208,7 @@ def _pick(pool: str, event: Event) -> dict[str, object]:
         "at": at(int(event["now_ms"])),
         "rule": event["rule"],
         "partition": event["partition"],
+        "entry": event["partition"][: -len(event["rule"]) - 1] or None,
         "revision": int(event["revision"]),
         "tactic": event["tactic"],
         "service": event["service"],

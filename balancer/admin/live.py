@@ -83,6 +83,16 @@ class Live:
                 "seq": state.seq,
                 "revision": state.revision,
                 "services": [_summary(view, service) for service in rule.services],
+                "smart_routing": [
+                    {
+                        "entry": variant.entry,
+                        "description": route.description,
+                        "current_service": view.cursor(rule.uuid, variant.entry),
+                        "streak": view.streak(rule.uuid, variant.entry) or 0,
+                        "services": [_summary(view, service) for service in variant.services],
+                    }
+                    for variant, route in zip(rule.variants()[1:], rule.smart_routing, strict=False)
+                ],
             }
         }
 
@@ -145,7 +155,7 @@ class Live:
         """The counters of a rule's services. They are shared by all rules of its pool."""
         rule = self._rule(call)
         view = await self._balance.view(rule.pool)
-        stats = {service.id: stats_of(view, service.id, service.time_window) for service in rule.services}
+        stats = {service.id: stats_of(view, service.id, service.time_window) for service in rule.all_services()}
         return {"rule_id": rule.uuid, "rule_name": rule.request_model, "stats": stats}
 
     async def service_stats(self, call: Call) -> object:
@@ -172,7 +182,7 @@ class Live:
     async def clear_rule(self, call: Call) -> object:
         """Clears the counters of a rule's services, for all rules of its pool."""
         rule = self._rule(call)
-        await self._balance.clear(rule.pool, [service.id for service in rule.services])
+        await self._balance.clear(rule.pool, [service.id for service in rule.all_services()])
         return {"message": "Statistics cleared for all services in rule"}
 
     async def clear_service(self, call: Call) -> object:
@@ -197,7 +207,7 @@ class Live:
 
     def _service(self, call: Call) -> tuple[Rule, Service]:
         rule = self._rule(call)
-        service = next((service for service in rule.services if service.id == call.path["service"]), None)
+        service = next((service for service in rule.all_services() if service.id == call.path["service"]), None)
         if service is None:
             raise NotFoundError("Service not found in rule")
         return rule, service
@@ -221,7 +231,7 @@ class Live:
         lengths: dict[str, int] = {}
         for rule in self._balance.directory.configuration.rules:
             if rule.pool == view.pool:
-                for service in rule.services:
+                for service in rule.all_services():
                     lengths.setdefault(service.id, service.time_window)
         for name, state in view.services.items():
             lengths.setdefault(name, next((w.length_s for w in state.windows), DEFAULT_TIME_WINDOW_S))

@@ -131,7 +131,7 @@ class Picks:
         )
         rule = self._balance.directory.by_uuid.get(hold.rule)
         # The hold came from outside: only what is configured becomes a label.
-        if is_first and rule and any(service.id == hold.service for service in rule.services):
+        if is_first and rule and any(service.id == hold.service for service in rule.all_services()):
             self._metrics.settled(hold, outcome, usage)
         return is_first
 

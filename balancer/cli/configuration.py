@@ -14,7 +14,7 @@ import yaml
 
 from balancer import config, document
 from balancer.cli.store import Store, opened
-from balancer.domain import Configuration
+from balancer.domain import Configuration, Rule
 from balancer.errors import ConfigurationError
 from balancer.store import connection, keys
 from balancer.store.publishing import Publication, plan, publish_file, roll_back
@@ -188,6 +188,19 @@ async def _views(url: str, pools: list[str]) -> list[PoolView]:
         await commands.aclose()
 
 
+def _entries(view: PoolView, rule: Rule) -> dict[str, object]:
+    """Where the cursors of a rule's smart-routing entries stand; nothing for a rule without."""
+    entries = [
+        {
+            "entry": variant.entry,
+            "current_service": view.cursor(rule.uuid, variant.entry),
+            "streak": view.streak(rule.uuid, variant.entry) or 0,
+        }
+        for variant in rule.variants()[1:]
+    ]
+    return {"smart_routing": entries} if entries else {}
+
+
 def _stats(view: PoolView, configuration: Configuration) -> dict[str, object]:
     rules = [rule for rule in configuration.rules if rule.pool == view.pool]
     return {
@@ -201,6 +214,7 @@ def _stats(view: PoolView, configuration: Configuration) -> dict[str, object]:
                 "current_service_index": rule.current_service_index_of(view.cursor(rule.uuid)),
                 "streak": partition.streak if (partition := view.partitions.get(keys.partition(rule.uuid))) else 0,
                 "picks": view.rules[rule.uuid].seq if rule.uuid in view.rules else 0,
+                **_entries(view, rule),
             }
             for rule in rules
         ],

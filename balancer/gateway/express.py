@@ -138,7 +138,9 @@ class Express:
         try:
             peek = bodies.peek(body)
             plan = self._plans.matching(route.scenario, peek.model)
-            if plan is not None and plan.router is not None:
+            is_smart = plan is not None and plan.router is not None
+            if is_smart:
+                assert plan is not None, "it has a router"
                 plan = self._plans.routed(plan, peek, request_id=request_id)
         except BalancerError:
             return None
@@ -158,6 +160,8 @@ class Express:
         )
         if way.asked is None:
             return None
+        if is_smart:
+            self.metrics.routed(rule)
         self.opened()
         return way
 

@@ -218,8 +218,11 @@ class Handlers:
         if rule is None:
             rules = directory.rules(wanted.scenario)[: _NAMES_SHOWN + 1]
             raise _unknown_model(peek.model, wanted.scenario, [rule.request_model for rule in rules])
-        plan = self._plans.routed(self._plans.of(rule), peek, request_id=request.request_id)
+        asked = self._plans.of(rule)
+        plan = self._plans.routed(asked, peek, request_id=request.request_id)
         rule = plan.rule
+        if asked.router is not None:
+            self._metrics.routed(rule)
         if not plan.usable:
             what = f"entry {rule.entry} of rule {rule.uuid}" if rule.entry else f"rule {rule.uuid}"
             raise NoServiceError(f"{what} has no active service with an enabled provider")

@@ -239,6 +239,7 @@ def _line(
         pick.is_local,
         error,
         trace,
+        pick.entry,
     )
 
 

@@ -109,7 +109,7 @@ def _definition(
         )
 
     entries = rule.smart_routing if rule.smart_enabled else ()
-    reached = {service.id: service for service in rule.all_services()}.values()
+    reached = rule.all_services()
     windows = tuple(
         WindowsDefinition(id=service.id, lengths=tuple(sorted(lengths.get(service.id, {service.time_window}))))
         for service in reached

@@ -143,14 +143,14 @@ class PoolView(msgspec.Struct, frozen=True, kw_only=True):
     services: Mapping[str, ServiceView]
     providers: Mapping[str, ProviderView] = {}
 
-    def cursor(self, rule: str) -> str:
-        """The rule's current service, empty for none."""
-        partition = self.partitions.get(keys.partition(rule))
+    def cursor(self, rule: str, entry: str = "") -> str:
+        """The current service of the rule, or of an entry of it, empty for none."""
+        partition = self.partitions.get(keys.partition(rule, entry))
         return partition.cursor if partition else ""
 
-    def streak(self, rule: str) -> int | None:
-        """The rule's consecutive picks on its current service, None before the first."""
-        partition = self.partitions.get(keys.partition(rule))
+    def streak(self, rule: str, entry: str = "") -> int | None:
+        """The consecutive picks on the current service of the rule, or of an entry of it; None before the first."""
+        partition = self.partitions.get(keys.partition(rule, entry))
         return partition.streak if partition else None
 
     def breaker_state(self, service: str) -> BreakerState:
