@@ -3,17 +3,20 @@
 `python -m benchmarks.express` prints them, for a number of requests that come in one turn of the loop. The whole way is
 walked: lane, selection, upstream connection, answer, usage, settle. Only the kernel is left out, and Redis, and the
 writing and reading of its protocol: clients, upstream and Redis are stood in for by what would be in their sockets.
-`--opcodes` prints how many instructions of the interpreter each function takes: no other load on the machine changes
-that.
+`--access-log` and `--otel RATIO` turn on what tells of requests: lines go to /dev/null, that share of traces to a
+collector in another process; the threads' CPU is counted too. `--opcodes` prints how many instructions of the
+interpreter each function takes: no other load on the machine changes that.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import cProfile
 import gc
 import math
+import os
 import pstats
 import statistics
 import sys
@@ -25,7 +28,8 @@ from typing import Any
 
 import msgspec
 
-from balancer import document
+from balancer import document, tracing
+from balancer.access import AccessLog
 from balancer.cli.worker import keep_freed_memory
 from balancer.config import load
 from balancer.gateway import express as express_way
@@ -37,10 +41,13 @@ from balancer.gateway.matching import Plans
 from balancer.gateway.upstream import UpstreamClient
 from balancer.gateway.upstream.connection import Connection
 from balancer.gateway.upstream.request import Origin
+from balancer.gateway.watched import way_of
+from balancer.gateway.witness import Watch
 from balancer.metrics import Metrics
 from balancer.store.balance import Balance, BalanceEvents
 from balancer.store.pool import PoolClient, PoolEvents
 from balancer.store.registry import Snapshot, directory_of
+from benchmarks.collector import collecting
 from benchmarks.path import Providers
 
 _ROUNDS, _REQUESTS = 60, 800
@@ -100,7 +107,7 @@ class _Connection(Connection):
 class _Worker:
     """A worker with so many clients, each of which asks again as soon as it is answered."""
 
-    def __init__(self, clients: int, body_bytes: int) -> None:
+    def __init__(self, clients: int, body_bytes: int, watch: Watch | None = None) -> None:
         loop, settings, metrics = asyncio.get_running_loop(), load({}), Metrics()
         configuration = document.read(document.parse(_CONFIGURATION), door="strict").configuration
         directory = directory_of(Snapshot(revision=1, configuration=configuration, rule_revisions={}))
@@ -119,8 +126,10 @@ class _Worker:
         self._pool._link = self._link  # type: ignore[assignment]
         self._position = 0
         upstream, plans = UpstreamClient(1000), Plans(balance.snapshot)
-        forwarder = Forwarder(balance, Providers(directory), upstream, metrics, plans, decision_headers=True)
-        handlers = Handlers(settings, balance, forwarder, metrics, plans)
+        drops = tracing.CONTEXT_HEADERS if watch is not None and watch.tracing is not None else frozenset[str]()
+        providers = Providers(directory)
+        forwarder = Forwarder(balance, providers, upstream, metrics, plans, decision_headers=True, drops=drops)
+        handlers = Handlers(settings, balance, forwarder, metrics, plans, watch)
         lanes = Lanes(handlers.handle, asyncio.Protocol, 2**20, lambda: False)
         express = Express(
             handlers,
@@ -132,6 +141,8 @@ class _Worker:
             opened=lambda: None,
             closed=lambda: None,
             decision_headers=True,
+            way=way_of(watch),
+            watch=watch,
         )
         express_way._LATE_S = math.inf  # On a busy machine some turns take as long.
         lanes.begin = express.begin
@@ -212,11 +223,29 @@ def _answer() -> bytes:
     return head % len(body) + body
 
 
-async def _time(options: argparse.Namespace) -> None:
+def _watch(options: argparse.Namespace, collector: str) -> Watch | None:
+    """What tells of requests, as the options have it."""
+    if not options.access_log and not collector:
+        return None
+    access = AccessLog(os.open(os.devnull, os.O_WRONLY)) if options.access_log else None
+    if not collector:
+        return Watch(access, None)
+    os.environ |= {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector,
+        "OTEL_TRACES_SAMPLER": "traceidratio",
+        "OTEL_TRACES_SAMPLER_ARG": str(options.otel),
+        "OTEL_BSP_MAX_QUEUE_SIZE": "100000",  # None is to be dropped: that would be cheap.
+    }
+    configuration = document.read(document.parse(_CONFIGURATION), door="strict").configuration
+    named = {provider.uuid: provider for provider in configuration.providers}
+    return Watch(access, tracing.start("1.41", "bench", named.get))
+
+
+async def _time(options: argparse.Namespace, watch: Watch | None) -> None:
     print("| requests a turn | body | µs of CPU, least | median |\n|--:|--:|--:|--:|")
     for clients in options.clients:
         for body_bytes in (330, 44_000):
-            worker = _Worker(clients, body_bytes)
+            worker = _Worker(clients, body_bytes, watch)
             await worker.run(2000)
             gc.collect()
             gc.freeze()
@@ -225,8 +254,8 @@ async def _time(options: argparse.Namespace) -> None:
             print(f"| {clients} | {body_bytes} | {min(spent):.1f} | {statistics.median(spent):.1f} |", flush=True)
 
 
-async def _profile(options: argparse.Namespace) -> None:
-    worker = _Worker(options.clients[-1], 330)
+async def _profile(options: argparse.Namespace, watch: Watch | None) -> None:
+    worker = _Worker(options.clients[-1], 330, watch)
     await worker.run(2000)
     profile = cProfile.Profile()
     profile.enable()
@@ -235,8 +264,8 @@ async def _profile(options: argparse.Namespace) -> None:
     pstats.Stats(profile).sort_stats("tottime").print_stats(45)
 
 
-async def _count(options: argparse.Namespace) -> None:
-    worker, requests = _Worker(options.clients[-1], 330), 400
+async def _count(options: argparse.Namespace, watch: Watch | None) -> None:
+    worker, requests = _Worker(options.clients[-1], 330, watch), 400
     await worker.run(2000)
     counts: Counter[CodeType] = Counter()
 
@@ -261,8 +290,19 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--opcodes", action="store_true")
+    parser.add_argument("--access-log", action="store_true")
+    parser.add_argument("--otel", type=float, metavar="RATIO")
     options = parser.parse_args()
-    asyncio.run((_profile if options.profile else _count if options.opcodes else _time)(options))
+    measure = _profile if options.profile else _count if options.opcodes else _time
+    with collecting() if options.otel is not None else contextlib.nullcontext("") as collector:
+
+        async def run() -> None:
+            watch = _watch(options, collector)
+            await measure(options, watch)
+            if watch is not None and watch.tracing is not None:
+                watch.tracing.close().wait(30)
+
+        asyncio.run(run())
 
 
 if __name__ == "__main__":

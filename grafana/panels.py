@@ -152,8 +152,10 @@ class Annotation(msgspec.Struct, frozen=True, kw_only=True):
             "enable": True,
             "hide": False,
             "iconColor": self.colour,
+            # Grafana 11 reads these two, 12 the target.
             "expr": self.expr,
             "step": "60s",
+            "target": {**Query(expr=self.expr).json("Anno"), "interval": "60s"},
             "titleFormat": self.name,
             "textFormat": self.text,
             "tagKeys": "namespace,pool",

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from balancer.metrics import FAMILIES
+from benchmarks.pictures.told import PICTURES
 from grafana import build
 from grafana.boards import DASHBOARDS
 from grafana.panels import GRID
@@ -117,6 +118,15 @@ def test_a_query_is_promql_and_adds_up_as_its_metrics_do(one: dashboards.Asked) 
     assert one.target["exemplar"] is has_exemplars
 
 
+@pytest.mark.parametrize("uid", READ)
+def test_marks_are_asked_for_in_the_way_of_every_grafana(uid: str) -> None:
+    marks = READ[uid]["annotations"]["list"]
+    assert [mark["name"] for mark in marks] == ["Epoch raised", "Configuration changed"]
+    for mark in marks:
+        promql_parser.parse(dashboards.filled(mark["expr"]))
+        assert (mark["target"]["expr"], mark["target"]["interval"]) == (mark["expr"], mark["step"])
+
+
 def test_every_metric_has_a_panel() -> None:
     """And no panel asks for a metric that is not there: a name that is not known fails the test above."""
     shown = {name for one in ASKED for name in dashboards.metrics(one.expr)}
@@ -142,3 +152,12 @@ def test_links_and_provisioning_lead_to_what_is_there() -> None:
 def test_what_never_moves_in_a_test_has_a_reason_and_is_rare() -> None:
     found = [panel for dashboard in DASHBOARDS for panel in dashboard.panels if panel.unmoved]
     assert len(found) <= 2
+
+
+def test_pictures_are_of_panels_that_there_are_small_and_shown() -> None:
+    page = (ROOT / "docs" / "observability.md").read_text(encoding="utf-8")
+    for name, (uid, rows) in PICTURES.items():
+        assert {title for row in rows for title in row} <= {panel["title"] for panel in dashboards.panels(READ[uid])}
+        file = ROOT / "docs" / "pictures" / f"{name}.png"
+        assert file.stat().st_size < 150_000
+        assert f"(pictures/{file.name})" in page

@@ -1,4 +1,4 @@
-"""What docs/operations.md and docs/migration.md name is there: links, chapters, series, settings, commands, targets."""
+"""What the guides in docs name is there: links, chapters, series, settings, commands, targets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from balancer.__main__ import main
 from balancer.metrics import BY_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDES = ("docs/operations.md", "docs/migration.md")
+GUIDES = ("docs/operations.md", "docs/migration.md", "docs/observability.md")
 VARIABLES = {setting.variable for setting in config.SETTINGS}
 
 

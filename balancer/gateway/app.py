@@ -29,7 +29,7 @@ from balancer.gateway.matching import Plans
 from balancer.gateway.messages import ClientRequest, WayBack
 from balancer.gateway.tls import server_context
 from balancer.gateway.upstream import UpstreamClient
-from balancer.gateway.watched import WatchedWay
+from balancer.gateway.watched import way_of
 from balancer.gateway.witness import Watch
 from balancer.gauges import Configured, configured, pooled
 from balancer.metrics import Metrics
@@ -137,6 +137,7 @@ class Gateway:
 
     async def _serve_data(self, listener: socket.socket, *, with_metrics: bool) -> None:
         server = Server(self._front(with_metrics=with_metrics).answer, self._watch)
+        server.refused = self.metrics.refused
         if self._settings.fast_lane:
             lanes = Lanes(self._counted, server, self._settings.max_body_bytes, lambda: self._is_draining)
             express = Express(
@@ -149,7 +150,7 @@ class Gateway:
                 opened=self._opened,
                 closed=self._closed,
                 decision_headers=self._settings.decision_headers,
-                way=WatchedWay if self._watch is not None else None,
+                way=way_of(self._watch),
                 watch=self._watch,
             )
             lanes.begin = express.begin

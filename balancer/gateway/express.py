@@ -28,7 +28,7 @@ from balancer.gateway.forwarding import CLIENT_MARGIN_S, Begun, Forwarder, reser
 from balancer.gateway.handlers import Handlers
 from balancer.gateway.lane import Lane, request_of
 from balancer.gateway.lane_head import Head
-from balancer.gateway.lane_stream import CONTROLS, LaneStream, date
+from balancer.gateway.lane_stream import CONTROLS, LaneStream, address_of, date
 from balancer.gateway.masking import Mask
 from balancer.gateway.matching import Plan, Plans
 from balancer.gateway.messages import ClientRequest
@@ -78,13 +78,13 @@ class _Approach:
 
     __slots__ = ("client", "first", "patience_s", "request", "route", "sent")
 
-    def __init__(self, request: ClientRequest, route: Route | None, patience_s: float | None) -> None:
+    def __init__(self, request: ClientRequest, route: Route | None, patience_s: float | None, client: str) -> None:
         self.first = request.first
         self.request = request
         self.route = route
         self.patience_s = patience_s
         self.sent: dict[tuple[str, bool], _Sent] = {}
-        self.client = ""
+        self.client = client
         """Its address, where that is told."""
 
 
@@ -128,7 +128,7 @@ class Express:
         """Begins to answer a request; None for one that is for the ordinary way, from its start."""
         approach = lane.kept
         if not isinstance(approach, _Approach) or approach.first is not head.first:
-            approach = lane.kept = self._approach(head)
+            approach = lane.kept = self._approach(head, lane)
         route = approach.route
         transport = lane.transport
         if route is None or transport is None or transport.get_write_buffer_size():
@@ -159,12 +159,13 @@ class Express:
         self.opened()
         return way
 
-    def _approach(self, head: Head) -> _Approach:
+    def _approach(self, head: Head, lane: Lane) -> _Approach:
         request = request_of(head, b"", "")
         route = self.handlers.may_pass(request)
         if route is not None and route.path in _KEPT_PATHS:
             route = None
-        return _Approach(request, route, client_timeout_s(head.first))
+        client = address_of(lane.transport) if self.watch is not None else ""
+        return _Approach(request, route, client_timeout_s(head.first), client)
 
     def sent(self, way: Way, route: Route, plan: Plan, service: str, now: float) -> _Sent | None:
         """How a request of that kind goes to a service of the plan. Raises BalancerError."""

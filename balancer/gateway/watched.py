@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from balancer.domain import Outcome
 from balancer.gateway.attempts import Attempt
 from balancer.gateway.express import Way
-from balancer.gateway.lane_stream import address_of
 from balancer.gateway.messages import ClientRequest
 from balancer.gateway.witness import CLIENT_LEFT, Watch, Witness, follow
 from balancer.store.pool import Asked
@@ -20,28 +19,10 @@ class WatchedWay(Way, eq=False):
     trace: Trace | None = None
     span_id: int = 0
 
-    @property
-    def watch(self) -> Watch:
-        """Who tells."""
-        watch = self.express.watch
-        assert watch is not None, "or it were a way of the other kind"
-        return watch
-
-    def __post_init__(self) -> None:
-        approach, tracing = self.approach, self.watch.tracing
-        if not approach.client:
-            approach.client = address_of(self.lane.transport)
-        if tracing is not None:
-            first = self.head.first
-            state = approach.request.joined("tracestate") if "tracestate" in first else ""
-            self.trace = trace = tracing.begin(first, state)
-            self.span_id = trace.new_span_id()
-            lines = "".join([f"{name}: {value}\r\n" for name, value in trace.headers(self.span_id)])
-            self.more = lines.encode("ascii")
-
     def witness(self, request: ClientRequest) -> Witness:
         """Who tells of the request from now on, with what was done so far."""
-        witness = Witness(self.watch, request, self.approach.client, self.trace, self.began)
+        assert self.express.watch is not None, "or it were a way of the other kind"
+        witness = Witness(self.express.watch, request, self.approach.client, self.trace, self.began)
         attempt = self.attempt
         if attempt is not None:
             if self.answer is not None:
@@ -52,41 +33,30 @@ class WatchedWay(Way, eq=False):
             witness.picked(attempt)
         return witness
 
-    def facts(self) -> dict[str, str]:
-        """What every line of the log about it says."""
-        facts = Way.facts(self)
-        return facts | {"trace": self.trace.id} if self.trace is not None and self.trace.is_sampled else facts
-
-    def _send(self, asked: Asked) -> bool:
-        is_sent = Way._send(self, asked)
-        if self.trace is not None and self.attempt is not None:
-            follow(self.attempt, self.trace, self.span_id)
-        return is_sent
-
     def _end(self, outcome: Outcome, *, is_whole: bool) -> None:
         status = self.stream.status if self.stream is not None else 0
         if not status and outcome is Outcome.CANCELLED:
             status = CLIENT_LEFT
         attempt = self.attempt
-        if attempt is not None and self.answer is not None:
-            attempt.status = self.answer.status
+        if attempt is not None:
+            if self.answer is not None:
+                attempt.status = self.answer.status
+            if self.attempt_s:
+                attempt.duration_s = self.attempt_s
         bytes_out = self.stream.body_bytes if self.stream is not None else 0
         self._tell_of((attempt,) if attempt is not None else (), status, outcome, bytes_out)
         Way._end(self, outcome, is_whole=is_whole)
 
     def _arrive(self, attempt: Attempt) -> None:
-        attempt.status = 200
-        if attempt.details is not None and self.body_out:
-            attempt.details.read(self.body_out)
         bytes_out = self.stream.body_bytes if self.stream is not None else len(self.body_out)
         self._tell_of((attempt,), 200, Outcome.SUCCESS, bytes_out)
         Way._arrive(self, attempt)
 
     def _tell_of(self, attempts: Sequence[Attempt], status: int, outcome: Outcome, bytes_out: int) -> None:
         """Tells of the request, which is over."""
-        if attempts and self.attempt_s:
-            attempts[0].duration_s = self.attempt_s
-        self.watch.tell(
+        watch = self.express.watch
+        assert watch is not None, "or it were a way of the other kind"
+        watch.tell(
             self.request_id,
             self.trace,
             self.approach.client,
@@ -102,4 +72,44 @@ class WatchedWay(Way, eq=False):
             "",
             len(self.body),
             bytes_out,
+            self.attempt_s,
         )
+
+
+class TracedWay(WatchedWay, eq=False):
+    """The same where there are traces: what is sent upstream goes on in one."""
+
+    def __post_init__(self) -> None:
+        assert self.express.watch is not None, "or it were a way of the other kind"
+        tracing = self.express.watch.tracing
+        assert tracing is not None, "likewise"
+        first = self.head.first
+        state = self.approach.request.joined("tracestate") if "tracestate" in first else ""
+        self.trace = trace = tracing.begin(first, state)
+        self.span_id = trace.new_span_id()
+        lines = "".join([f"{name}: {value}\r\n" for name, value in trace.headers(self.span_id)])
+        self.more = lines.encode("ascii")
+
+    def facts(self) -> dict[str, str]:
+        """What every line of the log about it says."""
+        facts = Way.facts(self)
+        return facts | {"trace": self.trace.id} if self.trace is not None and self.trace.is_sampled else facts
+
+    def _arrive(self, attempt: Attempt) -> None:
+        attempt.status, attempt.duration_s = 200, self.attempt_s
+        if attempt.details is not None and self.body_out:
+            attempt.details.read(self.body_out)
+        WatchedWay._arrive(self, attempt)
+
+    def _send(self, asked: Asked) -> bool:
+        is_sent = Way._send(self, asked)
+        if self.trace is not None and self.attempt is not None:
+            follow(self.attempt, self.trace, self.span_id)
+        return is_sent
+
+
+def way_of(watch: Watch | None) -> type[Way]:
+    """The kind of way of which such a watch, or none, can tell."""
+    if watch is None:
+        return Way
+    return WatchedWay if watch.tracing is None else TracedWay

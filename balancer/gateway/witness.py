@@ -113,9 +113,13 @@ class Watch:
         error: str,
         bytes_in: int,
         bytes_out: int,
+        upstream_s: float = 0.0,
         uncounted: Sequence[Tried] = (),
     ) -> None:
-        """Tells of a request that is over: `path` is what it asked for, `rule` the one that it asked."""
+        """Tells of a request that is over: `path` is what it asked for, `rule` the one that it asked.
+
+        `upstream_s`: how long the last attempt took, where that does not say so itself.
+        """
         try:
             duration_s = time.monotonic() - began
             method, path = method if method in _METHODS else _OTHER, shape(path)
@@ -137,6 +141,7 @@ class Watch:
                         error,
                         bytes_in,
                         bytes_out,
+                        upstream_s,
                         uncounted,
                     )
                 )
@@ -175,9 +180,10 @@ def _line(
     error: str,
     bytes_in: int,
     bytes_out: int,
+    upstream_s: float,
     uncounted: Sequence[Tried],
 ) -> Line:
-    """The line of a request, by position: by name it would take half as long again."""
+    """The line of a request; by position, with whole microseconds: by name, or rounded, it would take twice as long."""
     now = stamp(time.time())
     if not attempts:
         service = uncounted[-1].service if uncounted else ""
@@ -189,7 +195,7 @@ def _line(
             path,
             status,
             outcome,
-            _ms(duration_s),
+            int(duration_s * 1_000_000) / 1000,
             bytes_in,
             bytes_out,
             len(uncounted),
@@ -197,7 +203,7 @@ def _line(
             scenario=scenario,
             rule=rule,
             service=service,
-            select_ms=_ms(select_s) if select_s else None,
+            select_ms=int(select_s * 1_000_000) / 1000 if select_s else None,
             error=error,
             trace=trace,
         )
@@ -211,7 +217,7 @@ def _line(
         path,
         status,
         outcome,
-        _ms(duration_s),
+        int(duration_s * 1_000_000) / 1000,
         bytes_in,
         bytes_out,
         len(attempts),
@@ -227,17 +233,13 @@ def _line(
         usage.cached,
         usage.cache_creation,
         usage.reasoning,
-        _ms(select_s),
-        _ms(last.duration_s),
-        _ms(first_token_s) if first_token_s else None,
+        int(select_s * 1_000_000) / 1000,
+        int((upstream_s or last.duration_s) * 1_000_000) / 1000,
+        int(first_token_s * 1_000_000) / 1000 if first_token_s else None,
         pick.is_local,
         error,
         trace,
     )
-
-
-def _ms(seconds: float) -> float:
-    return int(seconds * 1_000_000) / 1000
 
 
 def _tried(attempt: Tries, ended: float) -> Tried:
@@ -362,5 +364,5 @@ class Witness:
             self.error,
             self._bytes_in,
             stream.body_bytes,
-            self._uncounted,
+            uncounted=self._uncounted,
         )

@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
-from benchmarks.pictures.told import Told
+from benchmarks.pictures.told import PICTURES, Told
 from tests import dashboards
 from tests.dashboards import Json
 from tests.prometheus import Series
@@ -47,46 +47,6 @@ CLASSIC = (
     *("#73bf69", "#fade2a", "#8ab8ff", "#ff9830", "#f2495c", "#5794f2", "#b877d9", "#705da0", "#37872d", "#fade9a"),
     *("#447ebc", "#c15c17", "#890f02", "#0a437c", "#6d1f62", "#b7dbab", "#f4d598", "#70dbed", "#f9ba8f", "#f29191"),
 )
-
-PICTURES: Mapping[str, tuple[str, Sequence[Sequence[str]]]] = {
-    "overview": (
-        "balancer-overview",
-        (
-            (
-                "Requests",
-                "First token, p95",
-                "Tokens",
-                "Open requests",
-                "Ready workers",
-                "Store",
-                "Services left alone",
-            ),
-            ("Requests by rule", "Requests by outcome"),
-            ("First token", "What we add", "Workers"),
-        ),
-    ),
-    "switching": (
-        "balancer-rules",
-        (("Current service",), ("Streak", "Share of the picks"), ("Switches", "Picks by reason")),
-    ),
-    "services": (
-        "balancer-services",
-        (("Tokens in the window", "Attempts by outcome"), ("Breaker",), ("Cooldown", "Failing attempts")),
-    ),
-    "store": (
-        "balancer-store",
-        (
-            ("Store by pod", "Select"),
-            ("Degraded picks", "Outbox", "Age of the outbox"),
-            ("Epoch", "Stale picks", "Workers"),
-        ),
-    ),
-    "clients": (
-        "balancer-clients",
-        (("By outcome", "Refused"), ("Limits used", "Retries by rule"), ("Tokens by rule", "Cost an hour by service")),
-    ),
-}
-"""Which panels of which dashboard are on a picture, line by line."""
 
 Answers = Sequence[tuple[Json, Sequence[Series]]]
 """A panel's queries, each with its answer."""

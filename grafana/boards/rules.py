@@ -96,7 +96,7 @@ DASHBOARD = Dashboard(
                     "Share of the picks",
                     "Each service's part of its rule's picks in the time shown, beside the part that the configuration "
                     "promises in the long run, where the tactic promises one. Pinned, retried and probing picks are "
-                    "left out. Equal bars are what exactness looks like.",
+                    "left out. Equal bars, but for a streak, are what exactness looks like.",
                     Query(expr=_named(f"{_SHARE} and {_EXPECTED}"), legend="picked"),
                     Query(expr=_named(_EXPECTED), legend="expected"),
                     by="where",

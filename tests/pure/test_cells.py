@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -22,6 +23,12 @@ def told(folder: Path, number: int = 0) -> dict[Row, list[float]]:
     seen = Seen(folder, number)
     numbers, _ = seen.look()
     return {row: list(numbers[begin : begin + row.width]) for row, begin in seen.rows}
+
+
+def told_exemplars(seen: Seen) -> dict[int, str]:
+    """All exemplars by their places."""
+    records = seen.exemplars()
+    return {place: records.told(place) for place in range(len(records)) if records.time_s(place)}
 
 
 def test_what_a_worker_writes_others_read_at_once(tmp_path: Path) -> None:
@@ -92,21 +99,59 @@ def test_thousands_of_rows_find_room(tmp_path: Path) -> None:
 def test_an_exemplar_is_kept_in_place_of_the_one_before(tmp_path: Path) -> None:
     slot, row = Slot(tmp_path), Row("d", (), 3, 2)
     slot.place(Row("e", (), 5, 4))
+    slot.place(row)
     slot.exemplify(row, 1, Exemplar(0.5, 10.0, "default.1.7"))
     slot.exemplify(row, 1, Exemplar(0.25, 11.0, "default.1.8", "f" * 32))
     seen = Seen(tmp_path, 0)
     seen.look()
     assert seen.records == [0, 4]
-    assert seen.exemplars() == {5: Exemplar(0.25, 11.0, "default.1.8", "f" * 32)}
+    assert told_exemplars(seen) == {5: f' # {{decision="default.1.8",trace_id="{"f" * 32}"}} 0.25 11.000'}
     slot.close()
 
 
 def test_a_trace_that_has_no_room_beside_its_decision_is_left_out(tmp_path: Path) -> None:
     slot, row = Slot(tmp_path), Row("d", (), 1, 1)
     decision = f"{'p' * 64}.1234567890.123456789012345"
+    slot.place(row)
     slot.exemplify(row, 0, Exemplar(1, 10.0, decision, "f" * 32))
-    assert Seen(tmp_path, 0).exemplars() == {0: Exemplar(1, 10.0, decision)}
+    assert told_exemplars(Seen(tmp_path, 0)) == {0: f' # {{decision="{decision}"}} 1.0 10.000'}
     slot.close()
+
+
+# -- a full disk -------------------------------------------------------------------------------------------------------
+
+
+def is_full(*_: object) -> int:
+    """Fails as a full disk does."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where", ["posix_fallocate", "write"])
+def test_what_has_no_room_is_not_counted_and_the_rest_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    """A page of a mapped file that the disk has no room for ends the process when it is written to."""
+    slot = Slot(tmp_path)
+    slot.numbers[slot.place(A)] += 1
+    with monkeypatch.context() as full:
+        full.setattr(os, where, is_full)
+        for i in range(200):
+            row = Row("c", (str(i),), 18, 17)
+            slot.numbers[slot.place(row) + 17] += 1
+            slot.exemplify(row, 1, Exemplar(1, 1.0, "d"))
+        slot.numbers[slot.place(A)] += 1
+    slot.numbers[slot.place(B)] += 1
+    counted = told(tmp_path)
+    assert (counted[A], counted[B]) == ([2], [1, 0, 0])
+    assert 2 < len(counted) < 202 if where == "posix_fallocate" else len(counted) == 2
+    assert caplog.text.count("no room for more metrics") == 1
+    slot.close()
+
+
+def test_a_folder_without_room_is_refused_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", is_full)
+    with pytest.raises(ConfigurationError, match=f"{tmp_path}: No space left"):
+        Slot(tmp_path)
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------
