@@ -10,7 +10,7 @@ SCRIPTS := .cache/lua
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test check prove chaos soak bench growth profile bench-clients bench-peers lint format lock clean
-.PHONY: docs verify-upgrade
+.PHONY: docs pictures verify-upgrade verify-deploy
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -48,9 +48,15 @@ growth: $(VENV)/.benched  ## how costs grow with rules, services, pins, streams,
 docs: $(VENV)/.developed  ## what is made out of the program and checked in; fails, having made it, if some was stale
 	$(BIN)/python -m docs.build
 
+pictures: $(VENV)/.benched  ## docs/pictures anew: the dashboards' panels over a fleet that lives and fails, 3 minutes
+	$(BIN)/python -m benchmarks.pictures $(ARGS)
+
 verify-upgrade: $(VENV)/.developed  ## two versions at once, there and back, under load (OLD=REVISION); 2 minutes
 	@test -n "$(OLD)" || { echo 'say which: make verify-upgrade OLD=REVISION' >&2; exit 2; }
 	$(BIN)/python -m benchmarks.upgrade $(OLD) $(ARGS)
+
+verify-deploy: $(VENV)/.developed  ## the image built on a Debian root and run in it (as root; apt: buildah debootstrap)
+	$(BIN)/python -m deploy.verify $(ARGS)
 
 check: lint test  ## what the gate runs
 

@@ -94,8 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(diff, ("redis", "data_dir"))
     diff.set_defaults(run=_configuration("diff"))
 
-    get = commands.add_parser("get", help="print rules, providers or counters as they stand")
-    get.add_argument("what", choices=("rules", "providers", "stats"))
+    get = commands.add_parser("get", help="print the configuration or counters as they stand")
+    get.add_argument("what", choices=("rules", "providers", "configuration", "stats"))
+    get.add_argument("--sealed", action="store_true", help="print sealed credentials as Redis has them, and not ***")
     get.add_argument("--output", choices=("yaml", "json"), default="yaml")
     _add_settings(get, ("redis", "data_dir"))
     get.set_defaults(run=_configuration("get"))

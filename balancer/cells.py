@@ -16,24 +16,34 @@ import errno
 import fcntl
 import mmap
 import os
+import shutil
+import stat
 import struct
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 
+from balancer import log
 from balancer.errors import ConfigurationError
 
 BEATS_AT = 0
 """The cell in which a worker writes when it last gave a sign of life, of the machine's monotonic clock."""
-_FIRST_CELL = 1
+_SPARE_AT, _SPARE_CELLS = 1, 63
+"""What has no room elsewhere is written there, and read by nobody."""
+_FIRST_CELL = _SPARE_AT + _SPARE_CELLS
+_WARN_S = 60.0
+_PREFIX, _LOCK = "balancer-metrics-", "lock"
 _CELLS_AT_ONCE = 1024
 _CELL_BYTES = 8
 _LOCK_S = 5.0
 _ROWS, _NUMBERS, _EXEMPLARS = ".rows", ".numbers", ".exemplars"
-_RECORD = struct.Struct("<dd112s")
-_TEXT_BYTES = 112
+_RECORD = struct.Struct("=dd128s")
+_TEXT_AT, _TEXT_BYTES = 16, 128
+"""The labels as they are told. OpenMetrics 1.0.0 allows as many characters in their names and values alone."""
+_RECORD_DOUBLES = _RECORD.size // _CELL_BYTES
 _READ_AT_ONCE = 1 << 20
 
 
@@ -55,19 +65,33 @@ class Exemplar(msgspec.Struct, frozen=True, array_like=True, gc=False):
     trace_id: str = ""
 
     def packed(self) -> bytes:
-        """The record; a trace that does not fit in beside its decision is left out."""
-        text = f"{self.decision}\n{self.trace_id}".encode()
-        if len(text) > _TEXT_BYTES:
-            text = self.decision.encode()[:_TEXT_BYTES]
-        return _RECORD.pack(self.value, self.time_s, text)
+        """The record. A trace that does not fit in beside its decision is left out."""
+        text = f'decision="{self.decision}",trace_id="{self.trace_id}"' if self.trace_id else ""
+        if not 0 < len(text) <= _TEXT_BYTES:
+            text = f'decision="{self.decision}"'
+        return _RECORD.pack(self.value, self.time_s, text.encode())
 
 
-def _unpacked(record: bytes) -> Exemplar | None:
-    value, time_s, text = _RECORD.unpack(record)
-    if not time_s:
-        return None
-    decision, _, trace_id = text.rstrip(b"\0").decode("utf-8", "replace").partition("\n")
-    return Exemplar(value, time_s, decision, trace_id)
+class Records:
+    """The exemplars of a slot, by their places."""
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        self._data = data
+        self._doubles = memoryview(data)[: len(data) // _RECORD.size * _RECORD.size].cast("d")
+
+    def __len__(self) -> int:
+        return len(self._doubles) // _RECORD_DOUBLES
+
+    def time_s(self, place: int) -> float:
+        """When the thing at the place was counted, 0 for none."""
+        return self._doubles[place * _RECORD_DOUBLES + 1]
+
+    def told(self, place: int) -> str:
+        """The exemplar, as it follows a sample's value in OpenMetrics."""
+        begin = place * _RECORD.size
+        text = self._data[begin + _TEXT_AT : begin + _RECORD.size].rstrip(b"\0").decode()
+        value, time_s = self._doubles[place * _RECORD_DOUBLES], self.time_s(place)
+        return f" # {{{text}}} {value} {time_s:.3f}"
 
 
 _encode = msgspec.json.Encoder().encode
@@ -80,24 +104,29 @@ class Slot:
     def __init__(self, folder: Path | None = None, number: int = 0) -> None:
         """Takes the slot over, with what the worker before has counted.
 
-        Raises ConfigurationError when a living one has it.
+        Raises ConfigurationError when a living one has it, or there is no room for files.
         """
-        self.numbers: array.array[float] | memoryview[float] = array.array("d", bytes(_CELL_BYTES))
+        self.numbers: array.array[float] | memoryview[float] = array.array("d", bytes(_CELL_BYTES * _FIRST_CELL))
         """All cells. Others may stand here after each call of `place`."""
         self.rows: list[tuple[Row, int]] = []
         """With the first cell of each."""
         self.records: list[int] = []
         """The place of the first exemplar of each row."""
-        self.exemplars: dict[int, Exemplar] = {}
-        """In memory; with a folder they are in their file."""
+        self.exemplars = bytearray()
+        """Their records in memory; with a folder they are in their file."""
         self._places: dict[Row, tuple[int, int]] = {}
         self._next = _FIRST_CELL
         self._next_record = 0
         self._map: mmap.mmap | None = None
         self._rows_fd = self._numbers_fd = self._exemplars_fd = -1
         self.is_closed = False
+        self._warned_at = float("-inf")
         if folder is not None:
-            self._open(folder, number)
+            try:
+                self._open(folder, number)
+            except OSError as exc:
+                self.close()
+                raise ConfigurationError(f"metrics cannot be kept in {folder}: {exc.strerror}") from exc
 
     def _open(self, folder: Path, number: int) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
@@ -110,7 +139,7 @@ class Slot:
         os.ftruncate(self._rows_fd, whole)  # The worker before died while it wrote the rest.
         for line in text[:whole].splitlines():
             self._note(_decode(line))
-        self._grow()
+        self._reserve(self._next)
 
     def _note(self, row: Row) -> int:
         place = self._next
@@ -122,18 +151,36 @@ class Slot:
         return place
 
     def place(self, row: Row) -> int:
-        """The first cell of the row, which is made if it is not there."""
+        """The first cell of the row, which is made if it is not there; somewhere unread where there is no room."""
         found = self._places.get(row)
         if found is not None:
             return found[0]
-        if self._rows_fd >= 0:
-            os.write(self._rows_fd, _encode(row) + b"\n")
-        place = self._note(row)
-        self._grow()
-        return place
+        try:
+            self._reserve(self._next + row.width)
+            self._name(row)
+        except OSError as exc:
+            assert row.width <= _SPARE_CELLS, "as all are"
+            if time.monotonic() - self._warned_at > _WARN_S:
+                self._warned_at = time.monotonic()
+                log.warning("there is no room for more metrics; what is new is not counted", reason=exc.strerror)
+            return _SPARE_AT
+        return self._note(row)
 
-    def _grow(self) -> None:
-        missing = self._next - len(self.numbers)
+    def _name(self, row: Row) -> None:
+        """Appends the row's line, or nothing of it."""
+        if self._rows_fd < 0:
+            return
+        line, end = _encode(row) + b"\n", os.fstat(self._rows_fd).st_size
+        try:
+            if os.write(self._rows_fd, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(self._rows_fd, end)
+            raise
+
+    def _reserve(self, cells: int) -> None:
+        """Makes room for so many cells. Raises OSError."""
+        missing = cells - len(self.numbers)
         if self._numbers_fd < 0:
             if missing > 0:
                 assert isinstance(self.numbers, array.array), "in memory"
@@ -142,10 +189,14 @@ class Slot:
         if missing <= 0 and self._map is not None:
             return
         held = os.fstat(self._numbers_fd).st_size // _CELL_BYTES
-        cells = max(held, -(-self._next // _CELLS_AT_ONCE) * _CELLS_AT_ONCE)
-        os.ftruncate(self._numbers_fd, cells * _CELL_BYTES)
+        size = max(held, -(-cells // _CELLS_AT_ONCE) * _CELLS_AT_ONCE) * _CELL_BYTES
+        if hasattr(os, "posix_fallocate"):
+            # Writing to what the disk has no room for would end the process (SIGBUS).
+            os.posix_fallocate(self._numbers_fd, 0, size)
+        else:
+            os.ftruncate(self._numbers_fd, size)
         self._unmap()
-        self._map = mmap.mmap(self._numbers_fd, cells * _CELL_BYTES)
+        self._map = mmap.mmap(self._numbers_fd, size)
         # Each cell is one aligned word, which is written at once: who reads meanwhile sees the old number or the new.
         self.numbers = memoryview(self._map).cast("d")
 
@@ -157,13 +208,18 @@ class Slot:
             self._map = None
 
     def exemplify(self, row: Row, index: int, exemplar: Exemplar) -> None:
-        """Keeps an exemplar of that cell of the row, in place of the one before."""
-        self.place(row)
-        record = self._places[row][1] + index
+        """Keeps an exemplar of that cell of the row, in place of the one before; none where there is no room."""
+        found = self._places.get(row)
+        if found is None:
+            return
+        record = found[1] + index
         if self._exemplars_fd < 0:
-            self.exemplars[record] = exemplar
+            begin = record * _RECORD.size
+            self.exemplars.extend(bytes(max(0, begin + _RECORD.size - len(self.exemplars))))
+            self.exemplars[begin : begin + _RECORD.size] = exemplar.packed()
         else:
-            os.pwrite(self._exemplars_fd, exemplar.packed(), record * _RECORD.size)
+            with contextlib.suppress(OSError):  # They are samples.
+                os.pwrite(self._exemplars_fd, exemplar.packed(), record * _RECORD.size)
 
     def close(self) -> None:
         """Leaves the slot to the next worker."""
@@ -213,15 +269,9 @@ class Seen:
             numbers.frombytes(bytes(_CELL_BYTES * (self._next - len(numbers))))
         return numbers, is_alive
 
-    def exemplars(self) -> dict[int, Exemplar]:
-        """The exemplars by their place."""
-        data = self._bytes(_EXEMPLARS)
-        found = {}
-        for place in range(len(data) // _RECORD.size):
-            exemplar = _unpacked(data[place * _RECORD.size : (place + 1) * _RECORD.size])
-            if exemplar is not None:
-                found[place] = exemplar
-        return found
+    def exemplars(self) -> Records:
+        """The exemplars of all rows."""
+        return Records(self._bytes(_EXEMPLARS))
 
     def _bytes(self, kind: str) -> bytes:
         try:
@@ -234,6 +284,51 @@ class Seen:
             os.close(fd)
 
 
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def shared_folder() -> Iterator[Path]:
+    """A new folder for the workers of one supervisor; it is gone afterwards, and so are those that killed ones left."""
+    remove_abandoned()
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        with _held(folder / _LOCK, create=True) as fd:
+            # Before it was locked it was anybody's, who may have taken it for abandoned.
+            if fd is None or not _is_at(fd, folder / _LOCK):
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+
+
+def remove_abandoned() -> int:
+    """Removes the folders of supervisors that are gone, and none of whose workers is left to drain; how many.
+
+    Only those of this user, in the folder for temporary files that we use; what has no lock is none of ours.
+    """
+    removed = 0
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # It is gone, or nothing that we may touch.
+            state = folder.lstat()
+            if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid():
+                continue
+            with _held(folder / _LOCK) as fd:
+                if fd is not None and not any(map(_is_held, folder.glob(f"slot-*{_ROWS}"))):
+                    shutil.rmtree(folder)
+                    removed += 1
+    return removed
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def path_of(folder: Path, number: int, kind: str) -> Path:
     """A file of a slot."""
     return folder / f"slot-{number}{kind}"
@@ -244,7 +339,7 @@ def slots_in(folder: Path) -> list[int]:
     return sorted(int(path.name[5 : -len(_ROWS)]) for path in folder.glob(f"slot-*{_ROWS}"))
 
 
-def is_held(path: Path) -> bool:
+def _is_held(path: Path) -> bool:
     """True while somebody holds the lock on a file."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -254,7 +349,7 @@ def is_held(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def held(path: Path, *, create: bool = False) -> Iterator[int | None]:
+def _held(path: Path, *, create: bool = False) -> Iterator[int | None]:
     """The lock on a file, as its descriptor, for as long as the block runs; None where somebody else has it."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
     try:

@@ -1,9 +1,24 @@
 """The errors of the program: one shallow tree, each with the HTTP `status` and `code` that a client sees.
 
-`reason` says in the metrics why a request was refused; there are no others than those here.
+`reason` says in the metrics why a request was refused: one of REASONS.
 """
 
 from __future__ import annotations
+
+REASONS = (
+    "bad_request",
+    "exhausted",
+    "inactive",
+    "internal",
+    "limited",
+    "not_found",
+    "not_supported",
+    "store_lost",
+    "too_large",
+    "unauthorized",
+    "unknown_model",
+    "unknown_path",
+)
 
 
 class BalancerError(Exception):

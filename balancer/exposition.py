@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-from balancer.cells import BEATS_AT, Exemplar, Row, Seen, Slot, slots_in
+from balancer.cells import BEATS_AT, Records, Row, Seen, Slot, slots_in
 from balancer.steps import Steps
 
 CLASSIC_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -22,10 +22,10 @@ _OPEN_VERSIONS = ("", "0.0.1", "1.0.0")
 _ROWS_A_STEP = 16
 _BEAT_S = 10.0
 """A worker that has given no sign of life for so long answers nobody."""
-_MOST_EXEMPLAR_CHARACTERS = 128
-"""Names and values of an exemplar's labels together (OpenMetrics 1.0.0, Exemplars)."""
 
 Source = Literal["counted", "worker", "fleet", "configuration"]
+Exemplars = Mapping[int, tuple[float, Records, int]]
+"""By place in the sum: when, and which of some slot's records."""
 Lines = Mapping[str, Sequence[str]]
 """Of families by name: their samples, each a line that ends. Gauges look alike in both formats."""
 
@@ -154,11 +154,11 @@ class Scrape:
             text += b"# EOF\n"
         return bytes(text)
 
-    def _added_up(self, *, with_exemplars: bool) -> Steps[tuple[list[float], Mapping[int, Exemplar]]]:
+    def _added_up(self, *, with_exemplars: bool) -> Steps[tuple[list[float], Exemplars]]:
         """The numbers of all slots in one, in the slots' order: a sum of doubles must not depend on who adds."""
         looks = list(self._looks())
         sums = [math.nan] * self._size
-        exemplars: dict[int, Exemplar] = {}
+        exemplars: dict[int, tuple[float, Records, int]] = {}
         for known, numbers, is_alive in looks:
             places = self._own if known is None else known.places
             is_beating = is_alive and time.monotonic() - numbers[BEATS_AT] < _BEAT_S
@@ -176,14 +176,16 @@ class Scrape:
                 if not i % _ROWS_A_STEP:
                     yield
             if with_exemplars:
-                found = self._slot.exemplars if known is None else known.seen.exemplars()
+                found = Records(bytes(self._slot.exemplars)) if known is None else known.seen.exemplars()
                 yield
-                for i, place in enumerate(list(places) if found else ()):
-                    for j in range(place.exemplars):
-                        exemplar = found.get(place.record + j)
-                        held = exemplars.get(place.to + j)
-                        if exemplar is not None and (held is None or held.time_s < exemplar.time_s):
-                            exemplars[place.to + j] = exemplar
+                count = len(found)
+                for i, place in enumerate(list(places)):
+                    to = place.to
+                    for record in range(place.record, min(place.record + place.exemplars, count)):
+                        time_s = found.time_s(record)
+                        if time_s and (to not in exemplars or exemplars[to][0] < time_s):
+                            exemplars[to] = time_s, found, record
+                        to += 1
                     if not i % _ROWS_A_STEP:
                         yield
         return sums, exemplars
@@ -192,7 +194,7 @@ class Scrape:
         """Each slot, None for one in memory, with its numbers, and whether its worker lives."""
         if self._folder is None:
             self._learn(self._own, self._slot.rows, self._slot.records)
-            yield None, self._slot.numbers, True
+            yield None, list(self._slot.numbers), True
             return
         for number in slots_in(self._folder):
             known = self._known.get(number)
@@ -233,7 +235,7 @@ def _plain(
     labels: str,
     sums: Sequence[float],
     place: int,
-    exemplars: Mapping[int, Exemplar],
+    exemplars: Exemplars,
 ) -> None:
     value = sums[place]
     if not math.isnan(value):
@@ -247,7 +249,7 @@ def _histogram(
     labels: str,
     sums: Sequence[float],
     place: int,
-    exemplars: Mapping[int, Exemplar],
+    exemplars: Exemplars,
 ) -> None:
     if math.isnan(sums[place]):
         return
@@ -260,15 +262,7 @@ def _histogram(
     parts.append(f"{name}_count{braces} {count}\n{name}_sum{braces} {sums[place + family.width - 1]}\n")
 
 
-def _told(exemplars: Mapping[int, Exemplar], place: int) -> str:
+def _told(exemplars: Exemplars, place: int) -> str:
     """The exemplar of a sample, as it follows the value."""
-    exemplar = exemplars.get(place) if exemplars else None
-    if exemplar is None:
-        return ""
-    labels = [("decision", exemplar.decision)]
-    if exemplar.trace_id:
-        labels.append(("trace_id", exemplar.trace_id))
-    if sum(len(name) + len(value) for name, value in labels) > _MOST_EXEMPLAR_CHARACTERS:
-        labels = labels[:1]
-    text = label_text(*zip(*labels, strict=True))
-    return f" # {{{text}}} {exemplar.value} {exemplar.time_s:.3f}"
+    found = exemplars.get(place) if exemplars else None
+    return found[1].told(found[2]) if found is not None else ""

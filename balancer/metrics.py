@@ -20,6 +20,7 @@ from typing import Literal, Protocol
 from balancer import __version__
 from balancer.cells import BEATS_AT, Exemplar, Slot
 from balancer.domain import Outcome, Pick, Usage
+from balancer.errors import REASONS
 from balancer.exposition import Family, Lines, Scrape, Source
 from balancer.steps import Steps, finished
 from balancer.tally import Counts, Level, Times
@@ -28,6 +29,8 @@ BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 """Of what an upstream has a part in: from an answer out of a cache to the longest that one thinks."""
 SHORT_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 """Of what is between us and Redis, whose deadline is 250 ms."""
+OVERHEAD_BUCKETS = (*SHORT_BUCKETS, 2.5, 5.0, 10.0, 30.0)
+"""Of a selection and what is around it; at the limits a request may wait in its rule's queue for longer."""
 FLUSH_S = 0.1
 """So long after it was counted the other workers know of it."""
 Passing = tuple[str, str, str, str, str]
@@ -49,8 +52,8 @@ LABELS: Mapping[str, str] = {
     "service": "`<provider uuid>:<model>`; of limits also `<provider uuid>:*`, all services of a provider in the pool",
     "outcome": "how it ended: `success`, `rate_limited`, `unauthorized`, `overloaded`, `failed`, `rejected`, "
     "`cancelled`, `abandoned`, `lost`",
-    "reason": "of a pick or switch: what the tactic or the rest of the selection says of it; of a refusal: a word of "
-    "`balancer/errors.py`",
+    "reason": "of a pick or switch: what the tactic or the rest of the selection says of it; of a refusal: "
+    + ", ".join(f"`{reason}`" for reason in REASONS),
     "kind": "of tokens and prices: `input`, `output`, `cached`, `cache_creation`, `reasoning`; of limits: `rpm`, "
     "`tpm`, `in_flight`",
     "window": "its length in seconds",
@@ -115,7 +118,7 @@ FAMILIES: tuple[Family, ...] = (
     _counter("refused_total", "scenario reason", "Requests refused before a service was picked.", "requests"),
     _durations("request_duration", "scenario", "Whole requests.", BUCKETS, has_exemplars=True),
     _gauge("open_requests", "", "Requests being answered.", "requests", "worker", "sum"),
-    _durations("overhead", "", "From the request's last byte to sending it on.", SHORT_BUCKETS),
+    _durations("overhead", "", "From the request's last byte to sending it on.", OVERHEAD_BUCKETS),
     # What is picked, and how that goes.
     _counter("picks_total", "pool rule service reason", "Services picked.", "picks"),
     _counter("switches_total", "pool rule reason", "Moves of a rule's cursor.", "switches"),

@@ -1,8 +1,9 @@
-"""Writes what is made from something else below `deploy/`: `python -m deploy.build`. What is checked in is that.
+"""What is made from something else below `deploy/`, for `make docs`.
 
-`files` needs nothing: the chart's README from the comments in values.yaml, the schema of `settings` from config.py,
-and the chart's copies of alerts and dashboards, since Helm reads nothing outside a chart. `manifests` renders the
-chart with the values in deploy/k8s and takes it apart: objects for the base, new objects and patches for an overlay.
+The chart's README is made from the comments in values.yaml, the schema of its `settings` from config.py, and its copies
+of alerts and dashboards from `grafana/`, since Helm reads nothing outside a chart. The manifests in deploy/k8s are the
+chart rendered with the values that lie there, and taken apart: objects for the base, new objects and patches for each
+overlay.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import copy
 import json
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from balancer import __version__, config
+from grafana import build as grafana
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "deploy" / "helm" / "balancer"
@@ -96,35 +98,43 @@ _ABOUT = {
 }
 
 _OF_HELM = ("helm.sh/chart", "app.kubernetes.io/managed-by")
-_BANNER = "# Made by `python -m deploy.build`; do not edit.\n"
+_BANNER = "# Made by `make docs`; do not edit.\n"
 
 
 def files() -> dict[str, str]:
-    """The text of every file that is made without Helm, by its path in the repository."""
+    """The text of every file that is made, by its path in the repository; without Helm not of those in deploy/k8s."""
+    made = chart_files()
+    helm = helm_program()
+    return made | manifests(helm, made) if helm else made
+
+
+def chart_files() -> dict[str, str]:
+    """The text of the files in the chart that are made, by their paths in the repository."""
     chart = CHART.relative_to(ROOT).as_posix()
     made = {f"{chart}/README.md": _readme(), f"{chart}/values.schema.json": _schema()}
-    dashboards = _dashboard_files()
-    sources = {"alerts": [ROOT / "grafana" / "alerts" / "balancer.yaml"], "dashboards": dashboards}
-    for folder, paths in sources.items():
-        for path in paths:
-            if path.exists():
-                made[f"{chart}/files/{folder}/{path.name}"] = path.read_text(encoding="utf-8")
-    if dashboards:
-        made[f"{chart}/files/dashboards/kustomization.yaml"] = _dashboards(dashboards)
+    alerts = ROOT / "grafana" / "alerts" / "balancer.yaml"
+    made[f"{chart}/files/alerts/{alerts.name}"] = alerts.read_text(encoding="utf-8")
+    dashboards = {Path(name).name: text for name, text in grafana.files().items()}
+    made |= {f"{chart}/files/dashboards/{name}": text for name, text in dashboards.items()}
+    made[f"{chart}/files/dashboards/kustomization.yaml"] = _dashboards(dashboards)
     return made
 
 
-def _dashboard_files() -> list[Path]:
-    return sorted((ROOT / "grafana" / "dashboards").glob("*.json"))
-
-
-def manifests(helm: str) -> dict[str, str]:
+def manifests(helm: str, chart: dict[str, str]) -> dict[str, str]:
     """The text of every manifest in deploy/k8s that is made from the chart, by its path in the repository."""
-    # ConfigMaps are made by kustomize: the configuration from base/balancer.yaml, the dashboards beside their files.
-    made = {
-        place: {_name(item): plain(item) for item in rendered(helm, place) if item["kind"] != "ConfigMap"}
-        for place in ("base", *OVERLAYS)
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        copied = Path(folder, CHART.name)
+        # With what is to be made, which need not be written yet.
+        shutil.copytree(CHART, copied)
+        for name, text in chart.items():
+            path = copied / (ROOT / name).relative_to(CHART)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        # ConfigMaps are made by kustomize: the configuration from base/balancer.yaml, dashboards beside their files.
+        made = {
+            place: {_name(item): plain(item) for item in rendered(helm, place, copied) if item["kind"] != "ConfigMap"}
+            for place in ("base", *OVERLAYS)
+        }
     texts = {}
     for place, objects in made.items():
         below = made[OVERLAYS[place]] if place in OVERLAYS else {}
@@ -150,7 +160,7 @@ def _kustomization(place: str, resources: list[str], patches: list[str]) -> str:
     if place in OVERLAYS:
         below = OVERLAYS[place]
         resources = [f"../{below}" if below in OVERLAYS else f"../../{below}", *resources]
-    if place == "monitored" and _dashboard_files():
+    if place == "monitored":
         resources.append("../../../helm/balancer/files/dashboards")
     made["resources"] = resources
     if patches:
@@ -162,7 +172,7 @@ def _kustomization(place: str, resources: list[str], patches: list[str]) -> str:
     return _BANNER + _ABOUT[place] + _yaml(made)
 
 
-def rendered(helm: str, place: str) -> list[Object]:
+def rendered(helm: str, place: str, chart: Path = CHART) -> list[Object]:
     """The objects of the chart with the values of the base, or of an overlay and all that it stands on."""
     chain = []
     while place != "base":
@@ -172,12 +182,14 @@ def rendered(helm: str, place: str) -> list[Object]:
     configuration = yaml.safe_load((K8S / "base" / "balancer.yaml").read_text(encoding="utf-8"))
     arguments = ["--set-json", f"config={json.dumps(configuration)}"]
     arguments += [part for path in reversed(chain) for part in ("--values", str(path))]
-    return template(helm, RELEASE, *arguments)
+    return template(helm, RELEASE, *arguments, chart=chart)
 
 
-def template(helm: str, release: str, *arguments: str, values: Object | None = None) -> list[Object]:
+def template(
+    helm: str, release: str, *arguments: str, values: Object | None = None, chart: Path = CHART
+) -> list[Object]:
     """The objects that `helm template` makes of the chart. Raises CalledProcessError when it refuses the values."""
-    command = [helm, "template", release, str(CHART), "--values", "-", *arguments]
+    command = [helm, "template", release, str(chart), "--values", "-", *arguments]
     text = subprocess.run(command, input=json.dumps(values or {}), capture_output=True, check=True, text=True).stdout
     return [item for item in yaml.safe_load_all(text) if item]
 
@@ -271,10 +283,12 @@ def _schema() -> str:
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
-def _dashboards(paths: list[Path]) -> str:
+def _dashboards(names: Iterable[str]) -> str:
     """A kustomization of the dashboards, each a ConfigMap as the chart makes it."""
     labels = _LABELS | {"grafana_dashboard": "1"}
-    generators = [{"name": f"{RELEASE}-{path.stem}"[:63].rstrip("-"), "files": [path.name]} for path in paths]
+    generators = [
+        {"name": f"{RELEASE}-{name.removesuffix('.json')}"[:63].rstrip("-"), "files": [name]} for name in names
+    ]
     return _BANNER + _yaml(
         {
             "apiVersion": "kustomize.config.k8s.io/v1beta1",
@@ -286,23 +300,25 @@ def _dashboards(paths: list[Path]) -> str:
 
 
 _README = """\
-<!-- Made by `python -m deploy.build` from values.yaml; do not edit. -->
+<!-- Made by `make docs` from values.yaml; do not edit. -->
 # Chart `balancer`
 
 The balancer on Kubernetes >= 1.30, with Redis or Valkey outside the chart, or with a small Valkey in it for trials. The
 [README](../../../README.md#on-kubernetes) goes through an installation from building the image to uninstalling.
 
-```sh
-kubectl create namespace llm
-kubectl --namespace llm create secret generic balancer-clients --from-literal=tokens="$(openssl rand -hex 24)"
-kubectl --namespace llm create secret generic balancer-redis --from-literal=url=rediss://balancer:PASSWORD@redis.internal:6380/0
-kubectl --namespace llm create secret generic balancer-providers --from-literal=OPENAI_KEY=sk-…
-helm install balancer deploy/helm/balancer --namespace llm --values values.yaml
-```
+Values that cannot work are refused before anything is installed, each with what to do; `helm template` tells them too.
+Secrets are named, never given, but for `trial`. A changed configuration replaces the pods; a changed Secret, or a
+ConfigMap of your own, does not: `kubectl rollout restart` does.
 
-Values that cannot work are refused before anything is installed, each with what to do. Secrets are named, never given,
-but for `trial`. A changed configuration replaces the pods; a changed Secret, or a ConfigMap of your own, does not:
-`kubectl rollout restart` does.
+With `autoscaling.openRequests` the autoscaler asks a custom metrics API for the open requests of each pod. For
+prometheus-adapter:
+
+```yaml
+rules:
+  - seriesQuery: balancer_open_requests{namespace!="",pod!=""}
+    resources: {overrides: {namespace: {resource: namespace}, pod: {resource: pod}}}
+    metricsQuery: sum(<<.Series>>{<<.LabelMatchers>>}) by (<<.GroupBy>>)
+```
 
 ## Values
 
@@ -362,59 +378,9 @@ def comment_above(lines: list[str], line: int) -> str:
     return " ".join(found)
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
+# -- Helm --------------------------------------------------------------------------------------------------------------
 
 
 def helm_program() -> str | None:
     """Helm on PATH, or where the gate puts it."""
     return shutil.which("helm") or shutil.which("helm", path=ROOT / ".cache" / "kubernetes" / "helm")
-
-
-def stale(made: dict[str, str]) -> list[str]:
-    """The paths whose file is absent or different, and files of ours that are made no more."""
-    changed = [name for name, text in made.items() if _text(ROOT / name) != text]
-    folders = {Path(name).parent for name in made} & {
-        *(path.relative_to(ROOT) for path in (CHART / "files").glob("*")),
-        *(path.relative_to(ROOT) for path in (K8S / "base", *(K8S / "overlays").glob("*"))),
-    }
-    for folder in sorted(folders):
-        for path in sorted((ROOT / folder).iterdir()):
-            name = path.relative_to(ROOT).as_posix()
-            is_ours = (ROOT / folder).is_relative_to(CHART) or (_text(path) or "").startswith(_BANNER)
-            if is_ours and name not in made:
-                changed.append(name)
-    return changed
-
-
-def _text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.exists() else None
-
-
-def main() -> int:
-    """Writes what is stale, and names it; 1 if there was anything."""
-    made = files()
-    changed = stale(made)
-    _write(made, changed)
-    helm = helm_program()
-    if helm is None:
-        sys.stderr.write("deploy.build: helm is not installed, so deploy/k8s is left as it is\n")
-    else:
-        made = manifests(helm)
-        changed += (stale_manifests := stale(made))
-        _write(made, stale_manifests)
-    sys.stdout.writelines(f"written: {name}\n" for name in changed)
-    return 1 if changed else 0
-
-
-def _write(made: dict[str, str], names: list[str]) -> None:
-    for name in names:
-        path = ROOT / name
-        if name not in made:
-            path.unlink()
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(made[name], encoding="utf-8")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GENERATORS = (
     "docs.metrics",
     "grafana.build",
+    "deploy.build",
 )  # fmt: skip
 
 

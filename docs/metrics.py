@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from balancer.exposition import Family
-from balancer.metrics import BUCKETS, FAMILIES, LABELS, SHORT_BUCKETS, SOURCES
+from balancer.metrics import BUCKETS, FAMILIES, LABELS, OVERHEAD_BUCKETS, SHORT_BUCKETS, SOURCES
+from docs.build import ROOT
 
 _INTRODUCTION = """\
 # Metrics
@@ -49,19 +50,34 @@ first event.
 _FORMATS = """
 ## Formats and exemplars
 
-The classic text format is the default. Who asks for OpenMetrics (`Accept: application/openmetrics-text;
-version=1.0.0`), as Prometheus does, gets it. There, buckets of {exemplars} have
-exemplars: `decision` is the
-decision's id, as in `x-balancer-decision` and `GET /api/v1/decisions/{{decision}}`; `trace_id` stands beside it for
-requests that are traced (unless both exceed the format's 128 characters: then the decision stays). Of the requests
-that a worker answers in the same 100 ms, the slowest leaves one, of each series the latest is shown; picks without
-Redis leave none, for they have no decision. All workers of a pod share them. Prometheus keeps exemplars with
+The classic text format is the default. Who asks for OpenMetrics, as Prometheus does, gets it
+(`Accept: application/openmetrics-text; version=1.0.0`), with exemplars on
+
+{exemplars}
+
+`decision` is the decision's id, as in `x-balancer-decision` and `GET /api/v1/decisions/{{decision}}`. `trace_id` stands
+beside it for requests that are traced, unless it has no room there. Of the requests that a worker answers in the same
+100 ms the slowest leaves one; each bucket, and each series of the counter, shows the latest of any worker of the pod.
+Picks without Redis leave none, for they have no decision. Prometheus keeps exemplars with
 `--enable-feature=exemplar-storage`.
 
 ## Buckets
 
-- Whole requests, attempts and first tokens: {buckets} s.
-- Selections and our own overhead: {short} s.
+| of | seconds |
+|---|---|
+| whole requests, attempts, first tokens | {buckets} |
+| selections | {short} |
+| our own overhead, with the wait in a rule's queue | {overhead} |
+"""
+
+_COST = """
+## What a scrape costs
+
+`python -m benchmarks.scrape` measures it: every service was picked by every worker, with limits, a price, three
+outcomes, and exemplars in most buckets. The CPU is that of the worker which answers, on a machine with two cores; its
+requests wait meanwhile for a *hold* at most, however much there is to tell. Of Redis it reads each pool's two hashes
+and its leases.
+
 """
 
 
@@ -81,9 +97,15 @@ def files() -> dict[str, str]:
     across = {"counted": "`sum`", "worker": "as the table says", "fleet": "`max`", "configuration": "`max`"}
     sources = "".join(f"| {source} | {meaning} | {across[source]} |\n" for source, meaning in SOURCES.items())
     labels = "".join(f"| `{label}` | {meaning} |\n" for label, meaning in LABELS.items())
-    exemplars = ", ".join(f"`{family.name}`" for family in FAMILIES if family.has_exemplars)
+    exemplars = "\n".join(f"- `{family.name}`" for family in FAMILIES if family.has_exemplars)
     text = _INTRODUCTION + sources + _ADDING + labels
-    text += _FORMATS.format(exemplars=exemplars, buckets=_seconds(BUCKETS), short=_seconds(SHORT_BUCKETS))
+    text += _FORMATS.format(
+        exemplars=exemplars,
+        buckets=_seconds(BUCKETS),
+        short=_seconds(SHORT_BUCKETS),
+        overhead=_seconds(OVERHEAD_BUCKETS),
+    )
+    text += _COST + (ROOT / "benchmarks" / "results" / "scrape.md").read_text(encoding="utf-8")
     text += "\n## All series\n\n◆ has exemplars.\n\n"
     text += "| series | type | labels | meaning | unit | from | over pods |\n|---|---|---|---|---|---|---|\n"
     text += "\n".join(map(_row, FAMILIES)) + "\n"

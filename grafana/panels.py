@@ -31,13 +31,15 @@ Steps = Sequence[tuple[float | None, str]]
 class Query(msgspec.Struct, frozen=True, kw_only=True):
     """A question in PromQL and the name of its series.
 
-    `at_once` asks for one instant and not for a range of time; exemplars are asked for where histograms are.
+    `at_once` asks for one instant and not for a range of time; exemplars are asked for where histograms are. `calm`:
+    see `Panel`; here for one query of several.
     """
 
     expr: str
     legend: str = ""
     at_once: bool = False
     format: str = "time_series"
+    calm: float | None = None
 
     def json(self, letter: str) -> Json:
         """As Grafana has it."""
@@ -150,8 +152,10 @@ class Annotation(msgspec.Struct, frozen=True, kw_only=True):
             "enable": True,
             "hide": False,
             "iconColor": self.colour,
+            # Grafana 11 reads these two, 12 the target.
             "expr": self.expr,
             "step": "60s",
+            "target": {**Query(expr=self.expr).json("Anno"), "interval": "60s"},
             "titleFormat": self.name,
             "textFormat": self.text,
             "tagKeys": "namespace,pool",
@@ -430,6 +434,7 @@ class Column(msgspec.Struct, frozen=True, kw_only=True):
     decimals: int | None = None
     colours: Steps = ()
     values: Mapping[int, tuple[str, str]] = {}
+    calm: float | None = None
 
 
 def table(
@@ -460,7 +465,7 @@ def table(
         type="table",
         title=title,
         description=description,
-        queries=tuple(Query(expr=column.expr, at_once=True, format="table") for column in columns),
+        queries=tuple(Query(expr=column.expr, at_once=True, format="table", calm=column.calm) for column in columns),
         options={
             "cellHeight": "sm",
             "showHeader": True,

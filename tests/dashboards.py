@@ -57,6 +57,13 @@ def asked(dashboards: Mapping[str, Json]) -> Iterator[Asked]:
                 yield Asked(dashboard=uid, panel=panel, target=target)
 
 
+def label_query(variable: Json) -> tuple[str, str]:
+    """The selector and the label of a variable's `label_values(selector, label)`."""
+    found = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
+    assert found, variable["query"]
+    return found[1], found[2]
+
+
 def filled(text: str, values: Mapping[str, str] | None = None) -> str:
     """The text with its variables filled in, as Grafana does it; one that has no value is an error."""
     known = {**ALL, **INTERVALS, **(values or {})}

@@ -254,7 +254,9 @@ def test_a_registry_or_a_machine_path_is_seen_and_a_url_or_a_home_is_not() -> No
     assert strays(f"cd {relative}; GET https://example.com/home/ann") == []
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-build.txt", "requirements-dev.txt"])
+@pytest.mark.parametrize(
+    "name", ["requirements.txt", "requirements-build.txt", "requirements-dev.txt", "requirements-otel.txt"]
+)
 def test_a_lock_pins_every_package_with_hashes_and_names_no_address(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
     entries = [line for line in text.splitlines() if line and not line.startswith("#")]

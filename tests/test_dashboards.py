@@ -10,6 +10,8 @@ import promql_parser
 import pytest
 import yaml
 
+from balancer.metrics import FAMILIES
+from benchmarks.pictures.told import PICTURES
 from grafana import build
 from grafana.boards import DASHBOARDS
 from grafana.panels import GRID
@@ -18,6 +20,12 @@ from tests.dashboards import ROOT
 
 READ = dashboards.read()
 ASKED = list(dashboards.asked(READ))
+KNOWN = {family.name: family for family in FAMILIES}
+OWN_WAY = {
+    "balancer-overviewVersions",  # counts pods
+    "balancer-overviewConfiguration revision",  # the newest, where each pod tells its oldest
+    "balancer-overviewPods behind",  # compares pods
+}
 PROVISIONING = ROOT / "grafana" / "provisioning"
 
 
@@ -87,17 +95,42 @@ def test_variables_offer_several_and_all_and_are_the_ones_that_are_used(uid: str
 
 
 @pytest.mark.parametrize("one", ASKED, ids=lambda one: one.where)
-def test_a_query_is_promql_and_is_aggregated_as_its_metrics_want(one: dashboards.Asked) -> None:
-    """Several pods tell the same fleet gauges, and each its own counters: nothing may be shown once for each pod."""
+def test_a_query_is_promql_and_adds_up_as_its_metrics_do(one: dashboards.Asked) -> None:
+    """Several pods tell the same gauges of the fleet, and each its own counters."""
     expr = dashboards.filled(one.expr)
     promql_parser.parse(expr)
-    for call in re.findall(r"\b(?:rate|increase)\([^()]*\)", expr):
-        assert "by (le" in expr or re.search(rf"\bsum(?: by \([^()]*\))? ?\({re.escape(call)}", expr), call
-    for found in re.finditer(r"histogram_quantile\([\d.]+, (.*)\)", expr):
-        assert re.match(r"sum by \((\w+, )*le\) \(rate\(", found[1])
     assert "[$__interval]" not in one.expr
+    for name in dashboards.metrics(expr):
+        family = KNOWN[name]
+        for found in re.finditer(rf"(?:(\w+)(?: by \(([^()]*)\))? ?\()(?:(\w+)\()?{name}(_bucket)?\b", expr):
+            outer, by, inner, is_bucket = found.groups()
+            if outer == "group":
+                continue  # What there is, and not how much of it.
+            if family.source == "counted":
+                assert (outer, inner) in {("sum", "rate"), ("sum", "increase")}, found[0]
+                assert not is_bucket or by.endswith("le"), found[0]
+            elif "pod" not in (by or "").split(", ") and one.dashboard + one.panel["title"] not in OWN_WAY:
+                assert outer == family.across, found[0]
+        assert len(re.findall(rf"(?:\w+(?: by \([^()]*\))? ?\()(?:\w+\()?{name}(?:_bucket)?\b", expr)) == len(
+            re.findall(rf"\b{name}(?:_bucket)?\b", expr)
+        ), f"{name} is not aggregated in {expr}"
     has_exemplars = "_bucket" in one.expr and not one.target["instant"]
     assert one.target["exemplar"] is has_exemplars
+
+
+@pytest.mark.parametrize("uid", READ)
+def test_marks_are_asked_for_in_the_way_of_every_grafana(uid: str) -> None:
+    marks = READ[uid]["annotations"]["list"]
+    assert [mark["name"] for mark in marks] == ["Epoch raised", "Configuration changed"]
+    for mark in marks:
+        promql_parser.parse(dashboards.filled(mark["expr"]))
+        assert (mark["target"]["expr"], mark["target"]["interval"]) == (mark["expr"], mark["step"])
+
+
+def test_every_metric_has_a_panel() -> None:
+    """And no panel asks for a metric that is not there: a name that is not known fails the test above."""
+    shown = {name for one in ASKED for name in dashboards.metrics(one.expr)}
+    assert shown == set(KNOWN)
 
 
 def test_links_and_provisioning_lead_to_what_is_there() -> None:
@@ -119,3 +152,12 @@ def test_links_and_provisioning_lead_to_what_is_there() -> None:
 def test_what_never_moves_in_a_test_has_a_reason_and_is_rare() -> None:
     found = [panel for dashboard in DASHBOARDS for panel in dashboard.panels if panel.unmoved]
     assert len(found) <= 2
+
+
+def test_pictures_are_of_panels_that_there_are_small_and_shown() -> None:
+    page = (ROOT / "docs" / "observability.md").read_text(encoding="utf-8")
+    for name, (uid, rows) in PICTURES.items():
+        assert {title for row in rows for title in row} <= {panel["title"] for panel in dashboards.panels(READ[uid])}
+        file = ROOT / "docs" / "pictures" / f"{name}.png"
+        assert file.stat().st_size < 150_000
+        assert f"(pictures/{file.name})" in page

@@ -54,6 +54,13 @@ def test_its_tables_of_tactics_and_outcomes_leave_none_out() -> None:
     assert sorted(first_cells(FAILURES, "outcome")) == sorted(Outcome)
 
 
+def test_its_table_of_commands_is_the_program_s(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = re.findall(r"^    (\w+)\b", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(re.findall(r"^\| `balancer (\w+)", README, re.MULTILINE)) == sorted(commands)
+
+
 def test_the_defaults_it_names_are_the_program_s() -> None:
     table = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", FAILURES, re.MULTILINE))
     breaker = BreakerSettings()

@@ -96,7 +96,11 @@ def rollback(options: argparse.Namespace) -> int:
 
 
 def get(options: argparse.Namespace) -> int:
-    """Prints what stands: rules and providers in the shape of a file (credentials masked), or counters."""
+    """Prints what stands: rules, providers or all in the shape of a file, or counters.
+
+    Credentials are references, or masked; with --sealed those that Redis has sealed are printed as they are there, so
+    that the file can be published again where BALANCER_SECRET_KEY is the same.
+    """
 
     async def work(registry: Registry, store: Store) -> object:
         snapshot = await registry.current()
@@ -105,7 +109,9 @@ def get(options: argparse.Namespace) -> int:
         if options.what == "stats":
             pools = sorted({rule.pool for rule in snapshot.configuration.rules})
             return [_stats(view, snapshot.configuration) for view in await _views(store.url, pools)]
-        return document.write(document.masked(snapshot.configuration)).get(options.what, [])
+        shown = snapshot.configuration if options.sealed else document.masked(snapshot.configuration)
+        written = document.write(shown)
+        return written if options.what == "configuration" else written.get(options.what, [])
 
     value = _with_registry(options, work)
     if options.output == "json":

@@ -13,13 +13,13 @@ import secrets
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from balancer import config, log
+from balancer.cells import shared_folder
 from balancer.cli.configuration import describe, read_file
 from balancer.cli.store import Store, opened
 from balancer.config import Settings
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
         settings = msgspec.structs.replace(settings, admin_token=secrets.token_urlsafe(24))
     server_context(settings)  # What is wrong with it is said here, once, and not by every worker.
     configuration = read_file(settings.config, lenient=options.lenient) if settings.config else None
-    with opened(settings) as store, _metrics_folder() as metrics_folder:
+    with opened(settings) as store, shared_folder() as metrics_folder:
         publication = asyncio.run(_prepare(store, settings, configuration))
         if publication:
             say = log.warning if publication.result == "ignored" else log.info
@@ -92,13 +92,6 @@ async def _prepare(store: Store, settings: Settings, configuration: Configuratio
         return await publish_file(registry, configuration, store.sealer)
     finally:
         await commands.aclose()
-
-
-@contextlib.contextmanager
-def _metrics_folder() -> Iterator[Path]:
-    """A folder for the counters that all workers of this supervisor share."""
-    with tempfile.TemporaryDirectory(prefix="balancer-metrics-") as folder:
-        yield Path(folder)
 
 
 @contextlib.contextmanager

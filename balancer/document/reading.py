@@ -17,7 +17,7 @@ from urllib.parse import SplitResult, urlsplit
 import msgspec
 
 from balancer.document import links, ranges
-from balancer.document.fields import fields_of
+from balancer.document.fields import MASK, fields_of
 from balancer.domain import (
     BreakerSettings,
     Configuration,
@@ -360,6 +360,10 @@ class _Reader:
     def _check_provider(self, provider: Provider, path: str) -> None:
         self._name(provider.name, _join(path, "name"), "{}")
         self._name(provider.uuid, _join(path, "uuid"), ":{}")
+        for field in _masked_fields(provider):
+            self._fault(
+                _join(path, field), f"{MASK} stands for a credential that was not shown: write it, or a reference"
+            )
         base = _split(provider.api_base)
         if base is None or base.scheme not in ("http", "https") or not base.hostname:
             self._fault(_join(path, "api_base"), "expected an http:// or https:// URL with a host")
@@ -583,6 +587,18 @@ class _Reader:
                 self._name(route.uuid, _join(place, "uuid"), "{}|")
             routes.append(route)
         return tuple(routes)
+
+
+def _masked_fields(provider: Provider) -> Iterable[str]:
+    """The fields of a provider that hold a mask where a credential should be, as `balancer get` shows it."""
+    detail = provider.oauth_detail
+    values: dict[str, Any] = {"token": provider.token, "proxy_url": provider.proxy_url}
+    if detail is not None:
+        values |= {"oauth_detail.access_token": detail.access_token}
+        values |= {f"oauth_detail.extra_fields.{name}": value for name, value in detail.extra_fields.items()}
+    values |= {f"headers.{name}": value for name, value in provider.headers.items()}
+    values |= {f"query.{name}": value for name, value in provider.query.items()}
+    return [field for field, value in values.items() if value == MASK]
 
 
 def _split(url: str) -> SplitResult | None:

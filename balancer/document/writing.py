@@ -8,13 +8,12 @@ from typing import Any
 
 import msgspec
 
-from balancer.document.fields import fields_of
+from balancer.document.fields import MASK, fields_of
 from balancer.domain import Configuration, Provider, Rule, Tactic, is_secret_name
 from balancer.tactics import tactic_to_map
 
 _SECRET_PATHS = ("token", "oauth_detail.access_token", "oauth_detail.refresh_token", "proxy_url")
 _OPEN_PATHS = re.compile(r"(?:headers|query|oauth_detail\.extra_fields)\.")
-_MASK = "***"
 
 
 def write(configuration: Configuration) -> dict[str, Any]:
@@ -73,13 +72,13 @@ def masked(configuration: Configuration) -> Configuration:
 
 
 def _mask(value: str) -> str:
-    return value if not value or value.startswith("${") else _MASK
+    return value if not value or value.startswith("${") else MASK
 
 
 def _masked_table(values: dict[str, Any]) -> dict[str, Any]:
     """The table with what is sealed, or by its name a secret, masked."""
     return {
-        name: (_mask(value) if isinstance(value, str) else _MASK)
+        name: (_mask(value) if isinstance(value, str) else MASK)
         if is_secret_name(name) or (isinstance(value, str) and value.startswith("sealed:"))
         else value
         for name, value in values.items()

@@ -137,6 +137,7 @@ class Gateway:
 
     async def _serve_data(self, listener: socket.socket, *, with_metrics: bool) -> None:
         server = Server(self._front(with_metrics=with_metrics).answer, self._watch)
+        server.refused = self.metrics.refused
         if self._settings.fast_lane:
             lanes = Lanes(self._counted, server, self._settings.max_body_bytes, lambda: self._is_draining)
             express = Express(

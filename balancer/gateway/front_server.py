@@ -129,6 +129,8 @@ class _Protocol(web.RequestHandler):
         error = BalancerError("internal error")
         if status < 500:
             error = RequestError("this is no valid HTTP/1.1 request, or its head is too long")
+        if isinstance(self._manager, Server):
+            self._manager.refused("", error.reason)
         # There may be no path to tell the dialect by.
         body = OPENAI.error_body(error, request_id)
         watch = self._manager.watch if isinstance(self._manager, Server) else None
@@ -156,6 +158,8 @@ class Server(web.Server):
         self.lanes: Lanes | None = None
         """Connections that are served beside those of aiohttp, and are closed with them."""
         self.watch = watch
+        self.refused: Callable[[str, str], None] = lambda scenario, reason: None
+        """Counts what is no request, by its scenario, which is none, and the reason."""
 
     def pre_shutdown(self) -> None:
         """Closes idle connections."""

@@ -144,9 +144,9 @@ class Handlers:
             outcome = Outcome.CANCELLED
             raise
         except Exception as exc:  # noqa: BLE001 - a task's root: whatever went wrong is logged, the worker lives.
-            outcome = Outcome.FAILED
+            outcome, refusal = Outcome.FAILED, BalancerError("internal error")
             log.error("a request failed in the gateway", exc=exc, **request.facts)
-            await send_error(dialect, BalancerError("internal error"), request, stream)
+            await send_error(dialect, refusal, request, stream)
         finally:
             scenario = wanted.scenario if wanted else ""
             pick = course.pick if course else None

@@ -88,7 +88,7 @@ class Accounts:
         self._secrets = secrets
         self._environment = {name: str(value) for name, value in as_table(raw.get("environment_variables")).items()}
         self._credentials = {
-            as_table(item).get("credential_name"): as_table(as_table(item).get("credential_values"))
+            str(as_table(item).get("credential_name")): as_table(as_table(item).get("credential_values"))
             for item in as_list(raw.get("credential_list"))
         }
         self._made: dict[bytes, str] = {}
@@ -102,8 +102,8 @@ class Accounts:
         """The deployments of an entry of `model_list`: one for each organization; none if it cannot be served."""
         where = f"{path}.litellm_params"
         params = as_table(row.get("litellm_params"))
-        credential = params.get("litellm_credential_name")
-        if credential is not None:
+        if params.get("litellm_credential_name") is not None:
+            credential = str(params["litellm_credential_name"])
             if credential not in self._credentials:
                 self._notes.warn(f"{where}.litellm_credential_name", f"there is no credential {credential!r}; left out")
             params = self._credentials.get(credential, {}) | params

@@ -33,6 +33,8 @@ _PATIENCE_S = 1.0
 _LOOK_S = 0.01
 _NOTHING_YET = "no configuration has been published yet: run `balancer apply FILE` or serve --config FILE"
 
+_EMPTIED = "the registry is empty, and had a configuration: publish it again, `balancer apply FILE`"
+
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):
     """Which revision stands (0: none), the digest of the file it was made of, and a publication under way (0: none)."""
@@ -195,6 +197,16 @@ class Registry:
         """
         await self.complete_pending()
         revision = base.revision + 1 if base else await self._first_revision(configuration)
+        snapshot = await self._publish(configuration, base, digest, revision, base.revision if base else 0)
+        while base is None and (above := await self._first_revision(configuration)) > snapshot.revision + 1:
+            # The registry was emptied, and workers have just put their rules back under the revisions that they had.
+            snapshot = await self._publish(configuration, None, digest, above, snapshot.revision)
+        return snapshot
+
+    async def _publish(
+        self, configuration: Configuration, base: Snapshot | None, digest: str, revision: int, standing: int
+    ) -> Snapshot:
+        """Publishes it under that revision, if the standing one is still the head's."""
         snapshot = Snapshot(
             revision=revision,
             configuration=configuration,
@@ -208,7 +220,7 @@ class Registry:
             "publish",
             {"head": keys.HEAD, "snapshot": keys.snapshot(revision)},
             {
-                "base": base.revision if base else 0,
+                "base": standing,
                 "revision": revision,
                 "document": encoded(snapshot).decode(),
             },
@@ -364,6 +376,7 @@ class Follower:
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._failure = _NOTHING_YET
+        self._is_bereft = False
         self._looked_at = float("-inf")
 
     @property
@@ -443,8 +456,12 @@ class Follower:
         head = await self._registry.head()
         self._failure = ""
         if head.revision == 0:
-            self._failure = _NOTHING_YET
+            if self.directory and not self._is_bereft:
+                self._is_bereft = True
+                log.warning(_EMPTIED, revision=self.directory.revision)
+            self._failure = _EMPTIED if self.directory else _NOTHING_YET
             return
+        self._is_bereft = False
         known = self.directory.snapshot if self.directory else None
         if known and (known.revision, known.digest) == (head.revision, head.digest):
             return

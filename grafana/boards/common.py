@@ -70,6 +70,25 @@ def quantile(share: float, metric: str, where: str, *by: str) -> str:
     return f"histogram_quantile({share}, {rate(f'{metric}_bucket', where, *by, 'le')})"
 
 
+def has(threshold: str, where: str) -> str:
+    """The rules whose tactic has that threshold."""
+    return shared(f"balancer_{threshold}_threshold", where, "pool", "rule")
+
+
+OF_RULE = "on (namespace, pool, rule)"
+STREAKS = f"({has('request', RULE)} unless {OF_RULE} {has('token', RULE)})"
+"""The threshold of the rules that move on by a streak."""
+WINDOWS = f"({has('request', POOL)} and {OF_RULE} {has('token', POOL)})"
+"""The request threshold of the rules that move on by what a window counts."""
+
+
+def served(metric: str, by: str) -> str:
+    """A gauge of windows, of those services that a rule with such a threshold has picked."""
+    pairs = f"group by (namespace, pool, rule, service) (balancer_picks_total{{{SERVICE}}})"
+    windows = shared(metric, SERVICE, "pool", "service", "window")
+    return f"{windows} and on (namespace, pool, service) ({pairs} and {OF_RULE} {by})"
+
+
 def or_zero(expression: str) -> str:
     """The expression, 0 where it has no value."""
     return f"({expression} or vector(0))"
@@ -130,7 +149,7 @@ VARIABLES = {
 ANNOTATIONS = (
     Annotation(
         name="Epoch raised",
-        expr=f"max by (namespace, pool) (changes(balancer_epoch{{{POOL}}}[2m])) > 0",
+        expr=f"sum by (namespace, pool) (increase(balancer_epoch_bumps_total{{{POOL}}}[2m])) > 0",
         text="A failover lost writes of pool {{pool}}; its history goes on in a new epoch.",
         colour=RED,
     ),

@@ -223,6 +223,7 @@ DASHBOARD = Dashboard(
                         unit="percentunit",
                         decimals=1,
                         colours=((None, "text"), (1e-9, ORANGE), (0.5, RED)),
+                        calm=0,
                     ),
                     Column(
                         title="In flight",
@@ -238,6 +239,7 @@ DASHBOARD = Dashboard(
                         title="Breaker",
                         expr=shared("balancer_breaker_state", POOL, *_OF_SERVICE),
                         values=BREAKER,
+                        calm=0,
                     ),
                     Column(
                         title="Cooldown",
@@ -245,6 +247,7 @@ DASHBOARD = Dashboard(
                         unit="s",
                         decimals=0,
                         colours=((None, GREY), (1e-9, ORANGE)),
+                        calm=0,
                     ),
                     labels={"pool": "Pool", "service": "Service"},
                     links={

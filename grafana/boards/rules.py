@@ -5,8 +5,10 @@ from __future__ import annotations
 from grafana.boards.common import (
     ANNOTATIONS,
     ASIDE,
+    OF_RULE,
     PLACES,
     RULE,
+    STREAKS,
     or_zero,
     rate,
     shared,
@@ -62,20 +64,21 @@ DASHBOARD = Dashboard(
                 ),
                 lines(
                     "Streak",
-                    "Consecutive requests on the current service, by the count of the whole fleet, and in dashes "
-                    "where it ends. It never goes above; only requests picked by the tactic count.",
-                    Query(expr=shared("balancer_streak", RULE, "pool", "rule"), legend="{{rule}}"),
+                    "Consecutive requests on the current service, by the count of the whole fleet, of the rules that "
+                    "move on by it; in dashes where it ends. It never goes above. Only requests that the tactic "
+                    "picks count.",
                     Query(
-                        expr=shared("balancer_request_threshold", RULE, "pool", "rule"),
-                        legend="{{rule}} threshold",
+                        expr=f"{shared('balancer_streak', RULE, 'pool', 'rule')} and {OF_RULE} {STREAKS}",
+                        legend="{{rule}}",
                     ),
+                    Query(expr=STREAKS, legend="{{rule}} threshold"),
                     dashed="/ threshold$/",
                     width=12,
                 ),
                 lines(
                     "Switches",
-                    "Moves of the cursor a second, by rule and reason: `next` after a full streak, `fewest` by tokens "
-                    "and the like, or because the current service could not serve.",
+                    "Moves of the cursor a second, by rule and reason: `next` after a full streak or because the "
+                    "current service cannot serve, `least` by what windows count, `turn` and `draw` by weight.",
                     Query(
                         expr=rate("balancer_switches_total", RULE, "rule", "reason"),
                         legend="{{rule}} {{reason}}",
@@ -93,7 +96,7 @@ DASHBOARD = Dashboard(
                     "Share of the picks",
                     "Each service's part of its rule's picks in the time shown, beside the part that the configuration "
                     "promises in the long run, where the tactic promises one. Pinned, retried and probing picks are "
-                    "left out. Equal bars are what exactness looks like.",
+                    "left out. Equal bars, but for a streak, are what exactness looks like.",
                     Query(expr=_named(f"{_SHARE} and {_EXPECTED}"), legend="picked"),
                     Query(expr=_named(_EXPECTED), legend="expected"),
                     by="where",
@@ -128,7 +131,7 @@ DASHBOARD = Dashboard(
                 ),
                 lines(
                     "Picks by reason",
-                    "Why a service was picked: by the tactic (`stay` and what moves the cursor), or aside from it: "
+                    "Why a service was picked: by the tactic (`streak` and `threshold` stay), or aside from it: "
                     "`pinned` to a session, a `retry`, a `probe` of a breaker, `exhausted` when none may serve.",
                     Query(expr=rate("balancer_picks_total", RULE, "reason"), legend="{{reason}}"),
                     unit="reqps",

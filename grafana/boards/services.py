@@ -10,8 +10,11 @@ from grafana.boards.common import (
     POOL,
     SERVICE,
     TROUBLE,
+    WINDOWS,
+    has,
     quantile,
     rate,
+    served,
     shared,
     variables,
 )
@@ -31,32 +34,26 @@ DASHBOARD = Dashboard(
             panels=(
                 lines(
                     "Tokens in the window",
-                    "Tokens that a service has settled in its window, which starts anew when it is over. In dashes the "
-                    "thresholds of the rules that move on by tokens: a service above it is left until its window ends. "
-                    "All services above: the threshold is too low for this traffic, and nothing is spread any more.",
+                    "Tokens that a service has settled in its window, which starts anew when it is over, for the "
+                    "services of rules that move on by tokens; in dashes those rules' thresholds. A service above is "
+                    "left. All of a rule above: its threshold is too low for this traffic, the least used serves.",
                     Query(
-                        expr=shared("balancer_window_tokens", SERVICE, "pool", "service", "window"),
+                        expr=served("balancer_window_tokens", has("token", POOL)),
                         legend="{{service}} {{window}} s",
                     ),
-                    Query(
-                        expr=shared("balancer_token_threshold", POOL, "pool", "rule"),
-                        legend="{{rule}} threshold",
-                    ),
+                    Query(expr=has("token", POOL), legend="{{rule}} threshold"),
                     dashed="/ threshold$/",
                     width=12,
                 ),
                 lines(
                     "Requests in the window",
-                    "Picks of a service in its window, and in dashes the request thresholds: of streaks for "
-                    "round_robin, of these counts for hybrid.",
+                    "Picks of a service in its window, for the services of rules that count them (hybrid); in dashes "
+                    "those rules' thresholds.",
                     Query(
-                        expr=shared("balancer_window_requests", SERVICE, "pool", "service", "window"),
+                        expr=served("balancer_window_requests", WINDOWS),
                         legend="{{service}} {{window}} s",
                     ),
-                    Query(
-                        expr=shared("balancer_request_threshold", POOL, "pool", "rule"),
-                        legend="{{rule}} threshold",
-                    ),
+                    Query(expr=WINDOWS, legend="{{rule}} threshold"),
                     dashed="/ threshold$/",
                     width=12,
                 ),

@@ -34,6 +34,7 @@ DEADLINE_S = 0.25
 """The default of BALANCER_REDIS_DEADLINE_MS."""
 OFTEN, OFTEN_S = 20, 1
 """So many settles may be under way at any moment, for so long."""
+_HELD = "A worker holds for a minute what it has settled: only a failover that loses more shows this."
 
 
 def _lost(metric: str) -> Query:
@@ -94,6 +95,7 @@ DASHBOARD = Dashboard(
                     thresholds=NEVER_GOOD,
                     decimals=0,
                     calm=0,
+                    unmoved=_HELD,
                 ),
                 stat(
                     "Attempts lost",
@@ -194,6 +196,7 @@ DASHBOARD = Dashboard(
                     Query(expr=or_zero(rate("balancer_settle_batches_lost_total", POOL, "pool")), legend="{{pool}}"),
                     unit="ops",
                     calm=0,
+                    unmoved=_HELD,
                 ),
             ),
         ),

@@ -354,6 +354,30 @@ def test_get_says_the_same_in_yaml_and_in_json(on_store: Run, write: Write, what
     assert len(value) == 1
 
 
+def test_the_whole_configuration_can_be_published_again(on_store: Run, write: Write) -> None:
+    on_store("apply", write(a_document_with_secrets()))
+
+    sealed = on_store("get", "configuration", "--sealed")
+
+    assert LITERAL not in sealed.out
+    assert on_store("diff", write(sealed.out)) == Ran(status=0, out="", err="")
+
+
+def test_what_was_printed_with_masks_is_not_taken_for_credentials(on_store: Run, write: Write) -> None:
+    """`***` was sealed and published as if it were the key: every request got 401 from then on."""
+    on_store("apply", write(a_document_with_secrets()))
+
+    ran = on_store("apply", write(on_store("get", "configuration").out))
+
+    assert (ran.status, ran.out) == (1, "")
+    assert [line.split(": ")[0] for line in lines(ran.err)[1:]] == [
+        "  providers[0].token",
+        "  providers[0].proxy_url",
+        "  providers[0].headers.x-api-key",
+        "  providers[1].oauth_detail.access_token",
+    ]
+
+
 def test_get_rules_is_the_shape_of_a_file(on_store: Run, write: Write) -> None:
     on_store("apply", write(a_document(threshold=3, response_model="ours", pool="fast")))
 

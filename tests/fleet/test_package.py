@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from tests.fleet.conftest import Start, a_document
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("balancer", "lua", "tests", "pyproject.toml", "README.md", "LICENSE")
-COMMANDS = ("serve", "demo", "check", "apply", "diff", "get", "audit", "rollback")
+COMMANDS = ("serve", "healthcheck", "demo", "check", "apply", "diff", "get", "audit", "import", "rollback")
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +128,7 @@ def test_the_command_is_installed_and_tells_its_version_and_commands() -> None:
     )
 
     assert (version.stdout, version.stderr) == (f"balancer {__version__}\n", "")
-    listed = [
-        line.split()[0] for line in help_.stdout.partition("commands:")[2].splitlines() if line.startswith("    ")
-    ]
+    listed = re.findall(r"^    (\w+)\b", help_.stdout.partition("commands:")[2], re.MULTILINE)
     assert listed == list(COMMANDS)
     assert help_.stderr == ""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -34,6 +35,8 @@ NAMESPACE, TRIAL = "llm", "trial"
 TOKEN = {"Authorization": "Bearer token-of-the-clients"}
 ADMIN = {"Authorization": "Bearer admin-of-the-fleet"}
 LEASE_S = 1.0
+INTERVAL_S = 0.5
+"""Between scrapes: one that waits for Redis in vain takes half of it."""
 
 Json = dict[str, Any]
 
@@ -83,12 +86,13 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True):
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
     """How long all is calm, each fault lasts, and all is calm again; and thresholds that suit it."""
 
-    calm_s: float = 8.0
+    calm_s: float = 7.0
     fault_s: float = 2.5
-    after_s: float = 7.0
+    after_s: float = 6.0
     streak: int = 12
     window_s: int = 15
     window_tokens: int = 2500
+    cooldown_s: int = 1
 
 
 LOADS = (
@@ -206,42 +210,72 @@ class Watched:
                 client.cancel()
 
     async def _faults(self, urls: list[str]) -> None:
-        fault_s = self.pace.fault_s
-        with self._named("a worker killed"):
-            os.kill(next(iter(await self.pods["balancer-1"].workers())), signal.SIGKILL)
-            await asyncio.sleep(0.2)
-        with self._named("an account fails"):
-            self.accounts["anna"].fault = (503, "")
-            await asyncio.sleep(fault_s)
-        with self._named("another is at its limits"):
-            self.accounts["boris"].fault = (429, "3")
-            await asyncio.sleep(fault_s)
-        for account in self.accounts.values():
-            account.fault = None
         assert self.trial
+        async with asyncio.TaskGroup() as group:
+            turns = Load(rule="turns", clients=1, pause_s=0.05)
+            trial = group.create_task(self._ask_on([self.trial.url], turns, 0))
+            await self._in_turn(urls)
+            trial.cancel()
+
+    async def _in_turn(self, urls: list[str]) -> None:
+        """One fault after the other, each until Prometheus has seen it."""
+        fault_s, accounts = self.pace.fault_s, self.accounts
+        with self._named("a worker killed"):
+            holds = {account.name: account.hold_s for account in accounts.values()}
+            for account in accounts.values():
+                account.hold_s = 0.3  # So that it dies with attempts open.
+            await asyncio.sleep(0.3)
+            os.kill(next(iter(await self.pods["balancer-1"].workers())), signal.SIGKILL)
+            for name, hold_s in holds.items():
+                accounts[name].hold_s = hold_s
+            await asyncio.sleep(fault_s / 4)
+        with self._named("an account fails"):
+            accounts["anna"].fault = (503, "")
+            await asyncio.sleep(fault_s)
+            await self._is_seen('balancer_breaker_state{service="anna-openai:gpt-5"} == 2')
+        with self._named("another is at its limits"):
+            accounts["boris"].fault = (429, str(self.pace.cooldown_s))
+            await asyncio.sleep(fault_s)
+            await self._is_seen('balancer_cooldown_seconds{service="boris-openai:gpt-5"} > 0')
+            await self._is_seen('rate(balancer_attempts_total{outcome="rate_limited"}[3s]) > 0')
+            await self._is_seen('rate(balancer_refused_total{reason="exhausted"}[3s]) > 0')
+        for account in accounts.values():
+            account.fault = None
         with self._named("clients ask for too much"):
-            burst = Load(rule="summaries", clients=16, pause_s=0.02)
+            more = (Load(rule="summaries", clients=14, pause_s=0.2), Load(rule="unheard-of", clients=1, pause_s=0.2))
+            everybody = [self._ask_on(urls, load, number) for load in more for number in range(load.clients)]
+            everybody.append(self._ask_on(urls, Load(rule="gpt-5", clients=1, pause_s=0.2), 0, headers={}))
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._ask_on(urls, burst, number)) for number in range(burst.clients)]
-                tasks += [
-                    group.create_task(self._ask_on([self.trial.url], Load(rule="turns", clients=1, pause_s=0.02), 0)),
-                    group.create_task(self._ask_on(urls, Load(rule="unheard-of", clients=1, pause_s=0.2), 0)),
-                    group.create_task(self._ask_on(urls, Load(rule="gpt-5", clients=1, pause_s=0.2), 0, headers={})),
-                ]
+                tasks = [group.create_task(one) for one in everybody]
                 await asyncio.sleep(fault_s)
+                await self._is_seen('balancer_limit_used{kind="in_flight"} == balancer_limit{kind="in_flight"}')
+                for reason in ("limited", "unauthorized", "unknown_model"):
+                    await self._is_seen(f'rate(balancer_refused_total{{reason="{reason}"}}[3s]) > 0')
                 for task in tasks:
                     task.cancel()
         with self._named("the configuration changes"):
-            for number in range(12):
+            # Over and over, until a worker has picked under the one before.
+            seeing = asyncio.create_task(self._is_seen("rate(balancer_stale_picks_total[3s]) > 0"))
+            for number in itertools.count():
                 await self._change_tactic(self.pace.streak + 1 - number % 2)
-                await asyncio.sleep(fault_s / 12)
+                await asyncio.sleep(0.05)
+                if seeing.done() and number > 10:
+                    break
+            await seeing
+            await asyncio.sleep(fault_s / 2)
+            await self._is_seen("balancer_leases_expired_total > 0")
         self.store.control.save()
         with self._named("after the snapshot"):
             await asyncio.sleep(fault_s)
         with self._named("the store is away"):
             self.store.kill()
             await asyncio.sleep(fault_s)
+            await self._is_seen("rate(balancer_degraded_picks_total[3s]) > 0")
+            await self._is_seen('rate(balancer_refused_total{reason="store_lost"}[3s]) > 0')
             await asyncio.to_thread(self.store.start)
+
+    async def _is_seen(self, expression: str) -> None:
+        await self.prometheus.until(expression)
 
     async def _change_tactic(self, threshold: int) -> None:
         url = self.pods["balancer-0"].entries("serving")[0]["admin_url"]
@@ -255,7 +289,8 @@ class Watched:
     async def _ask_on(self, urls: list[str], load: Load, number: int, headers: Mapping[str, str] = TOKEN) -> None:
         """Asks by pods in turn until it is cancelled, whatever comes."""
         chance = random.Random(f"{load.rule} {number}")
-        session = {"x-session": f"{load.rule} {number}"}
+        # Every other client goes on with a session of its own.
+        session = {"x-session": f"{load.rule} {number}"} if number % 2 else {}
         assert self._session
         for count in range(number, 10**9):
             text = "tell me about fleets " * chance.randint(1, load.words)
@@ -303,6 +338,7 @@ async def watched(folder: Path, pace: Pace | None = None) -> AsyncIterator[Watch
             "BALANCER_LEASE_S": str(LEASE_S),
             "BALANCER_ADMIN_TOKEN": "admin-of-the-fleet",
             "BALANCER_CLIENT_TOKENS": "token-of-the-clients",
+            "BALANCER_HOST": "127.0.0.1",
         }
         url = f"redis://{store.address}"
         document = a_document(accounts, pace)
@@ -328,7 +364,9 @@ async def watched(folder: Path, pace: Pace | None = None) -> AsyncIterator[Watch
         configuration = prometheus.scraping(
             {name: _address(fleet) for name, fleet in pods.items()}, namespace=NAMESPACE
         )
-        more = prometheus.scraping({"trial-0": _address(fleets[2])}, namespace=TRIAL, job="trial")
+        more = prometheus.scraping(
+            {"trial-0": _address(fleets[2])}, namespace=TRIAL, job="trial", interval_s=INTERVAL_S
+        )
         configuration["scrape_configs"] += more["scrape_configs"]
         server = await stack.enter_async_context(prometheus.running(configuration))
         found = Watched(folder, pace, accounts, store, server)

@@ -331,8 +331,8 @@ async def test_probes_and_metrics_tell_of_a_healthy_worker(gateway: Served, upst
     async with gateway.session.get(f"{gateway.url}/metrics") as response:
         lines = (await response.text()).splitlines()
     service = 'pool="default",rule="gpt",service="up:up-model"'
-    assert f'balancer_attempts_total{{outcome="success",{service}}} 1.0' in lines
-    assert f'balancer_tokens_total{{kind="input",{service}}} 11.0' in lines
+    assert f'balancer_attempts_total{{{service},outcome="success"}} 1.0' in lines
+    assert f'balancer_tokens_total{{{service},kind="input"}} 11.0' in lines
     assert 'balancer_window_tokens{pool="default",service="up:up-model",window="300"} 18.0' in lines
     assert 'balancer_current_service_index{pool="default",rule="gpt"} 0.0' in lines
     assert 'balancer_store_up{pool="default"} 1.0' in lines
@@ -344,6 +344,7 @@ async def test_models_that_clients_make_up_are_no_labels(gateway: Served) -> Non
             return len((await response.text()).splitlines())
 
     await post(gateway, "/v1/chat/completions", b'{"model": "made-up"}')
+    await post(gateway, "/v1/chat/x", b'{"model": "made-up"}')
     before = await series()
     for number in range(50):
         await post(gateway, f"/v1/chat/x{number}", b'{"model": "made-up-%d"}' % number)
@@ -412,7 +413,7 @@ async def test_requests_are_served_while_a_scrape_is_written(gateway: Served, mo
     monkeypatch.setattr("balancer.store.slices.SLICE_S", 0.0)
     has_begun, is_answered = asyncio.Event(), False
 
-    def exposing(*given: object) -> Steps[bytes]:
+    def exposing(*given: object, is_open: bool) -> Steps[bytes]:
         has_begun.set()
         for _ in range(1_000_000):
             if is_answered:

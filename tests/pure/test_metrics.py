@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as text_string_to_open_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from balancer import __version__
@@ -196,6 +197,21 @@ def test_the_version_is_told() -> None:
     assert named(values, "balancer_build_info") == {sample("balancer_build_info", version=__version__): 1}
 
 
+def test_two_scrapes_at_once_and_series_that_are_new_meanwhile_do_not_mix() -> None:
+    metrics = Metrics()
+    for i in range(100):
+        metrics.refused("openai", str(i))
+    first = metrics.exposing([])
+    for _ in range(5):
+        next(first)
+    for i in range(200):
+        metrics.refused("openai", str(i))
+        metrics.overhead_s(0.5)
+    second = samples(metrics.exposition())
+    assert len(named(second, "balancer_refused_total")) == 200
+    assert set(named(samples(finished(first)), "balancer_refused_total").values()) == {1}
+
+
 # -- tallies -----------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +325,72 @@ async def test_what_a_worker_counts_the_others_know_a_moment_later(tmp_path: Pat
     counting.close()
     assert told() == 5
     other.close()
+
+
+# -- exemplars ---------------------------------------------------------------------------------------------------------
+
+
+def exemplars(metrics: Metrics, name: str) -> dict[str, tuple[str, str, float]]:
+    """Of a series the decision, the trace and the value of each exemplar, by its bucket, empty for a counter."""
+    read: Iterable[Metric] = text_string_to_open_families(  # type: ignore[no-untyped-call]
+        metrics.exposition(is_open=True).decode()
+    )
+    return {
+        sample.labels.get("le", ""): (
+            sample.exemplar.labels["decision"],
+            sample.exemplar.labels.get("trace_id", ""),
+            sample.exemplar.value,
+        )
+        for family in read
+        for sample in family.samples
+        if sample.exemplar and sample.name.startswith(name)
+    }
+
+
+def a_pick_at(position: int, **more: bool) -> Pick:
+    return msgspec.structs.replace(a_pick(), position=position, **more)
+
+
+def test_an_exemplar_has_the_decision_and_its_trace_if_it_has_one() -> None:
+    metrics = Metrics()
+    metrics.settled(a_pick_at(1), Outcome.SUCCESS, None, 0.3)
+    metrics.settled(a_pick_at(2), Outcome.SUCCESS, None, 0.7, "f" * 32)
+    assert exemplars(metrics, "balancer_upstream_duration_seconds") == {
+        "0.5": ("default.1.1", "", 0.3),
+        "1.0": ("default.1.2", "f" * 32, 0.7),
+    }
+    assert exemplars(metrics, "balancer_attempts_total") == {"": ("default.1.2", "f" * 32, 1)}
+
+
+def test_of_requests_that_went_as_usual_at_the_same_moment_the_slowest_is_one() -> None:
+    metrics = Metrics()
+    labels = ("openai", "default", "chat", "a:m", "streak")
+    for position, seconds in ((1, 0.3), (2, 0.45), (3, 0.4)):
+        metrics.passed.append((labels, 1, 1, False, 0.001, 0.001, seconds, seconds + 1, a_pick_at(position), ""))
+    assert exemplars(metrics, "balancer_upstream_duration_seconds") == {"0.5": ("default.1.2", "", 0.45)}
+    assert exemplars(metrics, "balancer_request_duration_seconds") == {"2.5": ("default.1.2", "", 1.45)}
+
+
+def test_a_pick_without_redis_is_no_exemplar() -> None:
+    metrics, pick = Metrics(), a_pick_at(0, is_local=True)
+    metrics.settled(pick, Outcome.SUCCESS, None, 0.3)
+    metrics.first_token_s(pick, 0.3)
+    metrics.request("openai", "chat", Outcome.SUCCESS, 0.3, pick)
+    assert exemplars(metrics, "balancer_") == {}
+
+
+def test_of_the_exemplars_of_several_workers_the_latest_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = [Metrics(tmp_path, slot) for slot in range(3)]
+    for position, worker in ((1, workers[1]), (3, workers[0]), (2, workers[2])):
+        monkeypatch.setattr("balancer.metrics.time.time", lambda at=position: 1_000.0 + at)
+        worker.settled(a_pick_at(position), Outcome.SUCCESS, None, 0.3)
+        worker.flush()
+    for worker in workers:
+        assert exemplars(worker, "balancer_upstream") == {"0.5": ("default.1.3", "", 0.3)}
+    for worker in workers:
+        worker.close()
 
 
 # -- several workers ---------------------------------------------------------------------------------------------------

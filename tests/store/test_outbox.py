@@ -50,6 +50,23 @@ def test_length_counts_what_is_not_acknowledged() -> None:
     assert len(outbox) == 2
 
 
+def test_the_age_is_that_of_the_oldest_entry_that_is_not_acknowledged() -> None:
+    clock = Clock()
+    outbox = Outbox(clock)
+    assert outbox.oldest_s == 0
+    for number in range(3):
+        clock.now += 1
+        outbox.add(an_entry(number))
+        if number:
+            outbox.take()
+    clock.now += 5
+    assert outbox.oldest_s == 7
+    outbox.acknowledge(1)
+    assert outbox.oldest_s == 5
+    outbox.acknowledge(2)
+    assert outbox.oldest_s == 0
+
+
 def test_after_a_reconnect_the_unacknowledged_are_sent_again_in_order() -> None:
     outbox = filled(4)
     outbox.acknowledge(2)

@@ -29,6 +29,7 @@ from balancer.domain import (
 )
 from balancer.errors import ConflictError, StoreUnavailableError
 from balancer.store import connection, keys
+from balancer.store.calls import Definer
 from balancer.store.pool import PoolClient, PoolEvents
 from balancer.store.registry import KEPT_DIGESTS, KEPT_SNAPSHOTS, Follower, Head, Registry, Snapshot
 from balancer.store.topology import Topology
@@ -357,6 +358,34 @@ async def test_the_first_revision_of_a_new_registry_is_above_the_fences_that_an_
     assert fresh.revision == 6
     assert fresh.rule_revision("chat") == await fence(control, "chat") == 6
     assert await registry.current() == fresh
+
+
+class Overtaken(Registry):
+    """A registry in which a worker puts its rule back, under revision 7, once the fences have been looked at."""
+
+    is_overtaken = False
+
+    async def _first_revision(self, configuration: Configuration) -> int:
+        found = await super()._first_revision(configuration)
+        if not self.is_overtaken:
+            self.is_overtaken = True
+            snapshot = Snapshot(revision=7, configuration=configuration)
+            definitions = [snapshot.definition(rule, Definer(configuration)) for rule in configuration.rules]
+            await self.raise_fences(configuration.pool("default"), 7, definitions)
+        return found
+
+
+async def test_a_first_revision_that_a_worker_of_before_has_overtaken_is_published_above_it(
+    client: redis.asyncio.Redis, control: Any
+) -> None:
+    """Head 1 under a fence of 7 was stale for ever: every request of the rule got 503."""
+    registry = Overtaken(client)
+
+    snapshot = await registry.publish(a_configuration(a_rule()), None, "file")
+
+    assert snapshot.revision == snapshot.rule_revision("chat") == await fence(control, "chat") == 8
+    assert await registry.current() == snapshot
+    assert await registry.revision_of("file") == 8
 
 
 # -- what an edit does to cursors and streaks --------------------------------------------------------------------------
@@ -825,6 +854,33 @@ async def test_a_registry_that_began_anew_is_followed_also_under_a_revision_seen
         return follower.directory is not None and follower.directory.snapshot == fresh
 
     await eventually(is_followed, timeout_s=3)
+
+
+async def test_a_follower_whose_registry_was_emptied_keeps_its_copy_and_says_so_once(
+    registry: Registry, follow: Any, control: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("balancer.store.registry.POLL_S", 0.02)
+    told: list[str] = []
+    monkeypatch.setattr("balancer.store.registry.log.warning", lambda event, **_: told.append(event))
+    snapshot = await registry.publish(BEFORE, None)
+    follower: Follower = await follow()
+
+    await control.flushall()
+
+    async def is_told() -> bool:
+        return "publish it again" in follower.failure
+
+    await eventually(is_told)
+    await follower.refresh()
+    assert follower.directory is not None
+    assert follower.directory.snapshot == snapshot
+    assert [event for event in told if "the registry is empty" in event] == told[:1]
+    await registry.publish(AFTER, None)
+    await eventually(lambda: _holds(follower, ""))
+
+
+async def _holds(follower: Follower, failure: str) -> bool:
+    return follower.failure == failure
 
 
 async def test_a_server_that_does_not_answer_is_told_as_unavailable(url: str, control: Any) -> None:

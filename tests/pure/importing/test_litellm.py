@@ -367,6 +367,50 @@ def test_an_alias_is_a_rule_with_the_same_services() -> None:
     assert rules["gpt-4"] == rules["chat"] | {"request_model": "gpt-4"}
 
 
+WEIRD: tuple[Any, ...] = (
+    None,
+    -1,
+    1.5,
+    True,
+    "",
+    "x",
+    "a{b}c",
+    "http://[bad",
+    "\n",
+    10**30,
+    [],
+    {},
+    ["a", {"b": 1}],
+    {"a": {"b": [1]}},
+)
+
+
+def nodes(value: Any, path: Path_ = ()) -> Iterator[Path_]:
+    """The paths of all that a value holds."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*path, key)
+        yield from nodes(item, (*path, key))
+
+
+@pytest.mark.parametrize("name", ["balanced", "documented"])
+def test_whatever_stands_somewhere_an_import_ends_in_a_document_or_a_refusal(name: str) -> None:
+    """A name that was a list ended in a traceback."""
+    raw = example(name)
+    for path in nodes(raw):
+        for value in WEIRD:
+            odd = copy.deepcopy(raw)
+            at = odd
+            for part in path[:-1]:
+                at = at[part]
+            at[path[-1]] = value
+            try:
+                imported = litellm(odd)
+            except ConfigurationError:
+                continue
+            faults(imported)
+
+
 # -- what is none ------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,1 @@
+"""What Prometheus is to do with our rules, as `promtool test rules` reads it, and what holds of every rule."""
