@@ -1,7 +1,6 @@
 """A collector of traces that throws away what it gets, in a process of its own: `python -m benchmarks.collector`.
 
 It listens on the port that is given, or a free one, and prints it.
-
 """
 
 from __future__ import annotations
