@@ -26,7 +26,7 @@ CLASSIC_TYPE = classic.CONTENT_TYPE_PLAIN_0_0_4
 OPEN_TYPE = openmetrics.CONTENT_TYPE_LATEST
 _OPEN_VERSIONS = ("", "0.0.1", "1.0.0")
 _ROWS_A_STEP = 16
-_SAMPLES_A_STEP = 200
+_SAMPLES_A_STEP = 100
 _END = b"# EOF\n"
 _BEAT_S = 10.0
 """A worker that has given no sign of life for so long answers nobody."""
