@@ -77,7 +77,7 @@ class Line(msgspec.Struct, frozen=True, gc=False, omit_defaults=True, tag_field=
 
 
 _encode = msgspec.json.Encoder()
-_second = 0
+_second = -1
 _prefix = ""
 
 
@@ -87,7 +87,7 @@ def stamp(now: float) -> str:
     second = int(now)
     if second != _second:
         _second, _prefix = second, time.strftime("%Y-%m-%dT%H:%M:%S.", time.gmtime(second))
-    return f"{_prefix}{int((now - second) * 1000):03}+00:00"
+    return f"{_prefix}{int(now * 1000) - second * 1000:03}+00:00"
 
 
 def encoded(lines: list[Line]) -> bytes:

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import shutil
 import stat
 import struct
@@ -43,6 +44,7 @@ _ROWS, _NUMBERS, _EXEMPLARS = ".rows", ".numbers", ".exemplars"
 _RECORD = struct.Struct("=dd128s")
 _TEXT_AT, _TEXT_BYTES = 16, 128
 """The labels as they are told. OpenMetrics 1.0.0 allows as many characters in their names and values alone."""
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
 _RECORD_DOUBLES = _RECORD.size // _CELL_BYTES
 _READ_AT_ONCE = 1 << 20
 
@@ -86,12 +88,12 @@ class Records:
         """When the thing at the place was counted, 0 for none."""
         return self._doubles[place * _RECORD_DOUBLES + 1]
 
-    def told(self, place: int) -> str:
-        """The exemplar, as it follows a sample's value in OpenMetrics."""
+    def told(self, place: int) -> tuple[dict[str, str], float, float]:
+        """The exemplar's labels, its value, and when it was."""
         begin = place * _RECORD.size
         text = self._data[begin + _TEXT_AT : begin + _RECORD.size].rstrip(b"\0").decode()
         value, time_s = self._doubles[place * _RECORD_DOUBLES], self.time_s(place)
-        return f" # {{{text}}} {value} {time_s:.3f}"
+        return dict(_LABEL.findall(text)), value, time_s
 
 
 _encode = msgspec.json.Encoder().encode

@@ -1,6 +1,7 @@
 """What Prometheus reads: the numbers of all slots put together, in the classic text format or as OpenMetrics.
 
-Thousands of services are hundreds of thousands of lines; everything here is done in steps.
+prometheus_client writes both formats. Thousands of services are hundreds of thousands of lines; everything here is done
+in steps, a few rows each.
 """
 
 from __future__ import annotations
@@ -12,14 +13,21 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+from prometheus_client import exposition as classic
+from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar, Sample
 
 from balancer.cells import BEATS_AT, Records, Row, Seen, Slot, slots_in
 from balancer.steps import Steps
 
-CLASSIC_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-OPEN_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+CLASSIC_TYPE = classic.CONTENT_TYPE_PLAIN_0_0_4
+OPEN_TYPE = openmetrics.CONTENT_TYPE_LATEST
 _OPEN_VERSIONS = ("", "0.0.1", "1.0.0")
 _ROWS_A_STEP = 16
+_SAMPLES_A_STEP = 100
+_END = b"# EOF\n"
 _BEAT_S = 10.0
 """A worker that has given no sign of life for so long answers nobody."""
 
@@ -57,25 +65,17 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
         """How many of them have exemplars."""
         return max(1, self.width - 1) if self.has_exemplars else 0
 
-    def head(self, *, is_open: bool) -> str:
-        """The lines that say what it is."""
-        name = self.name
-        if is_open and self.type == "counter":
-            name = name.removesuffix("_total")
-        lines = f"# HELP {name} {self.help}\n# TYPE {name} {self.type}\n"
-        if is_open and name.endswith(f"_{self.unit}"):
-            lines += f"# UNIT {name} {self.unit}\n"
-        return lines
+    def metric(self, samples: Sequence[Sample] = ()) -> Metric:
+        """The family with these samples, as prometheus_client writes it."""
+        name = self.name.removesuffix("_total") if self.type == "counter" else self.name
+        metric = Metric(name, self.help, self.type, self.unit if name.endswith(f"_{self.unit}") else "")
+        metric.samples = list(samples)
+        return metric
 
 
 def escaped(label: str) -> str:
     """A label's value as it stands between quotes."""
     return label.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
-
-
-def label_text(names: Sequence[str], values: Sequence[str]) -> str:
-    """Labels as they stand in braces, without these."""
-    return ",".join([f'{name}="{escaped(value)}"' for name, value in zip(names, values, strict=True)])
 
 
 def is_open_wanted(accepts: Sequence[str]) -> bool:
@@ -128,30 +128,28 @@ class Scrape:
         self._known: dict[int, _Known] = {}
         self._own: list[_Place] = []
         self._to: dict[Row, int] = {}
-        self._rows: dict[str, list[tuple[str, int]]] = {family.name: [] for family in families}
-        """Of each family the rows: labels in the text format, and the place in the sum."""
+        self._rows: dict[str, list[tuple[dict[str, str], int]]] = {family.name: [] for family in families}
+        """Of each family the rows: labels, and the place in the sum."""
         self._size = 0
 
     def written(self, gauges: Sequence[Lines], *, is_open: bool) -> Steps[bytes]:
         """The whole text, in steps; `gauges` are the lines of families that no slot has."""
         sums, exemplars = yield from self._added_up(with_exemplars=is_open)
-        size = len(sums)
+        write = openmetrics.generate_latest if is_open else classic.generate_latest
         text = bytearray()
         for family in self._families:
-            parts = [family.head(is_open=is_open)]
-            write = _histogram if family.type == "histogram" else _plain
-            for i, (labels, place) in enumerate(self._rows[family.name]):
-                if place >= size:
-                    break  # Somebody else's scrape has met it meanwhile.
-                write(parts, family, labels, sums, place, exemplars)
-                if not i % _ROWS_A_STEP:
-                    yield
+            text += _without_end(write(_Only(family.metric())))
+            rows = [(labels, place) for labels, place in self._rows[family.name] if place < len(sums)]
+            at_once = max(1, _SAMPLES_A_STEP // family.width)
+            for i in range(0, len(rows), at_once):
+                samples = [s for row in rows[i : i + at_once] for s in _samples(family, *row, sums, exemplars)]
+                text += _without_head(_without_end(write(_Only(family.metric(samples)))))
+                yield
             for lines in gauges:
-                parts.extend(lines.get(family.name, ()))
-            text += "".join(parts).encode()
+                text += "".join(lines.get(family.name, ())).encode()
             yield
         if is_open:
-            text += b"# EOF\n"
+            text += _END
         return bytes(text)
 
     def _added_up(self, *, with_exemplars: bool) -> Steps[tuple[list[float], Exemplars]]:
@@ -217,7 +215,7 @@ class Scrape:
             if to is None:
                 to = self._to[row] = self._size
                 self._size += row.width
-                self._rows[family.name].append((label_text(family.labels, row.labels), to))
+                self._rows[family.name].append((dict(zip(family.labels, row.labels, strict=True)), to))
             combine = _COMBINE[family.across] if family.type == "gauge" else None
             places.append(_Place(begin, to, row.width, records[i], row.exemplars, combine, family.needs_beat))
 
@@ -229,40 +227,45 @@ def _add(first: float, second: float) -> float:
 _COMBINE: Mapping[str, Callable[[float, float], float]] = {"sum": _add, "min": min, "max": max}
 
 
-def _plain(
-    parts: list[str],
-    family: Family,
-    labels: str,
-    sums: Sequence[float],
-    place: int,
-    exemplars: Exemplars,
-) -> None:
-    value = sums[place]
-    if not math.isnan(value):
-        braces = f"{{{labels}}}" if labels else ""
-        parts.append(f"{family.name}{braces} {value}{_told(exemplars, place)}\n")
+class _Only(Collector):
+    """One family."""
+
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
+
+    def collect(self) -> Iterator[Metric]:
+        yield self._metric
 
 
-def _histogram(
-    parts: list[str],
-    family: Family,
-    labels: str,
-    sums: Sequence[float],
-    place: int,
-    exemplars: Exemplars,
-) -> None:
+def _samples(
+    family: Family, labels: dict[str, str], place: int, sums: Sequence[float], exemplars: Exemplars
+) -> Iterator[Sample]:
+    """The samples of a row; none of a state that nobody has any more."""
     if math.isnan(sums[place]):
         return
-    name, count = family.name, 0.0
-    begin = f"{name}_bucket{{{labels}," if labels else f"{name}_bucket{{"
-    for i, bound in enumerate((*family.buckets, "+Inf"), place):
+    if family.type != "histogram":
+        yield Sample(family.name, labels, sums[place], None, _exemplar(exemplars, place))
+        return
+    count = 0.0
+    for i, bound in enumerate((*map(str, family.buckets), "+Inf"), place):
         count += sums[i]
-        parts.append(f'{begin}le="{bound}"}} {count}{_told(exemplars, i)}\n')
-    braces = f"{{{labels}}}" if labels else ""
-    parts.append(f"{name}_count{braces} {count}\n{name}_sum{braces} {sums[place + family.width - 1]}\n")
+        yield Sample(f"{family.name}_bucket", labels | {"le": bound}, count, None, _exemplar(exemplars, i))
+    yield Sample(f"{family.name}_count", labels, count)
+    yield Sample(f"{family.name}_sum", labels, sums[place + family.width - 1])
 
 
-def _told(exemplars: Exemplars, place: int) -> str:
-    """The exemplar of a sample, as it follows the value."""
+def _exemplar(exemplars: Exemplars, place: int) -> Exemplar | None:
     found = exemplars.get(place) if exemplars else None
-    return found[1].told(found[2]) if found is not None else ""
+    return Exemplar(*found[1].told(found[2])) if found is not None else None
+
+
+def _without_head(text: bytes) -> bytes:
+    """The samples without the lines before them, of which each family has one set."""
+    at = 0
+    while text.startswith(b"#", at):
+        at = text.index(b"\n", at) + 1
+    return text[at:]
+
+
+def _without_end(text: bytes) -> bytes:
+    return text.removesuffix(_END)

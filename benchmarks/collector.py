@@ -1,6 +1,6 @@
 """A collector of traces that throws away what it gets, in a process of its own: `python -m benchmarks.collector`.
 
-It prints the port that it listens on.
+It listens on the port that is given, or a free one, and prints it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ async def _take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     writer.close()
 
 
-async def _serve() -> None:
-    server = await asyncio.start_server(_take, "127.0.0.1", 0)
+async def _serve(port: int) -> None:
+    server = await asyncio.start_server(_take, "127.0.0.1", port)
     print(server.sockets[0].getsockname()[1], flush=True)
     async with server:
         await server.serve_forever()
@@ -43,4 +43,4 @@ def collecting() -> Iterator[str]:
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve())
+        asyncio.run(_serve(int(sys.argv[1]) if len(sys.argv) > 1 else 0))

@@ -102,6 +102,8 @@ class Gateway:
         self._probe = HealthProbe(providers, self._upstream)
         self._handlers = Handlers(settings, self.balance, self._forwarder, self.metrics, plans, self._watch)
         self._runners: list[web.BaseRunner] = []
+        self._last_runners: list[web.BaseRunner] = []
+        """Of what is served to the very end: metrics on a port of their own."""
         self._ticker: asyncio.Task[None] | None = None
         self._is_draining = False
         self._open_requests = 0
@@ -131,9 +133,9 @@ class Gateway:
         data, *metrics = sockets
         await self._serve_data(data, with_metrics=not metrics)
         for listener in metrics:
-            await self._serve_plane(self._metrics_plane(), listener)
+            self._last_runners.append(await self._serve_plane(self._metrics_plane(), listener))
         for app, listener in planes:
-            await self._serve_plane(app, listener)
+            self._runners.append(await self._serve_plane(app, listener))
 
     async def _serve_data(self, listener: socket.socket, *, with_metrics: bool) -> None:
         server = Server(self._front(with_metrics=with_metrics).answer, self._watch)
@@ -160,7 +162,7 @@ class Gateway:
         self._runners.append(runner)
         await Site(runner, listener, server_context(self._settings)).start()
 
-    async def _serve_plane(self, app: web.Application, listener: socket.socket) -> None:
+    async def _serve_plane(self, app: web.Application, listener: socket.socket) -> web.BaseRunner:
         app.on_response_prepare.append(drop_server_header)
         runner = web.AppRunner(
             app,
@@ -171,11 +173,15 @@ class Gateway:
             shutdown_timeout=_SHUTDOWN_S,
         )
         await runner.setup()
-        self._runners.append(runner)
         await web.SockSite(runner, listener, backlog=BACKLOG).start()
+        return runner
 
     async def drain(self) -> None:
-        """Is not ready from now on, lets open requests finish, hands in the last settles, and closes."""
+        """Is not ready from now on, lets open requests finish, hands in the last settles, and closes.
+
+        Metrics on a port of their own are served until then: a pod may drain for minutes, and what it counts meanwhile,
+        the longest answers of all, would never be scraped.
+        """
         self._is_draining = True
         ends_at = time.monotonic() + self._settings.drain_delay_s + self._settings.drain_timeout_s
         await asyncio.sleep(self._settings.drain_delay_s)
@@ -197,6 +203,8 @@ class Gateway:
         await self.balance.close(_LAST_SETTLES_S)
         self.metrics.flush()
         await self._upstream.close()
+        for runner in self._last_runners:
+            await runner.cleanup()
         if self._access is not None:
             await self._access.close(_LAST_LINES_S)
         if exported is not None:

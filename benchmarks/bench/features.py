@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from benchmarks.bench.figures import Figures
 from benchmarks.bench.measuring import BURST, PACED, SMALL, STREAM, Phase
 from benchmarks.bench.ours import ALL, Variant
 from benchmarks.bench.processes import OTHERS_CORE
-from benchmarks.bench.site import Site
+from benchmarks.bench.site import ROOT, Site
 from benchmarks.bench.tables import number, table
 from tests.topologies import HOST, free_ports, make_certificates
 
@@ -52,6 +53,8 @@ VARIANTS: tuple[Variant, ...] = (
         rule={"session_affinity": 3600, "session_header": "bench-session"},
         headers=(_LONG_SESSION,),
     ),
+    _with(OFF, "off + access log", settings={"access_log": "on"}),
+    _with(OFF, "off + tracing, one in ten kept", settings={"otel": "on"}, has_collector=True),
     _with(OFF, "off + client tokens", settings={"client_tokens": _TOKEN}, headers=(f"Authorization: Bearer {_TOKEN}",)),
     _with(OFF, "off + response_model", rule={"response_model": "another-name"}),
     _with(OFF, "off + strict_settle", rule={"strict_settle": True}),
@@ -103,7 +106,18 @@ class Bridges:
         self._site = site
         self._servers: list[str] = []
         self._ports: list[int] = []
+        (self._collector_port,) = free_ports(1)
         make_certificates(site.folder)
+
+    @property
+    def collector(self) -> dict[str, str]:
+        """The variables that let traces go to the collector, one in ten."""
+        return {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{HOST}:{self._collector_port}",
+            "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
+            "OTEL_TRACES_SAMPLER_ARG": "0.1",
+            "OTEL_BSP_MAX_QUEUE_SIZE": "100000",
+        }
 
     @property
     def ca(self) -> str:
@@ -127,7 +141,18 @@ class Bridges:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Speaks for all that was added, until the block ends."""
+        """Speaks for all that was added, and takes traces, until the block ends."""
+        command = (sys.executable, "-m", "benchmarks.collector", str(self._collector_port))
+        collector = processes.start(command, OTHERS_CORE, self._site.folder, "collector", {"PYTHONPATH": str(ROOT)})
+        try:
+            processes.wait_until_listening(collector, self._collector_port)
+            with self._bridging():
+                yield
+        finally:
+            collector.end()
+
+    @contextlib.contextmanager
+    def _bridging(self) -> Iterator[None]:
         program = nginx_program()
         if program is None or not self._ports:
             yield
@@ -152,7 +177,8 @@ def contestant(site: Site, variant: Variant, bridges: Bridges) -> Contestant | M
         files = {"tls_cert_file": str(site.folder / "server.pem"), "tls_key_file": str(site.folder / "server.key")}
         variant = msgspec.structs.replace(variant, settings=variant.settings | files)
     upstreams = bridges.to_accounts() if variant.has_tls_upstream else site.upstreams
-    made = of_ours(site, variant, upstreams=upstreams, variables={"SSL_CERT_FILE": bridges.ca})
+    variables = {"SSL_CERT_FILE": bridges.ca} | (bridges.collector if variant.has_collector else {})
+    made = of_ours(site, variant, upstreams=upstreams, variables=variables)
     if variant.has_tls_listener and isinstance(made, Contestant):
         made = msgspec.structs.replace(made, load_port=bridges.to_listener(made.port))
     return made

@@ -38,6 +38,8 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
     workers: int = 1
     has_tls_upstream: bool = False
     has_tls_listener: bool = False
+    has_collector: bool = False
+    """Its traces go to a collector, which throws them away."""
 
 
 ALL = Variant(name="all")

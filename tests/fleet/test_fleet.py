@@ -473,6 +473,30 @@ async def test_metrics_move_to_a_port_of_their_own(start: Start, accounts: list[
             assert response.status == 404
 
 
+async def test_metrics_on_a_port_of_their_own_are_served_until_the_last_answer_has_ended(
+    start: Start, accounts: list[FakeAccount], held: Held, store_url: str
+) -> None:
+    """They went with the data plane: a pod that drained was a target that is down, its last answers in no sum."""
+    document = with_upstream(a_document(accounts), held.upstream.url)
+    port = a_free_port()
+    fleet = await start("--redis", store_url, "--metrics-port", str(port), document=document, workers=1)
+    async with fleet.asker() as asker, aiohttp.ClientSession() as session:
+        stream = await held.first_word(asker)
+        fleet.process.send_signal(signal.SIGTERM)
+        await eventually(lambda: is_refused(fleet.url))
+
+        async def tells_that_it_drains() -> bool:
+            async with session.get(f"http://127.0.0.1:{port}/metrics") as response:
+                lines = (await response.text()).splitlines()
+            return {"balancer_ready_workers 0.0", "balancer_open_requests 1.0"} <= set(lines)
+
+        await eventually(tells_that_it_drains)
+        held.gate.set()
+        assert await is_whole(stream)
+    assert await fleet.ended() == 0
+    assert await is_refused(f"http://127.0.0.1:{port}")
+
+
 def a_free_port() -> int:
     """A port that nobody listened on a moment ago."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -25,7 +25,7 @@ def told(folder: Path, number: int = 0) -> dict[Row, list[float]]:
     return {row: list(numbers[begin : begin + row.width]) for row, begin in seen.rows}
 
 
-def told_exemplars(seen: Seen) -> dict[int, str]:
+def told_exemplars(seen: Seen) -> dict[int, tuple[dict[str, str], float, float]]:
     """All exemplars by their places."""
     records = seen.exemplars()
     return {place: records.told(place) for place in range(len(records)) if records.time_s(place)}
@@ -105,7 +105,7 @@ def test_an_exemplar_is_kept_in_place_of_the_one_before(tmp_path: Path) -> None:
     seen = Seen(tmp_path, 0)
     seen.look()
     assert seen.records == [0, 4]
-    assert told_exemplars(seen) == {5: f' # {{decision="default.1.8",trace_id="{"f" * 32}"}} 0.25 11.000'}
+    assert told_exemplars(seen) == {5: ({"decision": "default.1.8", "trace_id": "f" * 32}, 0.25, 11)}
     slot.close()
 
 
@@ -114,7 +114,7 @@ def test_a_trace_that_has_no_room_beside_its_decision_is_left_out(tmp_path: Path
     decision = f"{'p' * 64}.1234567890.123456789012345"
     slot.place(row)
     slot.exemplify(row, 0, Exemplar(1, 10.0, decision, "f" * 32))
-    assert told_exemplars(Seen(tmp_path, 0)) == {0: f' # {{decision="{decision}"}} 1.0 10.000'}
+    assert told_exemplars(Seen(tmp_path, 0)) == {0: ({"decision": decision}, 1, 10)}
     slot.close()
 
 
