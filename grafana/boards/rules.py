@@ -144,6 +144,20 @@ DASHBOARD = Dashboard(
             title="Beside the tactic",
             panels=(
                 lines(
+                    "Requests by smart-routing entry",
+                    "Of rules with smart routing: the entry that a request belongs to, and is then picked for among its "
+                    "services; `none` for the rule's own.",
+                    Query(
+                        expr="label_replace("
+                        + rate("balancer_routed_total", RULE, "rule", "entry")
+                        + ', "entry", "none", "entry", "")',
+                        legend="{{rule}}  {{entry}}",
+                    ),
+                    unit="reqps",
+                    stacked=True,
+                    width=24,
+                ),
+                lines(
                     "Retries",
                     "Second and later attempts. They are held to `retry.budget_ratio` of a rule's requests: a line "
                     "that flattens while failures go on has used up its budget.",

@@ -59,6 +59,7 @@ async def test_a_decision_is_told_in_full(admin: Admin) -> None:
         "at": ANY,
         "rule": RULE,
         "partition": f"|{RULE}",
+        "entry": None,
         "revision": 1,
         "tactic": "round_robin",
         "request_threshold": 2,

@@ -74,6 +74,7 @@ async def test_a_summary_tells_tactic_cursor_and_what_services_used(admin: Admin
         "seq": 3,
         "revision": 1,
         "services": expected,
+        "smart_routing": [],
     }
     assert all(time.endswith("Z") for time in last_used)
     assert last_used[0] <= last_used[1]

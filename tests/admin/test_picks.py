@@ -307,10 +307,10 @@ async def test_picks_over_the_api_are_in_the_metrics(admin: Admin) -> None:
     text = admin.gateway.metrics.exposition().decode()
     labels = f'pool="default",rule="{RULE}",service="{FIRST}"'
     for line in (
-        f'balancer_picks_total{{{labels},reason="streak"}} 2.0',
-        f'balancer_attempts_total{{{labels},outcome="success"}} 1.0',
-        f'balancer_attempts_total{{{labels},outcome="failed"}} 1.0',
-        f'balancer_tokens_total{{{labels},kind="input"}} 11.0',
+        f'balancer_picks_total{{pool="default",reason="streak",rule="{RULE}",service="{FIRST}"}} 2.0',
+        f'balancer_attempts_total{{outcome="success",{labels}}} 1.0',
+        f'balancer_attempts_total{{outcome="failed",{labels}}} 1.0',
+        f'balancer_tokens_total{{kind="input",{labels}}} 11.0',
     ):
         assert line in text
 

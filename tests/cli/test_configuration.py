@@ -78,14 +78,15 @@ def test_check_names_every_fault_with_its_path(run: Run, write: Write) -> None:
 def test_what_is_not_built_yet_is_refused_and_never_ignored(run: Run, write: Write) -> None:
     document = a_document()
     document["keys"] = [{"name": "ci"}]
-    document["scenarios"] = [{"scenario": "openai", "flags": {"smart": True}}]
+    document["providers"][0]["oauth_detail"] = {"refresh_token": "r"}
 
     ran = run("check", write(document))
 
     assert (ran.status, ran.out) == (1, "")
     assert [line for line in lines(ran.err) if "not supported yet" in line] == [
         "  keys: not supported yet",
-        "  scenarios[0].flags.smart: not supported yet",
+        "  providers[0].oauth_detail.refresh_token: not supported yet: "
+        "access tokens are used as given until then; leave it out",
     ]
 
 

@@ -138,6 +138,14 @@ def a_document(accounts: Mapping[str, Account], pace: Pace) -> Json:
                 of(*openai[:2]),
                 {"token_threshold": pace.window_tokens},
                 on_exhausted="refuse",
+                smart_enabled=True,
+                smart_routing=[
+                    {
+                        "uuid": "long",
+                        "ops": [{"position": "token", "operation": "ge", "value": 100_000}],
+                        "services": [{"provider": "chen-openai", "model": "gpt-5"}],
+                    }
+                ],
             ),
             rule(
                 "claude-opus-5",
