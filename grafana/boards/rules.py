@@ -145,8 +145,8 @@ DASHBOARD = Dashboard(
             panels=(
                 lines(
                     "Requests by smart-routing entry",
-                    "Of rules with smart routing: the entry that a request belongs to, and is then picked for among its "
-                    "services; `none` for the rule's own.",
+                    "Of rules with smart routing: the entry that a request belongs to, whose services it is picked for; "
+                    "`none` for the rule's own.",
                     Query(
                         expr="label_replace("
                         + rate("balancer_routed_total", RULE, "rule", "entry")
