@@ -145,7 +145,7 @@ DASHBOARD = Dashboard(
             panels=(
                 lines(
                     "Requests by smart-routing entry",
-                    "Of rules with smart routing: the entry that a request belongs to, whose services it is picked for; "
+                    "Of rules with smart routing: the entry that a request belongs to, whose services then serve; "
                     "`none` for the rule's own.",
                     Query(
                         expr="label_replace("
