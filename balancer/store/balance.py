@@ -317,6 +317,9 @@ class Balance:
         begun: Asked | None,
     ) -> tuple[Pick, Rule]:
         current: Rule | None = rule
+        if rule.entry and excluded:  # Its entry may be gone since the first attempt.
+            standing = self.directory.by_uuid.get(rule.uuid)
+            current = standing.variant(rule.entry) if standing else None
         for _ in range(_TRIES):
             if current is None or not current.active:
                 raise NoServiceError(f"rule {rule.uuid} is no longer there")

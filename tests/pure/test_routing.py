@@ -19,6 +19,9 @@ from balancer.routing import OPERATIONS, Matched, Router, condition, fault_of
 NOON = datetime(2026, 7, 1, 12, 0, tzinfo=UTC)
 USED = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "Bash", "arguments": '{"c":"ls"}'}}]}
 RESULT = {"role": "tool", "content": "a.txt"}
+CUSTOM = {"role": "assistant", "tool_calls": [{"type": "custom", "custom": {"name": "sh", "input": "ls -l"}}]}
+SCREENSHOT = {"type": "computer_call_output", "output": {"type": "computer_screenshot", "image_url": "data:"}}
+HI = {"content": "hi"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 
 
@@ -199,6 +202,24 @@ def test_the_trace_tells_why_an_entry_failed_and_no_word_of_the_prompt() -> None
         "e0 fails: model.contains (gpt-5), token.ge (7); "
         "e1 matches: user.any_contains (16 characters), system.regex (15 characters)"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "body"),
+    [
+        ("user.contains", "hi", {"input": [SCREENSHOT, {"role": "user", "content": "hi"}]}),
+        ("token.ge", "25", {"input": [SCREENSHOT, {"role": "user", "content": "x" * 100}]}),
+        ("user.any_contains", "hi", {"input": [{"type": "tool_search_call", "arguments": {}}, {"role": "user", **HI}]}),
+        ("user.contains", "hi", {"messages": [{"role": "user", "type": None, "name": None, **HI}]}),
+        ("user.type", "text", user([{"type": None}, {"type": "text", "text": "hi"}])),
+        ("tool_use.contains", "ls -l", {"messages": [CUSTOM, RESULT]}),
+        ("token.ge", "25", {"messages": [{"tool_calls": [{"custom": {"name": "sh", "input": "x" * 100}}]}]}),
+        ("tool_use.contains", '"q":1', {"input": [{"type": "function_call", "arguments": {"q": 1}}]}),
+    ],
+)
+def test_what_is_of_a_tools_own_shape_hides_no_other_fact(name: str, value: str, body: dict[str, Any]) -> None:
+    """A screenshot among a response's items, which is no text and no list of parts, made every fact absent."""
+    assert holds(op(name, value), facts(**body))
 
 
 @pytest.mark.parametrize("name", ["messages", "input", "system", "instructions"])
