@@ -175,9 +175,8 @@ class Facts:
     def latest_kinds(self) -> tuple[str, ...]:
         """What the latest message holds, of CONTENT_KINDS. Absent when that is not the user's, nor a tool's result."""
         latest = self._latest
-        for name in (latest.type, latest.role):
-            if _KINDS.get(name) == "tool_result":
-                return ("tool_result",)
+        if _is_of_a_tool(latest):
+            return ("tool_result",)
         content = self._latest_of_user().content
         if isinstance(content, str):
             return ("text",)
@@ -265,10 +264,14 @@ def _is_users(message: _Message) -> bool:
 
 def _is_result(message: _Message) -> bool:
     """True for a message that brings nothing but results of tools."""
-    if _KINDS.get(message.type) == "tool_result" or _KINDS.get(message.role) == "tool_result":
+    if _is_of_a_tool(message):
         return True
     content = message.content
     return isinstance(content, list) and bool(content) and all(part.type == "tool_result" for part in content)
+
+
+def _is_of_a_tool(message: _Message) -> bool:
+    return "tool_result" in (_KINDS.get(message.type or ""), _KINDS.get(message.role or ""))
 
 
 def _uses_of(message: _Message) -> Iterator[ToolUse]:
