@@ -234,6 +234,11 @@ def test_what_cannot_be_read_is_absent_and_never_an_error(name: str, value: Any)
             match(asked, [one])
 
 
+def test_a_trace_of_a_name_without_end_ends() -> None:
+    (considered,) = match(facts(model="m" * 100_000), [op("model.equals", "x")]).considered
+    assert considered.ops[0].found == "m" * 200
+
+
 def test_an_absent_fact_says_why_in_the_trace() -> None:
     matched = match(facts(messages=[{"content": 5}]), [op("user.contains", "x")])
     assert matched.considered[0].ops[0].found == "absent: `messages` has a shape that is not known"
