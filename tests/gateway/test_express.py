@@ -123,6 +123,7 @@ EXPRESS: dict[str, Case] = {
             "lb_tactic": {"type": "round_robin", "params": {"request_threshold": 1}},
         },
     ),
+    # Once each answer with an entry's header was left to the ordinary way: it had a line more than was counted.
     "entries of smart routing": case(
         *["express"] * 6,
         asks=[[a_post(f"r{n}", messages=ask)] for n, ask in enumerate([LONG, [], LONG, 5, LONG, [{"content": 5}]])],
