@@ -60,7 +60,8 @@ class ToolUse(msgspec.Struct, frozen=True):
 
 class _Function(msgspec.Struct):
     name: str | None = None
-    arguments: str | None = None
+    arguments: Any = None
+    input: Any = None
 
 
 class _ToolCall(msgspec.Struct):
@@ -69,7 +70,7 @@ class _ToolCall(msgspec.Struct):
 
 
 class _Part(msgspec.Struct):
-    type: str = ""
+    type: str | None = None
     text: str | None = None
     thinking: str | None = None
     name: str | None = None
@@ -79,16 +80,19 @@ class _Part(msgspec.Struct):
 
 
 class _Message(msgspec.Struct):
-    """A message of any of the three dialects, or an item of a response's input."""
+    """A message of any of the three dialects, or an item of a response's input.
 
-    role: str = ""
-    type: str = ""
+    What calls and results hold differs from tool to tool: a screenshot must not hide all other facts.
+    """
+
+    role: str | None = None
+    type: str | None = None
     content: str | list[_Part] | None = None
     tool_calls: list[_ToolCall] | None = None
     name: str | None = None
-    arguments: str | None = None
-    input: str | None = None
-    output: str | list[_Part] | None = None
+    arguments: Any = None
+    input: Any = None
+    output: Any = None
 
 
 class _Thinking(msgspec.Struct):
@@ -171,9 +175,8 @@ class Facts:
     def latest_kinds(self) -> tuple[str, ...]:
         """What the latest message holds, of CONTENT_KINDS. Absent when that is not the user's, nor a tool's result."""
         latest = self._latest
-        for name in (latest.type, latest.role):
-            if _KINDS.get(name) == "tool_result":
-                return ("tool_result",)
+        if _is_of_a_tool(latest):
+            return ("tool_result",)
         content = self._latest_of_user().content
         if isinstance(content, str):
             return ("text",)
@@ -185,7 +188,7 @@ class Facts:
         uses: list[ToolUse] = []
         for message in reversed(self._conversation):
             if message.type in _CALLS:
-                uses.append(ToolUse(message.name or "", message.arguments or message.input or ""))
+                uses.append(ToolUse(message.name or "", _given_to(message)))
             elif message.role == "assistant":
                 uses += reversed(list(_uses_of(message)))
                 break
@@ -238,8 +241,8 @@ class Facts:
             yield _read(_text, self._peek.raw_instructions, "instructions") or ""
         for message in self._conversation:
             yield from _texts_of(message.content)
-            yield from _texts_of(message.output)
-            yield message.arguments or message.input or ""
+            yield from _texts_of_result(message.output)
+            yield _given_to(message)
             for use in _uses_of(message):
                 yield use.arguments
 
@@ -261,21 +264,31 @@ def _is_users(message: _Message) -> bool:
 
 def _is_result(message: _Message) -> bool:
     """True for a message that brings nothing but results of tools."""
-    if _KINDS.get(message.type) == "tool_result" or _KINDS.get(message.role) == "tool_result":
+    if _is_of_a_tool(message):
         return True
     content = message.content
     return isinstance(content, list) and bool(content) and all(part.type == "tool_result" for part in content)
+
+
+def _is_of_a_tool(message: _Message) -> bool:
+    return "tool_result" in (_KINDS.get(message.type or ""), _KINDS.get(message.role or ""))
 
 
 def _uses_of(message: _Message) -> Iterator[ToolUse]:
     for call in message.tool_calls or ():
         function = call.function or call.custom
         if function is not None:
-            yield ToolUse(function.name or "", function.arguments or "")
+            yield ToolUse(function.name or "", _given_to(function))
     if isinstance(message.content, list):
         for part in message.content:
             if part.type == "tool_use":
                 yield ToolUse(part.name or "", bytes(part.input).decode("utf-8", "replace"))
+
+
+def _given_to(call: _Message | _Function) -> str:
+    """What a tool is called with: the text as it is, what is no text as JSON."""
+    given = call.arguments or call.input or ""
+    return given if isinstance(given, str) else msgspec.json.encode(given).decode("utf-8", "replace")
 
 
 def _joined(content: str | list[_Part] | None) -> str:

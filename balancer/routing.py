@@ -21,6 +21,7 @@ from balancer.facts import AGENT_KINDS, CONTENT_KINDS, AbsentError, Facts, Servi
 
 _LONGEST_PATTERN = 4096
 _MOST_TOKENS = 2**53
+_SHOWN = 200
 _TIME = re.compile(r"([01]\d|2[0-3]):([0-5]\d)")
 
 Holds = Callable[[Facts], tuple[bool, str]]
@@ -139,10 +140,10 @@ def _told(ops: Sequence[Tried]) -> str:
 
 
 def _text(fact: Callable[[Facts], str], *, is_shown: bool = False) -> dict[str, _Make]:
-    """The operations on a text, of which a trace shows the length, or with `is_shown` all."""
+    """The operations on a text, of which a trace shows the length, or with `is_shown` the beginning."""
 
     def found(text: str) -> str:
-        return text if is_shown else f"{len(text)} characters"
+        return text[:_SHOWN] if is_shown else f"{len(text)} characters"
 
     def contains(value: str) -> Holds:
         _require(bool(value), "expected some text")

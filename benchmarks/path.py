@@ -14,7 +14,7 @@ import pstats
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -89,6 +89,7 @@ class _Balance:
         session: str = "",
         only: str = "",
         begun: Asked | None = None,
+        variant: Callable[[Rule], Rule] | None = None,
     ) -> tuple[Pick, Rule]:
         self._number += 1
         pick = Pick(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from balancer import log
@@ -25,6 +26,7 @@ class Balance(Protocol):
         session: str = "",
         only: str = "",
         begun: Asked | None = None,
+        variant: Callable[[Rule], Rule] | None = None,
     ) -> tuple[Pick, Rule]:
         """The pick, and the rule as it stood at the pick; `begun` was asked already, and has brought none."""
 

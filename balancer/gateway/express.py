@@ -655,5 +655,6 @@ def answer_head(
         return None
     head = text.encode("utf-8", "ignore")
     # All control characters in it must be the line ends that were meant.
-    lines = 5 + shape.count + (3 if telling else 0) + is_last
+    told = (3 + ("\nx-balancer-entry:" in telling)) if telling else 0
+    lines = 5 + shape.count + told + is_last
     return head if len(head) - len(head.translate(None, CONTROLS)) == 2 * lines else None

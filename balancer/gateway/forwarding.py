@@ -296,6 +296,11 @@ class Forwarder:
         rule = course.rule
         plan = self._plans.of(rule)
         elapsed_s = clock.elapsed_s
+
+        def again(current: Rule) -> Rule:
+            """An edited rule may have another entry for the request."""
+            return self._plans.routed(self._plans.of(current), errand.peek, request_id=request.request_id).rule
+
         late: tuple[str, ...] = ()
         if elapsed_s >= plan.shortest_s:
             late = tuple(s.id for s in rule.services if plan.timeouts_s[s.provider] <= elapsed_s)
@@ -309,6 +314,7 @@ class Forwarder:
                     session="" if course.only else session_of(rule, request.first, errand.peek),
                     only=course.only,
                     begun=asked,
+                    variant=None if course.only or course.tried else again,
                 )
         except NoServiceError as exc:
             if not course.only:

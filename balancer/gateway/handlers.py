@@ -223,7 +223,7 @@ class Handlers:
         rule = plan.rule
         if asked.router is not None:
             self._metrics.routed(rule)
-        if not plan.usable:
+        if not plan.usable and not (rule.entry and _previous(peek, wanted)):
             what = f"entry {rule.entry} of rule {rule.uuid}" if rule.entry else f"rule {rule.uuid}"
             raise NoServiceError(f"{what} has no active service with an enabled provider")
         if others := plan.foreign[wanted.dialect.name]:
@@ -245,8 +245,8 @@ class Handlers:
             plan = self._plans.routed(self._plans.of(other), peek, request_id=request_id)
             return None if not plan.usable or plan.foreign[wanted.dialect.name] else plan.rule
 
-        previous = peek.previous_response_id
-        if not wanted.path.startswith("/v1/responses") or not isinstance(previous, str) or not previous:
+        previous = _previous(peek, wanted)
+        if not previous:
             return Course(rule, find)
         has_choice = len(self._plans.of(rule).usable) > 1
         try:
@@ -303,6 +303,12 @@ class Handlers:
         services = [service.id for service in self._plans.of(rule).usable]
         cursor = self._source.cursor(rule)
         return cursor if cursor in services else services[0]
+
+
+def _previous(peek: bodies.Peek, wanted: Route) -> str:
+    """The response that a request goes on from, empty when there is none."""
+    previous = peek.previous_response_id
+    return previous if wanted.path.startswith("/v1/responses") and isinstance(previous, str) else ""
 
 
 def _is_json_type(content_type: str) -> bool:

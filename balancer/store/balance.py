@@ -282,6 +282,7 @@ class Balance:
         only: str = "",
         holder: str = "",
         begun: Asked | None = None,
+        variant: Callable[[Rule], Rule] | None = None,
     ) -> Coroutine[Any, Any, tuple[Pick, Rule]]:
         """The pick for a rule, and the rule as it stood at the pick: an edit in between is followed.
 
@@ -292,7 +293,8 @@ class Balance:
         While Redis is away, a rule with `on_store_loss: local` is picked for by this worker alone (see `local`), but
         not for a `holder`: any worker must be able to settle that.
 
-        `begun` is what has come of `begin`, where that was no pick: it is gone on from there.
+        `begun` is what has come of `begin`, where that was no pick: it is gone on from there. `variant` tells as what
+        the rule serves the request after an edit; by default as for the same smart-routing entry.
 
         Raises NoServiceError when no service may serve, or the rule is gone, RateLimitedError when that passes;
         StoreUnavailableError when Redis does not answer in time.
@@ -301,7 +303,7 @@ class Balance:
         def ask() -> Coroutine[Any, Any, tuple[Pick, Rule]]:
             nonlocal begun
             first, begun = begun, None
-            return self._select(rule, reserved, deadline_ms, excluded, session, only, holder, first)
+            return self._select(rule, reserved, deadline_ms, excluded, session, only, holder, first, variant)
 
         return self._queues.wait(rule, only, ask) if rule.queue_timeout_ms and not excluded else ask()
 
@@ -315,8 +317,12 @@ class Balance:
         only: str,
         holder: str,
         begun: Asked | None,
+        variant: Callable[[Rule], Rule] | None,
     ) -> tuple[Pick, Rule]:
         current: Rule | None = rule
+        if rule.entry and excluded:  # Its entry may be gone since the first attempt.
+            standing = self.directory.by_uuid.get(rule.uuid)
+            current = standing.variant(rule.entry) if standing else None
         for _ in range(_TRIES):
             if current is None or not current.active:
                 raise NoServiceError(f"rule {rule.uuid} is no longer there")
@@ -356,7 +362,7 @@ class Balance:
                     raise StoreUnavailableError("Redis answered too late")
             current = self.directory.by_uuid.get(rule.uuid)
             if current is not None:
-                current = current.variant(rule.entry)
+                current = variant(current) if variant else current.variant(rule.entry)
         raise StoreUnavailableError(f"rule {rule.uuid} changes faster than a selection can be made")
 
     def _selection(

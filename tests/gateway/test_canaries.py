@@ -24,6 +24,19 @@ ANSWER = (
 )
 STREAM = [event.replace(b'"w1"', b'"%b"' % COMPLETION.encode()) for event in openai_events()]
 AUTHORIZED = f"Authorization: Bearer {CLIENT}"
+SAME = [{"provider": "up", "model": "m"}, {"provider": "spare", "model": "m"}]
+ENTRIES = [
+    {"uuid": f"e{number}", "services": SAME, "ops": [{"position": position, "operation": operation, "value": value}]}
+    for number, (position, operation, value) in enumerate(
+        [
+            ("system", "regex", "nowhere"),
+            ("user", "type", "image"),
+            ("tool_use", "contains", "nowhere"),
+            ("latest_user", "regex", "c.n.ry-prompt-7f3a$"),
+            ("user", "any_contains", "nowhere"),
+        ]
+    )
+]
 MESSAGES = [{"role": "user", "content": PROMPT}]
 
 
@@ -84,7 +97,7 @@ async def test_nothing_of_a_body_a_header_or_a_credential_is_told(
     store_url: str, tmp_path: Path, upstream: Upstream, caplog: pytest.LogCaptureFixture, way: str
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    rule = {"retry": {"attempts": 2, "backoff_ms": 1}}
+    rule = {"retry": {"attempts": 2, "backoff_ms": 1}, "smart_enabled": True, "smart_routing": ENTRIES}
     document = a_document(upstream.url, rule=rule, token=ACCOUNT, breaker={"failures": 0, "ratio": 0})
     answered = 0
     async with (
@@ -110,4 +123,6 @@ async def test_nothing_of_a_body_a_header_or_a_credential_is_told(
     assert CANARY not in collector.raw.lower()
     assert {line["outcome"] for line in lines} >= {"success", "rejected", "failed", "unauthorized"}
     assert any(CANARY in received.body for received in upstream.received), "they were there to be told"
+    assert "user.any_contains (absent" in logged or "latest_user.regex (" in logged
+    assert {line["entry"] for line in lines if "entry" in line} >= {"e3"}
     assert msgspec.json.decode(told.file.read_bytes().splitlines()[0])["event"] == "request"

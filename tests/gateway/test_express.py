@@ -82,6 +82,8 @@ def case(*stages: str, **more: Any) -> Case:
     return Case(stages=list(stages), **more)
 
 
+LONG = [{"role": "user", "content": "word " * 100}]
+MORE_THAN_100 = {"position": "token", "operation": "gt", "value": 100}
 SESSION = ["x-session-id: s"]
 TO_SPARE = {"services": [{"provider": "spare", "model": "m"}]}
 ONE_SERVICE = {"services": [{"provider": "up", "model": "m"}]}
@@ -119,6 +121,44 @@ EXPRESS: dict[str, Case] = {
             "session_affinity": 60,
             "session_header": "x-session-id",
             "lb_tactic": {"type": "round_robin", "params": {"request_threshold": 1}},
+        },
+    ),
+    # Once each answer with an entry's header was left to the ordinary way: it had a line more than was counted.
+    "entries of smart routing": case(
+        *["express"] * 6,
+        asks=[[a_post(f"r{n}", messages=ask)] for n, ask in enumerate([LONG, [], LONG, 5, LONG, [{"content": 5}]])],
+        rule={
+            "smart_enabled": True,
+            "smart_routing": [
+                {"uuid": "long", "ops": [MORE_THAN_100], "services": [*TO_SPARE["services"], *ONE_SERVICE["services"]]}
+            ],
+            "lb_tactic": {"type": "round_robin", "params": {"request_threshold": 1}},
+        },
+    ),
+    "a limit of an entry's service": case(
+        "express",
+        "select",
+        "express",
+        asks=[[a_post(f"r{n}", messages=ask)] for n, ask in enumerate([LONG, LONG, []])],
+        rule={
+            "smart_enabled": True,
+            "smart_routing": [
+                {
+                    "uuid": "long",
+                    "ops": [MORE_THAN_100],
+                    "services": [{"provider": "spare", "model": "big", "limits": {"rpm": 1, "tpm": 9999}}],
+                }
+            ],
+        },
+    ),
+    "an entry without an active service": case(
+        "ordinary",
+        asks=[[a_post("r1", messages=LONG)]],
+        rule={
+            "smart_enabled": True,
+            "smart_routing": [
+                {"uuid": "l", "ops": [MORE_THAN_100], "services": [{"provider": "up", "model": "m", "active": False}]}
+            ],
         },
     ),
     "switches": case(

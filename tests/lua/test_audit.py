@@ -25,7 +25,7 @@ from balancer.domain import (
 from balancer.store import keys, scripts
 from tests import stored as by_hand
 from tests.lua.pool import LuaPool
-from tests.lua.traces import Trace
+from tests.lua.traces import RoutedTrace, Trace
 
 NewPool = Callable[..., LuaPool]
 NOW = 1_800_000_000_000
@@ -85,6 +85,17 @@ def test_a_history_without_a_missing_event_is_not_accepted(new_pool: NewPool) ->
     verdict = audit.check(whole[:cut] + whole[cut + 1 :])
     assert verdict.violation_count
     assert verdict.violations[0].message == f"position {whole[cut]['position']} is missing"
+
+
+def test_what_entries_picked_is_replayed_and_a_pick_of_another_entry_is_found(new_pool: NewPool) -> None:
+    pool = new_pool(record="full")
+    RoutedTrace(pool, random.Random(7)).run(steps=200)
+    events = history(pool)
+    assert audit.check(events).violations == []
+    at = next(i for i, e in enumerate(events) if e["event"] == "pick" and e["partition"].startswith("long|"))
+    rule = events[at]["rule"]
+    verdict = audit.check([*events[:at], {**events[at], "partition": keys.partition(rule)}, *events[at + 1 :]])
+    assert verdict.violation_count
 
 
 def test_a_sampled_record_has_one_position_in_seventeen_and_its_choices_are_checked(new_pool: NewPool) -> None:

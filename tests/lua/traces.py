@@ -102,17 +102,26 @@ class Trace:
         known = self.partitions.get(rule)
         partition = self.edited(known) if known and self.random.random() < 0.3 else self.draw_partition(rule)
         self.partitions[rule] = partition
-        services = partition.services
+        entries = self.entries_of(rule)
+        services = {s.id: s for part in (partition, *entries) for s in part.services}.values()
         named = sorted({s.id.partition(":")[0] for s in services})
         definition = RuleDefinition(
             rule=rule,
             revision=self.revisions[rule],
             retry_permille=self.random.choice((0, 200, 200, 1000)),
-            partitions=() if self.random.random() < 0.1 else (partition,),
+            partitions=() if self.random.random() < 0.1 else (partition, *entries),
             windows=tuple(WindowsDefinition(id=s.id, lengths=tuple({5, s.window})) for s in services),
             providers=tuple(self.draw_provider(id_) for id_ in named if self.random.random() < 0.7),
         )
         self.both("fence", self.now_ms, [definition], self.seen())
+
+    def entries_of(self, rule: str) -> tuple[PartitionDefinition, ...]:
+        """The partitions that a rule has beside its own."""
+        return ()
+
+    def partition_of(self, rule: str) -> str:
+        """The partition that a selection asks for."""
+        return keys.partition(rule)
 
     def draw_partition(self, rule: str) -> PartitionDefinition:
         """Any services under any tactic."""
@@ -220,7 +229,7 @@ class Trace:
                 Selection(
                     number=self.numbers[worker],
                     rule=rule,
-                    partition=keys.partition(rule),
+                    partition=self.partition_of(rule),
                     revision=max(1, self.revisions[rule] + self.random.choice((0, 0, 0, 0, 0, 0, 0, 0, -1, 1))),
                     draw=self.random.randrange(2**32),
                     reserved=self.random.choice((*((0, 0, 0, 10) * 4), 300)),
@@ -328,6 +337,33 @@ class Trace:
         assert state.broken == self.reference.broken
         pins = {session: pin for session, pin in self.reference.pins.items() if pin[1] > self.now_ms}
         assert self.lua.pinned(self.now_ms, AFFINITIES) == pins
+
+
+class RoutedTrace(Trace):
+    """A history in which each rule has up to two entries, whose services may be its own too: they come, stay and go."""
+
+    def __init__(self, lua: LuaPool, rand: random.Random) -> None:
+        super().__init__(lua, rand)
+        self.entries: dict[str, dict[str, PartitionDefinition]] = {}
+
+    def entries_of(self, rule: str) -> tuple[PartitionDefinition, ...]:
+        """Each entry as it was, edited, or drawn anew; now and then it is not there."""
+        before, now = self.entries.get(rule, {}), {}
+        for name in ("long", "b:c"):
+            if self.random.random() < 0.2:
+                continue
+            known = before.get(name)
+            is_kept = known is not None and self.random.random() < 0.6
+            drawn = self.edited(known) if is_kept and known else self.draw_partition(rule)
+            now[name] = msgspec.structs.replace(drawn, id=keys.partition(rule, name))
+        self.entries[rule] = now
+        return tuple(now.values())
+
+    def partition_of(self, rule: str) -> str:
+        """The rule's own, or that of an entry, be it there or not."""
+        name = self.random.choice(("", "long", "long", "b:c"))
+        self.met[f"entry {name}"] += 1
+        return keys.partition(rule, name)
 
 
 def _plain(view: PoolView) -> dict[str, Any]:

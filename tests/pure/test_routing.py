@@ -19,6 +19,9 @@ from balancer.routing import OPERATIONS, Matched, Router, condition, fault_of
 NOON = datetime(2026, 7, 1, 12, 0, tzinfo=UTC)
 USED = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "Bash", "arguments": '{"c":"ls"}'}}]}
 RESULT = {"role": "tool", "content": "a.txt"}
+CUSTOM = {"role": "assistant", "tool_calls": [{"type": "custom", "custom": {"name": "sh", "input": "ls -l"}}]}
+SCREENSHOT = {"type": "computer_call_output", "output": {"type": "computer_screenshot", "image_url": "data:"}}
+HI = {"content": "hi"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 
 
@@ -201,6 +204,24 @@ def test_the_trace_tells_why_an_entry_failed_and_no_word_of_the_prompt() -> None
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "body"),
+    [
+        ("user.contains", "hi", {"input": [SCREENSHOT, {"role": "user", "content": "hi"}]}),
+        ("token.ge", "25", {"input": [SCREENSHOT, {"role": "user", "content": "x" * 100}]}),
+        ("user.any_contains", "hi", {"input": [{"type": "tool_search_call", "arguments": {}}, {"role": "user", **HI}]}),
+        ("user.contains", "hi", {"messages": [{"role": "user", "type": None, "name": None, **HI}]}),
+        ("user.type", "text", user([{"type": None}, {"type": "text", "text": "hi"}])),
+        ("tool_use.contains", "ls -l", {"messages": [CUSTOM, RESULT]}),
+        ("token.ge", "25", {"messages": [{"tool_calls": [{"custom": {"name": "sh", "input": "x" * 100}}]}]}),
+        ("tool_use.contains", '"q":1', {"input": [{"type": "function_call", "arguments": {"q": 1}}]}),
+    ],
+)
+def test_what_is_of_a_tools_own_shape_hides_no_other_fact(name: str, value: str, body: dict[str, Any]) -> None:
+    """A screenshot among a response's items, which is no text and no list of parts, made every fact absent."""
+    assert holds(op(name, value), facts(**body))
+
+
 @pytest.mark.parametrize("name", ["messages", "input", "system", "instructions"])
 @pytest.mark.parametrize("value", [5, {"a": 1}, [[]], [5], "x", [{"role": 5}], [{"content": [{"text": []}]}], None])
 def test_what_cannot_be_read_is_absent_and_never_an_error(name: str, value: Any) -> None:
@@ -211,6 +232,11 @@ def test_what_cannot_be_read_is_absent_and_never_an_error(name: str, value: Any)
             text = value_of.get(operation, "image" if operation == "type" else "1")
             one = SmartOp(position=position, operation=operation, value="" if position == "thinking" else text)
             match(asked, [one])
+
+
+def test_a_trace_of_a_name_without_end_ends() -> None:
+    (considered,) = match(facts(model="m" * 100_000), [op("model.equals", "x")]).considered
+    assert considered.ops[0].found == "m" * 200
 
 
 def test_an_absent_fact_says_why_in_the_trace() -> None:
