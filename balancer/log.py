@@ -44,6 +44,11 @@ def configure(level: str, stream: TextIO | None = None) -> None:
     _LOGGER.setLevel(level.upper())
 
 
+def ignore(library: str) -> None:
+    """Has a library's logger write errors alone: one whose warnings say what clients have sent."""
+    logging.getLogger(library).setLevel(logging.ERROR)
+
+
 def is_debugging() -> bool:
     """True when `debug` writes anything: what is dear to tell is then worth it."""
     return _LOGGER.isEnabledFor(logging.DEBUG)

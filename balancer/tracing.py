@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from balancer import __version__
+from balancer import __version__, log
 from balancer.dialects import Headers
 from balancer.domain import Provider
 from balancer.errors import ConfigurationError
@@ -210,6 +210,7 @@ def start(version: str, worker: str, provider: Callable[[str], Provider | None])
             f"BALANCER_OTEL: OpenTelemetry is not installed, or only a part of it ({exc.name}): "
             "`pip install 'llm-balancer[otel]'`, or leave it off"
         ) from exc
+    log.ignore("opentelemetry.trace.span")  # It would write down each `tracestate` that it cannot read.
     sdk = SimpleNamespace(
         CLIENT=SpanKind.CLIENT,
         Context=Context,

@@ -399,6 +399,24 @@ async def test_a_context_that_means_nothing_begins_a_trace(
     assert upstream.last.header("tracestate") is None
 
 
+@pytest.mark.parametrize("state", ["A SECRET", "a=1,a=2,secret=", ",".join(f"secret{n}=1" for n in range(40))])
+async def test_a_state_that_means_nothing_is_not_told_of(
+    store_url: str,
+    tmp_path: Path,
+    upstream: Upstream,
+    collector: Collector,
+    caplog: pytest.LogCaptureFixture,
+    state: str,
+) -> None:
+    """OpenTelemetry warned of each, with the client's text: a line that says what clients like, at every request."""
+    async with telling(store_url, tmp_path, a_document(upstream.url), "express", collector) as told:
+        await told.walk.ask(a_post("r1", CONTEXT[0], f"tracestate: {state}"))
+        _, request = await told.spans(2)
+
+    assert (request.trace, request.state) == (TRACE, "")
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("opentelemetry")] == []
+
+
 @pytest.mark.parametrize("way", WAYS)
 async def test_without_tracing_the_client_s_context_passes(
     store_url: str, tmp_path: Path, upstream: Upstream, way: str
