@@ -23,7 +23,7 @@ ENTRY = {
     "ops": [LONG, POLITE],
     "services": [{"provider": "up", "model": "big"}],
 }
-SMART = {"smart_enabled": True, "smart_routing": [ENTRY]}
+SMART: dict[str, Any] = {"smart_enabled": True, "smart_routing": [ENTRY]}
 PROMPT = "word " * 100 + "canary"
 
 
