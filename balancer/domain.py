@@ -485,32 +485,34 @@ class Pick(Struct, frozen=True, kw_only=True, gc=False):
 # -- what the scripts are asked ----------------------------------------------------------------------------------------
 
 
-class Selection(Struct, frozen=True, kw_only=True, gc=False):
+class Selection(Struct, frozen=True, kw_only=True, gc=False, array_like=True):
     """One pick asked for: its name within the worker, the partition and the revision it is meant under.
 
     `draw` in [0, 2^32) brings the randomness, `reserved` tokens are held until the settle, `deadline_ms` from now on
     the attempt counts as lost; `excluded` services were tried before. `session` (a digest, empty for none) is pinned
-    for `affinity_ms` to the service that it gets; `only` (a service id, empty for any) leaves no choice.
+    for `affinity_ms` to the service that it gets; `only` (a service id, empty for any) leaves no choice. The script
+    reads them in this order.
     """
 
     number: int
-    rule: str
-    partition: str
     revision: int
     draw: int = 0
     reserved: int = 0
     deadline_ms: int
-    session: str = ""
     affinity_ms: int = 0
+    rule: str
+    partition: str
     only: str = ""
     excluded: tuple[str, ...] = ()
+    session: str = ""
 
 
 class Entry(Struct, frozen=True, kw_only=True, gc=False, array_like=True):
     """One settled attempt: which pick, on which service (empty for an abandoned name), and what it used.
 
     `cooldown_ms` is how long the service asks to be left alone. `first_token_us` passed before the first content token
-    of a stream (0: not known), `stream_us` from there to the end, or for an answer in one piece the whole time.
+    of a stream (0: not known), `stream_us` from there to the end, or for an answer in one piece the whole time. The
+    script reads them in this order.
     """
 
     number: int

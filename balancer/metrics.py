@@ -56,6 +56,7 @@ LABELS: Mapping[str, str] = {
     + ", ".join(f"`{reason}`" for reason in REASONS),
     "kind": "of tokens and prices: `input`, `output`, `cached`, `cache_creation`, `reasoning`; of limits: `rpm`, "
     "`tpm`, `in_flight`",
+    "entry": "the smart-routing entry's `uuid`, or the digest of its ops; empty for none",
     "window": "its length in seconds",
     "version": "of the program",
 }

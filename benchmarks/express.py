@@ -101,9 +101,9 @@ class _Link:
     is_idle = is_moving = False
 
     def __init__(self) -> None:
-        self.calls: list[tuple[tuple[str | int, ...], Callable[[Any], None]]] = []
+        self.calls: list[tuple[tuple[Any, ...], Callable[[Any], None]]] = []
 
-    def post_call(self, script: object, command: tuple[str | int, ...], on_reply: Callable[[Any], None]) -> None:
+    def post_call(self, script: object, command: tuple[Any, ...], on_reply: Callable[[Any], None]) -> None:
         self.calls.append((command, on_reply))
 
     def flush(self) -> None: ...
@@ -200,7 +200,7 @@ class _Worker:
         calls, self._link.calls = self._link.calls, []
         for command, on_reply in calls:
             reply: list[Any] = [[b"applied", self._pool.outbox.last_number, 1, self._position, 0]]
-            for _ in range(command.count("bench")):
+            for _ in msgspec.msgpack.decode(command[-1])[-1]:
                 self._position += 1
                 reply.append([b"pick", b"up1:mock-model", b"next", self._position, 1, self._position, 1, 0])
             on_reply(reply)

@@ -31,7 +31,7 @@ from balancer.domain import (
     WindowsDefinition,
 )
 from balancer.store import keys
-from balancer.store.calls import call_numbers, entry_arguments, fence_arguments, pin_keys, selection_arguments
+from balancer.store.calls import call_argument, fence_arguments, pin_keys
 from balancer.store.scripts import load
 from balancer.tactics import Hybrid, Random, RoundRobin, TokenBased, tactic_name, tactic_params
 from tests import servers
@@ -72,6 +72,14 @@ _FEATURES: dict[str, Case] = {
     "cursor stays, 200 services": Case(tactics=(RoundRobin(request_threshold=_NEVER),), services=200),
     "round robin, 200 services": Case(services=200),
     "all on": Case(limits=_ALL_LIMITS, has_provider_limits=True, has_breaker=True, has_rates=True, reserved=100),
+    "all on, in turn": Case(
+        tactics=(RoundRobin(request_threshold=1),),
+        limits=_ALL_LIMITS,
+        has_provider_limits=True,
+        has_breaker=True,
+        has_rates=True,
+        reserved=100,
+    ),
     "all on, hybrid": Case(
         tactics=(Hybrid(),),
         limits=_ALL_LIMITS,
@@ -129,11 +137,14 @@ class Pool:
         asked = [[self._selection() for _ in range(size)] for _ in settled]
         for entries, selections in zip(settled, asked, strict=True):
             self._batch += bool(entries)
-            call = call_numbers(lease_ms=30_000, batch=self._batch if entries else 0, entries=len(entries))
-            rest = [argument for number, service in entries for argument in self._entry(number, service)]
-            rest += [argument for selection in selections for argument in selection_arguments(selection)]
+            call = call_argument(
+                lease_ms=30_000,
+                batch=self._batch if entries else 0,
+                entries=[self._entry(number, service) for number, service in entries],
+                selections=selections,
+            )
             pins = pin_keys(self._name, selections)
-            command = script.command(self._names, {"worker": "w", "call": call}, rest, pins)
+            command = script.command(self._names, {"worker": "w", "call": call}, (), pins)
             pipeline.execute_command("EVALSHA", script.sha, *command)
         replies = pipeline.execute()
         assert {reply[0][0] for reply in replies} <= {b"applied", b"none"}
@@ -157,17 +168,15 @@ class Pool:
             affinity_ms=self._case.affinity_ms,
         )
 
-    def _entry(self, number: int, service: str) -> tuple[str | int, ...]:
+    def _entry(self, number: int, service: str) -> Entry:
         first_token_us, stream_us = (300_000, 2_000_000) if self._case.has_rates else (0, 0)
-        return entry_arguments(
-            Entry(
-                number=number,
-                service=service,
-                outcome=Outcome.SUCCESS,
-                usage=Usage(input=120, output=40),
-                first_token_us=first_token_us,
-                stream_us=stream_us,
-            )
+        return Entry(
+            number=number,
+            service=service,
+            outcome=Outcome.SUCCESS,
+            usage=Usage(input=120, output=40),
+            first_token_us=first_token_us,
+            stream_us=stream_us,
         )
 
 

@@ -7,17 +7,15 @@
 -- KEYS[5] decisions     the stream of events
 -- KEYS[6…] pins         of the sessions, one for each selection with an affinity, in their order
 -- ARGV[1] worker        who asks
--- ARGV[2] call          `now_ms epoch position lease_ms batch skip entries`, numbers joined by blanks: now_ms is 0 for
---   the server's clock; epoch and position are the highest that the worker has seen, 0 0 for none; lease_ms is how long
---   its lease is renewed for, a few times a lease; batch is 1, 2, 3… for this worker and pool, 0 without one; skip is 1
---   when earlier batches are no longer held by the worker and must be passed over; entries is how many there are
--- ARGV[3…] parts        two for each entry of the batch, then four or more for each of 0 to 64 selections.
---   An entry: numbers, service ('' for an abandoned name, whose service is not known); the numbers, joined by blanks,
---   are `number outcome age_ms input output cached cache_creation reasoning cooldown_ms first_token_us stream_us`: how
---   long the service asks to be left alone, and how fast it was, 0 for not known.
---   A selection: numbers, rule, partition, only (the one service that may be picked, '' for any), and the ids of the
---   excluded; the numbers, joined by blanks, are `number revision draw reserved deadline_ms affinity_ms excluded`: the
---   deadline from now, how long the session stays pinned (0 without one), how many are excluded
+-- ARGV[2] call          packed: now_ms (0 for the server's clock), epoch and position (the highest that the worker has
+--   seen, 0 for none), lease_ms (how long its lease is renewed for, a few times a lease), batch (1, 2, 3… for this
+--   worker and pool, 0 without one), skips (true when earlier batches are no longer held by the worker and must be
+--   passed over), entries of the batch, selections (64 at most).
+--   An entry: number, service ('' for an abandoned name, whose service is not known), outcome, age_ms, usage (input,
+--   output, cached, cache_creation, reasoning), cooldown_ms (how long the service asks to be left alone),
+--   first_token_us and stream_us (how fast it was, 0 for not known).
+--   A selection: number, revision, draw, reserved, deadline_ms (from now), affinity_ms (how long the session stays
+--   pinned, 0 without one), rule, partition, only (the one service that may be picked, '' for any), excluded (ids)
 -- Returns {word, last, epoch, position, lost}: the word is 'applied', 'none' without a batch, or 'gap' for one that
 --   does not follow the last, and changes nothing (without selections the rest is 0 then); and for each selection, in
 --   order: {'pick', service, reason, seq, epoch, position, streak, is_switch}, {'none', cause, retry_ms}: the cause
@@ -31,91 +29,106 @@
 -- include: tactic/*
 
 local RETRY_COST, PROMOTION_HOLD_MS, ABANDONED_MS = 1000, 60000, 60000
-local CALL = '^(%d+) (%d+) (%d+) ([1-9]%d*) (%d+) ([01]) (%d+)$'
-local ENTRY = '^(%d+) ([%l_]+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+) (%d+)$'
--- What stands where in an entry, HOLDING being false for none.
-local SERVICE_ID, HOLDING, NUMBER, OUTCOME, AGE_MS, ENTRY_INPUT, ENTRY_OUTPUT = 1, 2, 3, 4, 5, 6, 7
-local ENTRY_CACHED, ENTRY_CREATION, ENTRY_REASONING, COOLDOWN_MS, FIRST_TOKEN_US, STREAM_US = 8, 9, 10, 11, 12, 13
-local SELECTION = '^([1-9]%d*) ([1-9]%d*) (%d+) (%d+) (%d+) (%d+) (%d+)$'
-local metered_text = {[0] = ' 0 ', ' 1 ', ' 2 ', ' 3 '}
+-- What stands where: in the call, in an entry and its usage, in a selection.
+local NOW_MS, EPOCH, POSITION, LEASE_MS, BATCH, SKIPS, ENTRIES, SELECTIONS = 1, 2, 3, 4, 5, 6, 7, 8
+local NUMBER, SERVICE_ID, OUTCOME, AGE_MS, USAGE, COOLDOWN_MS, FIRST_TOKEN_US, STREAM_US = 1, 2, 3, 4, 5, 6, 7, 8
+local USED_INPUT, USED_OUTPUT, USED_CACHED, USED_CREATION, USED_REASONING = 1, 2, 3, 4, 5
+local REVISION, DRAW, TO_RESERVE, DEADLINE_MS, AFFINITY_MS, RULE, PARTITION, ONLY, EXCLUDED = 2, 3, 4, 5, 6, 7, 8, 9, 10
+local metered_text = {[0] = '0 ', '1 ', '2 ', '3 '}
 -- Whether an outcome is a failure, and what it says of the service: all others say nothing.
 local is_failure = {
   rate_limited = true, unauthorized = true, overloaded = true, failed = true, success = false, rejected = false,
   cancelled = false, abandoned = false,
 }
 local verdicts = {success = 'success', unauthorized = 'failure', overloaded = 'failure', failed = 'failure'}
--- What the call is of. `texts` is what each name holds: false for nothing, '' for what this batch has taken away.
--- `asked` is the selection that is being decided.
+-- What the call is of. `texts` is what each name holds: false for nothing, '' for what this batch has taken away;
+-- `holdings` is that of each entry. `asked` is the selection that is being decided.
 local call = {
-  now = 0, batch = 0, pool = false, state = false, rules = {}, parts = {}, entries = {},
-  selections = {}, names = {'last'}, pins = 0, texts = {}, gone = {}, held = {}, asked = false, view = false,
+  now = 0, batch = 0, pool = false, state = false, rules = {}, parts = {}, entries = false, holdings = {},
+  selections = false, names = {'last'}, pins = 0, texts = {}, gone = {}, held = {}, asked = false, view = false,
 }
 
--- The entry out of its arguments, an array; nil when they are malformed.
-local function read_entry(text, service)
-  local number, outcome, age_ms, input, output, cached, cache_creation, reasoning, cooldown_ms, first_token_us,
-    stream_us = string.match(text or '', ENTRY)
-  if not number or is_failure[outcome] == nil then return nil end
-  if not service or (service == '' and outcome ~= 'abandoned') then return nil end
-  if string.byte(number) == 48 and number ~= '0' then return nil end
-  age_ms, input, output, cached, cache_creation = age_ms + 0, input + 0, output + 0, cached + 0, cache_creation + 0
-  reasoning, cooldown_ms, first_token_us = reasoning + 0, cooldown_ms + 0, first_token_us + 0
-  stream_us = stream_us + 0
-  local largest = math.max(number, age_ms, input, output, cached, cache_creation, reasoning, cooldown_ms,
-    first_token_us, stream_us)
-  if largest > MOST_WHOLE then return nil end
-  return {
-    service, false, number, outcome, age_ms, input, output, cached, cache_creation, reasoning, cooldown_ms,
-    first_token_us, stream_us,
-  }
+-- What has another type than it should is an error here: a value is compared only with its like. Numbers of 0 and more
+-- are whole when nothing is left of all of them together.
+local function is_entry(entry)
+  local number, service, outcome, age = entry[NUMBER], entry[SERVICE_ID], entry[OUTCOME], entry[AGE_MS]
+  local usage, cooldown, first, stream = entry[USAGE], entry[COOLDOWN_MS], entry[FIRST_TOKEN_US], entry[STREAM_US]
+  local input, output, cached = usage[USED_INPUT], usage[USED_OUTPUT], usage[USED_CACHED]
+  local creation, reasoning = usage[USED_CREATION], usage[USED_REASONING]
+  return is_failure[outcome] ~= nil and (service > '' or (service == '' and outcome == 'abandoned'))
+    and number >= 0 and age >= 0 and cooldown >= 0 and first >= 0 and stream >= 0
+    and input >= 0 and output >= 0 and cached >= 0 and creation >= 0 and reasoning >= 0
+    and number + age + cooldown + first + stream + input + output + cached + creation + reasoning <= MOST_WHOLE
+    and number % 1 + age % 1 + cooldown % 1 + first % 1 + stream % 1 + input % 1 + output % 1 + cached % 1
+    + creation % 1 + reasoning % 1 == 0
 end
 
--- The selection whose arguments begin there, and where the next begins; nil when they are malformed.
-local function read_selection(at, last)
-  local number, revision, draw, reserved_text, deadline_ms, affinity_ms, excluded = string.match(ARGV[at], SELECTION)
-  if not number then return nil end
-  local reserved = reserved_text + 0
-  revision, draw, deadline_ms, affinity_ms = revision + 0, draw + 0, deadline_ms + 0, affinity_ms + 0
-  excluded = excluded + 0
-  local largest = math.max(number, revision, reserved, deadline_ms, affinity_ms)
-  if largest > MOST_WHOLE or draw >= 4294967296 or at + 3 + excluded > last then return nil end
-  local selection = {
-    number = number, revision = revision, draw = draw, reserved = reserved, reserved_text = reserved_text,
-    deadline_ms = deadline_ms, affinity_ms = affinity_ms, rule = ARGV[at + 1], partition = ARGV[at + 2],
-    only = ARGV[at + 3], is_retry = excluded > 0, excluded = false, pin_key = false, pin = false, keeps_pin = false,
-  }
-  if affinity_ms > 0 then
-    call.pins = call.pins + 1
-    selection.pin_key = KEYS[5 + call.pins]
+-- Takes the ids of the excluded for what they are looked up by, too.
+local function exclude(excluded) -- apart: special
+  for i = 1, #excluded do
+    if type(excluded[i]) ~= 'string' then return false end
+    excluded[excluded[i]] = true
   end
-  if excluded > 0 then
-    selection.excluded = {}
-    for i = at + 4, at + 3 + excluded do selection.excluded[ARGV[i]] = true end
-  end
-  return selection, at + 4 + excluded
+  return true
 end
 
--- Takes the arguments apart; an error when one is malformed.
-local function read_parts(count)
-  local last, at = #ARGV, 3
+local function is_selection(selection)
+  local number, revision, draw = selection[NUMBER], selection[REVISION], selection[DRAW]
+  local reserved, deadline, affinity = selection[TO_RESERVE], selection[DEADLINE_MS], selection[AFFINITY_MS]
+  local excluded = selection[EXCLUDED]
+  return number > 0 and revision > 0 and draw >= 0 and draw < 4294967296 and reserved >= 0 and deadline >= 0
+    and affinity >= 0 and number + revision + reserved + deadline + affinity <= MOST_WHOLE
+    and number % 1 + revision % 1 + draw % 1 + reserved % 1 + deadline % 1 + affinity % 1 == 0
+    and selection[RULE] >= '' and selection[PARTITION] >= '' and selection[ONLY] >= ''
+    and type(excluded) == 'table' and (excluded[1] == nil or exclude(excluded))
+end
+
+-- The numbers that the call begins with.
+local function has_numbers(parts)
+  local now, epoch, position, lease, batch = parts[NOW_MS], parts[EPOCH], parts[POSITION], parts[LEASE_MS], parts[BATCH]
+  return now >= 0 and epoch >= 0 and position >= 0 and lease > 0 and batch >= 0
+    and now + epoch + position + lease + batch <= MOST_WHOLE
+    and now % 1 + epoch % 1 + position % 1 + lease % 1 + batch % 1 == 0
+end
+
+-- Takes the call apart, and gives it, nil where something is malformed; where what should be there is not, it is an
+-- error. All of it is looked at before anything is done.
+local function read_call()
+  local parts, more = cmsgpack.unpack(ARGV[2])
+  local entries, selections, names = parts[ENTRIES], parts[SELECTIONS], call.names
+  local count, asked = #entries, #selections
+  if more ~= nil or not has_numbers(parts) or type(parts[SKIPS]) ~= 'boolean'
+      or (count == 0 and next(entries) ~= nil) or (asked == 0 and next(selections) ~= nil) then
+    return nil
+  end
+  call.batch, call.entries, call.selections = parts[BATCH], entries, selections
   for i = 1, count do
-    local entry = read_entry(ARGV[at], ARGV[at + 1])
-    if not entry then return redis.error_reply('BALANCER tick: entry ' .. i .. ' is malformed') end
-    call.entries[i], call.names[i + 1], at = entry, entry[NUMBER], at + 2
+    local entry = entries[i]
+    if not is_entry(entry) then return nil end
+    names[i + 1] = entry[NUMBER]
   end
-  local taken = 0
-  while at <= last do
-    local selection, following = read_selection(at, last)
-    taken = taken + 1
-    if not selection then return redis.error_reply('BALANCER tick: selection ' .. taken .. ' is malformed') end
-    call.selections[taken], call.names[count + 1 + taken], at = selection, selection.number, following
+  for i = 1, asked do
+    local selection = selections[i]
+    if not is_selection(selection) then return nil end
+    names[count + 1 + i] = selection[NUMBER]
+    if selection[AFFINITY_MS] > 0 then
+      call.pins = call.pins + 1
+      selection.pin_key = KEYS[5 + call.pins]
+    end
   end
-  if taken > 64 or (taken == 0 and call.batch == 0) then
-    return redis.error_reply('BALANCER tick: a batch or selections, 64 at most')
+  return parts
+end
+
+-- Why a call is refused.
+local function fault_of(parts) -- apart: special
+  local taken, entries, selections = #call.names, call.entries, call.selections
+  if parts then
+    if call.pins ~= #KEYS - 5 then return 'one pin for each affinity' end
+    return call.batch == 0 and #entries > 0 and 'entries without a batch' or 'a batch or selections, 64 at most'
   end
-  if call.batch == 0 and count > 0 then return redis.error_reply('BALANCER tick: entries without a batch') end
-  if call.pins ~= #KEYS - 5 then return redis.error_reply('BALANCER tick: one pin for each affinity') end
-  return nil
+  if not entries then return 'malformed argument' end
+  if taken <= #entries then return 'entry ' .. taken .. ' is malformed' end
+  return 'selection ' .. taken - #entries .. ' is malformed'
 end
 
 -- Reads all rules and partitions that are asked for; the services that their cursors stand on.
@@ -123,7 +136,7 @@ local function open_rules()
   local fields, count, cursors, selections, rules, parts = {}, 0, {}, call.selections, call.rules, call.parts
   for i = 1, #selections do
     local selection = selections[i]
-    local rule, id = selection.rule, selection.partition
+    local rule, id = selection[RULE], selection[PARTITION]
     if not rules[rule] then
       count = count + 1
       fields[count], rules[rule] = 'rule:' .. rule, count
@@ -147,15 +160,15 @@ end
 
 -- What each name holds that is settled, and the services to be read. A name that comes twice holds it once.
 local function find_holdings()
-  local ids, count, entries, texts, gone = {}, 0, call.entries, call.texts, call.gone
+  local ids, count, entries, texts, gone, holdings = {}, 0, call.entries, call.texts, call.gone, call.holdings
   for i = 1, #entries do
     local entry = entries[i]
     local number, id = entry[NUMBER], entry[SERVICE_ID]
     local text = texts[number]
-    local holding = text and (read_holding(text) or read_lost(text))
+    local holding = text and (read_holding(text) or read_lost(text)) or false
+    holdings[i] = holding
     if holding then
-      id, entry[HOLDING], entry[SERVICE_ID] = holding.id, holding, holding.id
-      texts[number], gone[#gone + 1] = '', number
+      id, texts[number], gone[#gone + 1] = holding.id, '', number
     end
     if id ~= '' then
       count = count + 1
@@ -177,13 +190,14 @@ local function abandon(number, service) -- apart: special
 end
 
 local function count_usage(entry, service, outcome, age_ms)
-  local input, output, totals, now = entry[ENTRY_INPUT], entry[ENTRY_OUTPUT], service.totals, call.now
+  local usage, totals, now = entry[USAGE], service.totals, call.now
+  local input, output = usage[USED_INPUT], usage[USED_OUTPUT]
   totals[REQUESTS] = totals[REQUESTS] + 1
   if is_failure[outcome] then totals[FAILURES] = totals[FAILURES] + 1 end
   totals[INPUT], totals[OUTPUT] = totals[INPUT] + input, totals[OUTPUT] + output
-  totals[CACHED] = totals[CACHED] + entry[ENTRY_CACHED]
-  totals[CACHE_CREATION] = totals[CACHE_CREATION] + entry[ENTRY_CREATION]
-  totals[REASONING] = totals[REASONING] + entry[ENTRY_REASONING]
+  totals[CACHED] = totals[CACHED] + usage[USED_CACHED]
+  totals[CACHE_CREATION] = totals[CACHE_CREATION] + usage[USED_CREATION]
+  totals[REASONING] = totals[REASONING] + usage[USED_REASONING]
   if now - age_ms > totals[LAST_USED] + 0 then totals[LAST_USED] = now - age_ms end
   service.is_changed = true
   add_window_tokens(service, input, output, now, age_ms)
@@ -197,17 +211,19 @@ end
 -- What a minute counts of an attempt: what was reported; of one that was served and reported nothing, as when its
 -- client left, what it had reserved. Otherwise such clients would have no limit.
 local function minute_tokens(entry, holding) -- apart: limits
-  local tokens, outcome = entry[ENTRY_INPUT] + entry[ENTRY_OUTPUT], entry[OUTCOME]
+  local usage, outcome = entry[USAGE], entry[OUTCOME]
+  local tokens = usage[USED_INPUT] + usage[USED_OUTPUT]
   local is_served = outcome == 'success' or outcome == 'cancelled'
   return tokens == 0 and is_served and holding.reserved or tokens
 end
 
-local function record_settle(entry, place, before, service) -- apart: special
+local function record_settle(entry, place, before, id, service) -- apart: special
+  local usage = entry[USAGE]
   record_event(call.pool, 'settle', {
-    'worker', ARGV[1], 'number', entry[NUMBER], 'batch', whole(call.batch), 'place', place,
-    'service', entry[SERVICE_ID], 'outcome', entry[OUTCOME], 'age_ms', whole(entry[AGE_MS]),
-    'input', whole(entry[ENTRY_INPUT]), 'output', whole(entry[ENTRY_OUTPUT]), 'cached', whole(entry[ENTRY_CACHED]),
-    'cache_creation', whole(entry[ENTRY_CREATION]), 'reasoning', whole(entry[ENTRY_REASONING]),
+    'worker', ARGV[1], 'number', whole(entry[NUMBER]), 'batch', whole(call.batch), 'place', place,
+    'service', id, 'outcome', entry[OUTCOME], 'age_ms', whole(entry[AGE_MS]),
+    'input', whole(usage[USED_INPUT]), 'output', whole(usage[USED_OUTPUT]), 'cached', whole(usage[USED_CACHED]),
+    'cache_creation', whole(usage[USED_CREATION]), 'reasoning', whole(usage[USED_REASONING]),
     'cooldown_ms', whole(entry[COOLDOWN_MS]), 'first_token_us', whole(entry[FIRST_TOKEN_US]),
     'stream_us', whole(entry[STREAM_US]), 'before', before, 'after', service and event_text(service) or '',
   })
@@ -215,7 +231,8 @@ end
 
 -- Applies the entry at a place of the batch.
 local function settle(entry, place)
-  local holding, id, outcome, age_ms, pool = entry[HOLDING], entry[SERVICE_ID], entry[OUTCOME], entry[AGE_MS], call.pool
+  local holding, outcome, age_ms, pool = call.holdings[place], entry[OUTCOME], entry[AGE_MS], call.pool
+  local id = holding and holding.id or entry[SERVICE_ID]
   local service = call.state.services[id]
   local before = advance(pool) and (service and event_text(service) or '')
   local is_lost = holding and holding.is_lost
@@ -236,7 +253,7 @@ local function settle(entry, place)
     local verdict = age_ms == 0 and verdicts[outcome] or ''
     settle_breaker(pool, service, id, provider_numbers(service), verdict, holding and holding.probe or 0)
   end
-  if before then record_settle(entry, place, before, service) end
+  if before then record_settle(entry, place, before, id, service) end
 end
 
 -- == the picks
@@ -257,18 +274,19 @@ end
 -- What keeps a service from serving what is asked: inactive, excluded, limited (then line.wait is for how long),
 -- broken, cooling; '' for a candidate. Found out once.
 local function status_of(line)
-  if line.looked_at_by == call.asked then return line.status end
-  local id, excluded, only, status, wait = line.id, call.asked.excluded, call.asked.only, '', nil
+  local asked = call.asked
+  if line.looked_at_by == asked then return line.status end
+  local id, only, status, wait = line.id, asked[ONLY], '', nil
   if not line.is_active then
     status = 'inactive'
-  elseif (excluded and excluded[id]) or (only ~= '' and only ~= id) then
+  elseif asked[EXCLUDED][id] or (only ~= '' and only ~= id) then
     status = 'excluded'
   else
     local service = state_of(line)
     local meter = service.meter
-    if line.has_limits then wait = limit_wait(line, service, call.asked.reserved, call.now) end
+    if line.has_limits then wait = limit_wait(line, service, asked[TO_RESERVE], call.now) end
     if meter.has_limits then
-      wait = longer(wait, limit_wait(provider_limits(meter), meter, call.asked.reserved, call.now))
+      wait = longer(wait, limit_wait(provider_limits(meter), meter, asked[TO_RESERVE], call.now))
     end
     if wait then
       status = 'limited'
@@ -278,7 +296,7 @@ local function status_of(line)
       status = 'cooling'
     end
   end
-  line.looked_at_by, line.status, line.wait = call.asked, status, wait
+  line.looked_at_by, line.status, line.wait = asked, status, wait
   return status
 end
 
@@ -296,7 +314,7 @@ local function choose(part, may_serve)
     if not first then return nil end
     part.cursor, part.current, part.streak = first.id, first, 0
   end
-  local id, streak, reason, memory = part.choose(part, view, call.asked.draw)
+  local id, streak, reason, memory = part.choose(part, view, call.asked[DRAW])
   local found = view.found
   local line = part.current
   if id ~= part.cursor or not line then
@@ -383,14 +401,12 @@ local function seen_by_tactic(part) -- apart: special
 end
 
 local function record_pick(selection, part, fields, sample) -- apart: special
-  local excluded = {}
-  for other in pairs(selection.excluded or {}) do excluded[#excluded + 1] = other end
   local event = {
-    'worker', ARGV[1], 'number', selection.number, 'rule', selection.rule, 'partition', selection.partition,
-    'revision', whole(selection.revision), 'tactic', part.tactic, 'draw', whole(selection.draw),
-    'reserved', whole(selection.reserved), 'deadline_ms', whole(call.now + selection.deadline_ms),
-    'excluded', table.concat(excluded, '\n'), 'affinity_ms', whole(selection.affinity_ms), 'only', selection.only,
-    'pin', selection.pin or '',
+    'worker', ARGV[1], 'number', whole(selection[NUMBER]), 'rule', selection[RULE], 'partition', selection[PARTITION],
+    'revision', whole(selection[REVISION]), 'tactic', part.tactic, 'draw', whole(selection[DRAW]),
+    'reserved', whole(selection[TO_RESERVE]), 'deadline_ms', whole(call.now + selection[DEADLINE_MS]),
+    'excluded', table.concat(selection[EXCLUDED], '\n'), 'affinity_ms', whole(selection[AFFINITY_MS]),
+    'only', selection[ONLY], 'pin', selection.pin or '',
   }
   for _, list in ipairs({fields, sample}) do
     for _, value in ipairs(list) do event[#event + 1] = value end
@@ -407,7 +423,7 @@ end
 
 -- The service that the session is pinned to, when it may be picked. A limit or a cooldown passes, and the pin stands
 -- meanwhile (selection.keeps_pin); all else ends it.
-local function pinned(part, selection)
+local function pinned(part, selection) -- apart: special
   selection.pin = redis.call('GET', selection.pin_key) or ''
   if selection.pin == '' then return nil end
   local line = find_line(part, selection.pin)
@@ -450,9 +466,9 @@ local function without_candidate(selection, rule, part) -- apart: special
       end
     end
   end
-  if open == 0 then return {'none', selection.is_retry and has_active and 'tried' or 'inactive', 0} end
+  if open == 0 then return {'none', selection[EXCLUDED][1] and has_active and 'tried' or 'inactive', 0} end
   if not next(within) then return {'none', 'limited', is_never and LIMIT_NEVER or wait} end
-  if selection.is_retry then return {'none', 'tried', 0} end
+  if selection[EXCLUDED][1] then return {'none', 'tried', 0} end
   if part.refuses then return refuse(within) end
   local function may_serve(line) return within[line.id] ~= nil end
   if part.top >= 0 then may_serve = of_tier(may_serve, (least_tier(part, may_serve, -1))) end
@@ -461,15 +477,15 @@ local function without_candidate(selection, rule, part) -- apart: special
 end
 
 local function pick_only(selection, rule, part) -- apart: special
-  if selection.is_retry then return {'none', 'tried', 0} end
-  local line = find_line(part, selection.only)
+  if selection[EXCLUDED][1] then return {'none', 'tried', 0} end
+  local line = find_line(part, selection[ONLY])
   if not line or status_of(line) ~= '' then return without_candidate(selection, rule, part) end
   return take(selection, rule, part, line, 'pinned', part.streak, 0)
 end
 
 -- Picks what was chosen: counts it, and moves the cursor if there is a memory. `pins` says whether to pin the session.
 local function take(selection, rule, part, line, reason, streak, is_switch, memory, pins)
-  local id, number, pool, held = line.id, selection.number, call.pool, call.held
+  local id, number, pool, held = line.id, selection[NUMBER], call.pool, call.held
   local service = state_of(line)
   local is_recorded, before, sample = advance(pool), '', nil
   local cursor, streak_before = part.cursor, part.streak
@@ -478,21 +494,21 @@ local function take(selection, rule, part, line, reason, streak, is_switch, memo
     local is_by_tactic = reason ~= 'pinned' and reason ~= 'probe'
     sample = pool.record == 'sampled' and is_by_tactic and seen_by_tactic(part) or {}
   end
-  local metered = count_pick(selection.reserved, line, service)
+  local metered = count_pick(selection[TO_RESERVE], line, service)
   local probe = reason == 'probe' and send_probe(service, id) or '0'
   if memory then
     if part.current ~= line then move_cursor(part, line) end
     part.streak, part.memory, part.is_changed = streak, memory, true
   end
-  local budget = rule.budget + (selection.is_retry and -RETRY_COST or rule.retry_permille)
+  local budget = rule.budget + (selection[EXCLUDED][1] and -RETRY_COST or rule.retry_permille)
   if budget > MOST_BUDGET then budget = MOST_BUDGET end
   if budget ~= rule.budget then rule.budget, rule.is_unused = budget, false end
   local seq, at = rule.seq + 1, #held
   rule.seq, rule.is_changed = seq, true
-  local text = 'h ' .. selection.reserved_text .. string.format(' %d', call.now + selection.deadline_ms)
+  local text = string.format('h %d %d ', selection[TO_RESERVE], call.now + selection[DEADLINE_MS])
     .. metered_text[metered] .. probe .. ' ' .. id
   held[at + 1], held[at + 2], call.texts[number] = number, text, text
-  if pins then redis.call('SET', selection.pin_key, id, 'PX', whole(selection.affinity_ms)) end
+  if pins then redis.call('SET', selection.pin_key, id, 'PX', whole(selection[AFFINITY_MS])) end
   if is_recorded then
     record_pick(selection, part, {
       'service', id, 'reason', reason, 'seq', whole(seq), 'cursor', cursor, 'streak_before', streak_before,
@@ -504,9 +520,9 @@ local function take(selection, rule, part, line, reason, streak, is_switch, memo
 end
 
 local function pick(selection, rule, part)
-  local is_retry, pin_key, cursor = selection.is_retry, selection.pin_key, part.cursor
+  local is_retry, pin_key, cursor = selection[EXCLUDED][1] ~= nil, selection.pin_key, part.cursor
   if is_retry and rule.budget < RETRY_COST then return {'none', 'budget', 0} end
-  if selection.only ~= '' then return pick_only(selection, rule, part) end
+  if selection[ONLY] ~= '' then return pick_only(selection, rule, part) end
   if pin_key and not is_retry then
     local line = pinned(part, selection)
     if line then
@@ -539,8 +555,9 @@ local function is_taken(text)
 end
 
 local function decide(selection)
-  local rule, part, revision = call.rules[selection.rule], call.parts[selection.partition], selection.revision
-  if is_taken(call.texts[selection.number]) then return {'abandoned'} end
+  local rule, part = call.rules[selection[RULE]], call.parts[selection[PARTITION]]
+  local revision = selection[REVISION]
+  if is_taken(call.texts[selection[NUMBER]]) then return {'abandoned'} end
   if rule.revision > revision then return {'stale', rule.revision} end
   if rule.revision < revision or not part.choose then return {'define', rule.revision} end
   call.asked = selection
@@ -567,24 +584,23 @@ end
 
 -- main
 
-local now_arg, epoch, position, lease_arg, batch_arg, skip, entry_count = string.match(ARGV[2] or '', CALL)
-if not now_arg or math.max(now_arg, epoch, position, lease_arg, batch_arg, entry_count) > MOST_WHOLE then
-  return redis.error_reply('BALANCER tick: malformed argument')
+local is_read, parts = pcall(read_call)
+if not is_read or not parts or call.pins ~= #KEYS - 5 or #call.selections > 64
+    or call.batch == 0 and (call.entries[1] or not call.selections[1]) then
+  return redis.error_reply('BALANCER tick: ' .. fault_of(is_read and parts))
 end
-local batch, lease_ms = batch_arg + 0, lease_arg + 0
-call.batch, call.state = batch, open_services(KEYS[1], true)
-local malformed = read_parts(entry_count + 0)
-if malformed then return malformed end
+local batch, lease_ms = call.batch, parts[LEASE_MS]
+call.state = open_services(KEYS[1], true)
 
 local entries, selections, names, texts = call.entries, call.selections, call.names, call.texts
 local known = redis.call('HMGET', KEYS[3], unpack(names))
 for i = 2, #names do texts[names[i]] = known[i] end
 local last, renewed = string.match(known[1] or '0 0', '^(%d+) +(%d+)$')
 last, renewed = last + 0, renewed + 0
-local is_gap = batch > last + 1 and skip == '0'
+local is_gap = batch > last + 1 and not parts[SKIPS]
 if is_gap and not selections[1] then return {{'gap', last, 0, 0, 0}} end
 
-local now, is_applied, ids, cursors, answers = clock(now_arg + 0), batch > last and not is_gap, {}, nil, {false}
+local now, is_applied, ids, cursors, answers = clock(parts[NOW_MS]), batch > last and not is_gap, {}, nil, {false}
 call.now = now
 if is_applied then ids = find_holdings() end
 if selections[1] then
@@ -594,7 +610,7 @@ if selections[1] then
   })
 end
 local fields = load_services(call.state, ids, {'place', 'record', 'broken'}, cursors)
-local pool = open_pool(fields, KEYS[5], epoch + 0, position + 0, now)
+local pool = open_pool(fields, KEYS[5], parts[EPOCH], parts[POSITION], now)
 call.pool = pool
 if is_applied then
   for place = 1, #entries do settle(entries[place], place) end

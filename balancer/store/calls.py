@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
+
+import msgspec
 
 from balancer.domain import (
     Configuration,
@@ -24,27 +26,21 @@ from balancer.domain import (
 from balancer.store import keys
 from balancer.tactics import tactic_name, tactic_params
 
+_pack = msgspec.msgpack.Encoder().encode
 
-def call_numbers(
+
+def call_argument(
     *,
     lease_ms: int,
     now_ms: int = 0,
     seen: tuple[int, int] = (0, 0),
     batch: int = 0,
     skips: bool = False,
-    entries: int = 0,
-) -> str:
-    """What tick is told of its call: the place that the worker has seen, the batch (0: none) and how many entries."""
-    return f"{now_ms} {seen[0]} {seen[1]} {lease_ms} {batch} {skips:d} {entries}"
-
-
-def selection_arguments(selection: Selection) -> tuple[str, ...]:
-    """The group of arguments that tick takes for one selection: its numbers in one, and the names."""
-    numbers = (
-        f"{selection.number} {selection.revision} {selection.draw} {selection.reserved} {selection.deadline_ms} "
-        f"{selection.affinity_ms} {len(selection.excluded)}"
-    )
-    return (numbers, selection.rule, selection.partition, selection.only, *selection.excluded)
+    entries: Sequence[Entry] = (),
+    selections: Sequence[Selection] = (),
+) -> bytes:
+    """All that tick is told by its worker: the place that it has seen, a batch (0: none) of entries, selections."""
+    return _pack((now_ms, *seen, lease_ms, batch, skips, entries, selections))
 
 
 def pin_keys(pool: str, selections: Iterable[Selection]) -> list[str]:
@@ -52,15 +48,9 @@ def pin_keys(pool: str, selections: Iterable[Selection]) -> list[str]:
     return [keys.pin(pool, selection.session) for selection in selections if selection.affinity_ms]
 
 
-def entry_arguments(entry: Entry, extra_age_ms: int = 0) -> tuple[str, str]:
-    """The two arguments that tick takes for one entry, which has waited `extra_age_ms` since it was made."""
-    usage = entry.usage
-    numbers = (
-        f"{entry.number} {entry.outcome.value} {entry.age_ms + extra_age_ms} {usage.input} {usage.output} "
-        f"{usage.cached} {usage.cache_creation} {usage.reasoning} {entry.cooldown_ms} {entry.first_token_us} "
-        f"{entry.stream_us}"
-    )
-    return numbers, entry.service
+def older(entry: Entry, ms: int) -> Entry:
+    """The entry as it is after it has waited so long."""
+    return msgspec.structs.replace(entry, age_ms=entry.age_ms + ms) if ms else entry
 
 
 def fence_arguments(settings: PoolSettings, revision: int) -> dict[str, str | int]:

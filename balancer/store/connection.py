@@ -302,7 +302,7 @@ class Link:
             self._buffer.append(pack(command))
             self._waiting.append((on_reply, time.monotonic()))
 
-    def post_call(self, script: Script, command: tuple[str | int, ...], on_reply: OnReply) -> None:
+    def post_call(self, script: Script, command: tuple[str | int | bytes, ...], on_reply: OnReply) -> None:
         """Queues a script call: by its source the first time on this connection, then by its digest."""
         if script.sha in self._loaded:
             self.post(("EVALSHA", script.sha, *command), on_reply)
@@ -316,7 +316,7 @@ class Link:
         self.post(command, functools.partial(_resolve, future))
         return future
 
-    def call(self, script: Script, command: tuple[str | int, ...]) -> asyncio.Future[Any]:
+    def call(self, script: Script, command: tuple[str | int | bytes, ...]) -> asyncio.Future[Any]:
         """Queues a script call; its reply, or ResponseError, or StoreUnavailableError."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.post_call(script, command, functools.partial(_resolve, future))

@@ -20,7 +20,7 @@ from balancer.domain import Entry, Outcome, PoolSettings, RuleDefinition, Select
 from balancer.errors import StoreUnavailableError
 from balancer.store import keys, views
 from balancer.store.auditor import Auditor
-from balancer.store.calls import call_numbers, entry_arguments, fence_arguments, pin_keys, selection_arguments
+from balancer.store.calls import call_argument, fence_arguments, older, pin_keys
 from balancer.store.connection import AGAIN_S, Link, is_noscript
 from balancer.store.local import LocalPool, Picture
 from balancer.store.refusals import RefusedError, Then
@@ -403,20 +403,16 @@ class PoolClient:
     def _send(self, batch: Batch | None, asked: Sequence[Asked]) -> None:
         """One call of the script: a batch, if any, and behind it selections."""
         pins: Sequence[str] = ()
-        if batch is None:
-            parts = [call_numbers(lease_ms=self._lease_ms, seen=self.seen)]
-        else:
-            parts = self._batch_arguments(batch)
+        selections = [one.selection for one in asked]
         if asked:
             self._selecting += 1
-            selections = [one.selection for one in asked]
             for one in asked:
-                parts += selection_arguments(one.selection)
                 one.is_sent = True
             pins = pin_keys(self.pool, selections)
+        call = self._call_argument(batch, selections, self._lease_ms)
         generation = batch.generation if batch else None
         self._link.post_call(
-            self._tick.script, self._tick.command(parts, pins), functools.partial(self._on_reply, generation, asked)
+            self._tick.script, self._tick.command((call,), pins), functools.partial(self._on_reply, generation, asked)
         )
 
     def _on_reply(self, generation: int | None, asked: Sequence[Asked], reply: Any) -> None:
@@ -490,38 +486,38 @@ class PoolClient:
                 self._events.epoch_bumped(self.pool, lost)
             self.seen = (epoch, position)
 
-    def _batch_arguments(self, batch: Batch, lease_ms: int = 0) -> list[str]:
-        """What tick is told of a batch."""
-        entries, age_ms = batch.entries or (), self.outbox.age_ms
-        arguments = [
-            call_numbers(
-                lease_ms=lease_ms or self._lease_ms,
-                seen=self.seen,
-                batch=batch.number,
-                skips=batch.skips,
-                entries=len(entries),
-            )
-        ]
+    def _call_argument(self, batch: Batch | None, selections: Sequence[Selection], lease_ms: int) -> bytes:
+        """What tick is told."""
+        if batch is None:
+            return call_argument(lease_ms=lease_ms, seen=self.seen, selections=selections)
+        timed, age_ms = batch.entries or (), self.outbox.age_ms
         # The first is the oldest: where that is fresh, all are.
-        is_fresh = bool(entries) and not age_ms(entries[0][1])
-        for entry, made_at in entries:
-            arguments += entry_arguments(entry, 0 if is_fresh else age_ms(made_at))
-        return arguments
+        if timed and age_ms(timed[0][1]):
+            entries = [older(entry, age_ms(made_at)) for entry, made_at in timed]
+        else:
+            entries = [entry for entry, _ in timed]
+        return call_argument(
+            lease_ms=lease_ms,
+            seen=self.seen,
+            batch=batch.number,
+            skips=batch.skips,
+            entries=entries,
+            selections=selections,
+        )
 
     async def _settle_for(self, worker: str, batch: Batch, *, is_last: bool) -> int:
         """Applies a batch of a worker that is gone; the number of its last one that Redis has applied then.
 
         The last of all ends the worker's lease, so that what it left open is reaped at once.
         """
-        parts = self._batch_arguments(batch, 1 if is_last else 0)
-        ((_, last, *place),) = await self._ask_for(worker, parts)
+        call = self._call_argument(batch, (), 1 if is_last else self._lease_ms)
+        ((_, last, *place),) = await self._ask_for(worker, call)
         self._saw(*place)
         return int(last)
 
-    async def _ask_for(self, worker: str, parts: Sequence[str], pins: Sequence[str] = ()) -> Answer:
+    async def _ask_for(self, worker: str, call: bytes, pins: Sequence[str] = ()) -> Answer:
         """What tick says on behalf of another worker id."""
-        call, *rest = parts
-        return await self._ask("tick", self._keys(worker), {"worker": worker, "call": call}, rest, pins)
+        return await self._ask("tick", self._keys(worker), {"worker": worker, "call": call}, (), pins)
 
     def _batches_lost(self, batches: int) -> None:
         self._events.batches_lost(self.pool, batches)
@@ -605,7 +601,7 @@ class PoolClient:
         self,
         script_name: str,
         names: dict[str, str],
-        arguments: dict[str, str | int],
+        arguments: Mapping[str, str | int | bytes],
         rest: Sequence[str | int],
         rest_keys: Sequence[str] = (),
     ) -> Answer:
@@ -672,10 +668,10 @@ class PoolClient:
         """As `select`, for a worker id of its own, whose lease ends with the attempt's deadline."""
         if not self._link.is_up:
             raise StoreUnavailableError(f"Redis is away: {self._link.failure}")
-        parts = [call_numbers(lease_ms=selection.deadline_ms, seen=self.seen), *selection_arguments(selection)]
+        call = call_argument(lease_ms=selection.deadline_ms, seen=self.seen, selections=(selection,))
         try:
             async with asyncio.timeout(self._deadline_s):
-                (_, _, *place), answer = await self._ask_for(worker, parts, pin_keys(self.pool, (selection,)))
+                (_, _, *place), answer = await self._ask_for(worker, call, pin_keys(self.pool, (selection,)))
         except TimeoutError:
             self._give_up(worker, selection)
             raise StoreUnavailableError("Redis did not answer in time") from None
@@ -694,11 +690,11 @@ class PoolClient:
         for `kept_ms`: as long as somebody may repeat it. Raises StoreUnavailableError; then it may be repeated.
         """
         key = keys.holdings(self.pool, worker)
-        call = call_numbers(lease_ms=self._lease_ms, seen=self.seen, batch=1, entries=1)
+        call = call_argument(lease_ms=self._lease_ms, seen=self.seen, batch=1, entries=(entry,))
         try:
             async with asyncio.timeout(self._deadline_s):
                 last, ((_, _, *place),) = await asyncio.gather(
-                    self.command("HGET", key, "last"), self._ask_for(worker, [call, *entry_arguments(entry)])
+                    self.command("HGET", key, "last"), self._ask_for(worker, call)
                 )
                 self._saw(*place)
                 await asyncio.gather(

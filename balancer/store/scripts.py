@@ -52,10 +52,10 @@ class Script(msgspec.Struct, frozen=True, kw_only=True):
     def command(
         self,
         keys: Mapping[str, str],
-        arguments: Mapping[str, str | int],
+        arguments: Mapping[str, str | int | bytes],
         rest: Sequence[str | int] = (),
         rest_keys: Sequence[str] = (),
-    ) -> tuple[str | int, ...]:
+    ) -> tuple[str | int | bytes, ...]:
         """What follows the word EVALSHA <sha> or EVAL <source>: the number of keys, keys and arguments in order.
 
         Raises TypeError when the names are not exactly those of the header.
@@ -78,7 +78,7 @@ class Script(msgspec.Struct, frozen=True, kw_only=True):
 class Prepared:
     """Calls of a script that differ in their last arguments only: the names are looked up once, not at each call."""
 
-    def __init__(self, script: Script, keys: Mapping[str, str], arguments: Mapping[str, str | int]) -> None:
+    def __init__(self, script: Script, keys: Mapping[str, str], arguments: Mapping[str, str | int | bytes]) -> None:
         """`arguments` are those that stay, the first of the header. Raises TypeError when a name is not one of it."""
         changing = script.arguments[len(arguments) :]
         script.command(keys, {**arguments, **dict.fromkeys(changing, 0)})
@@ -86,7 +86,9 @@ class Prepared:
         self._keys = tuple(keys[name] for name in script.keys)
         self._arguments = tuple(arguments[name] for name in script.arguments[: len(arguments)])
 
-    def command(self, changing: Sequence[str | int], rest_keys: Sequence[str] = ()) -> tuple[str | int, ...]:
+    def command(
+        self, changing: Sequence[str | int | bytes], rest_keys: Sequence[str] = ()
+    ) -> tuple[str | int | bytes, ...]:
         """As Script.command, given in their order the arguments that change, and behind them the rest."""
         return (len(self._keys) + len(rest_keys), *self._keys, *rest_keys, *self._arguments, *changing)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ from balancer.domain import (
     WindowsDefinition,
 )
 from balancer.store import keys
-from balancer.store.calls import call_numbers, entry_arguments, fence_arguments, pin_keys, selection_arguments
+from balancer.store.calls import call_argument, fence_arguments, pin_keys
 from balancer.store.scripts import load
 from balancer.tactics import TACTIC_NAMES, tactic_from_map, tactic_params
 from benchmarks.growth.figures import Part, Plot, Point, Table, Verdict, growth, quantile, slope
@@ -111,12 +111,12 @@ class Pool:
         self._numbers = itertools.count(1)
         self._draws = itertools.count(1)
 
-    def _tick(self, call: str, rest: Sequence[str], *pins: str) -> Any:
-        return self._run("tick", {"worker": self._worker, "call": call}, rest, *pins)
+    def _tick(self, call: bytes, *pins: str) -> Any:
+        return self._run("tick", {"worker": self._worker, "call": call}, *pins)
 
-    def _run(self, name: str, arguments: dict[str, str | int], rest: Sequence[str | int], *pins: str) -> Any:
+    def _run(self, name: str, arguments: Mapping[str, str | int | bytes], *pins: str) -> Any:
         script = load(name)
-        command = script.command(self._names, arguments, rest, pins)
+        command = script.command(self._names, arguments, (), pins)
         try:
             return self._client.execute_command("EVALSHA", script.sha, *command)
         except redis.exceptions.NoScriptError:
@@ -148,8 +148,8 @@ class Pool:
             )
             for i, rule in enumerate(rules)
         ]
-        rest = [argument for selection in selections for argument in selection_arguments(selection)]
-        _, *answers = self._tick(call_numbers(lease_ms=_LEASE_MS), rest, *pin_keys(self.name, selections))
+        call = call_argument(lease_ms=_LEASE_MS, selections=selections)
+        _, *answers = self._tick(call, *pin_keys(self.name, selections))
         picked = []
         for selection, answer in zip(selections, answers, strict=True):
             assert answer[0] == b"pick", answer
@@ -160,14 +160,11 @@ class Pool:
         """Settles picks in one batch."""
         self._batch += 1
         usage = Usage(input=120, output=40)
-        rest = [
-            argument
+        entries = [
+            Entry(number=number, service=service, outcome=Outcome.SUCCESS, usage=usage, first_token_us=9)
             for number, service in picked
-            for argument in entry_arguments(
-                Entry(number=number, service=service, outcome=Outcome.SUCCESS, usage=usage, first_token_us=9)
-            )
         ]
-        self._tick(call_numbers(lease_ms=_LEASE_MS, batch=self._batch, entries=len(picked)), rest)
+        self._tick(call_argument(lease_ms=_LEASE_MS, batch=self._batch, entries=entries))
 
     def reap(self, looker: str = "", place: str = "") -> str:
         """Looks at some of the worker's holdings, as itself or as another; where to go on, empty at the end."""
@@ -181,7 +178,7 @@ class Pool:
             "limit": _REAP_LIMIT,
             "place": place,
         }
-        following: bytes = self._run("reap", arguments, ())[-1]
+        following: bytes = self._run("reap", arguments)[-1]
         return following.decode()
 
     def lapse(self) -> None:

@@ -17,11 +17,13 @@ local function service_line(id, is_active, window, weight, tier, rpm, tpm, in_fl
   }
 end
 
--- The line at that place of the text, and where the next begins; nil at the end.
+-- The line at that place of the text, nil at the end; `following` is where the next begins.
 local function line_at(text, at) -- apart: reading
   local id, active, window, weight, tier, rpm, tpm, in_flight, cost, following = string.match(text, SERVICE_LINE, at)
   if not id then return nil end
-  return service_line(id, active == '1', window, weight, tier, rpm, tpm, in_flight, cost), following
+  local line = service_line(id, active == '1', window, weight, tier, rpm, tpm, in_flight, cost)
+  line.following = following
+  return line
 end
 
 -- The numbers of that id's line, from its `active` on, and where the next line begins; nil without one.
@@ -46,11 +48,11 @@ end
 
 local function parse_services(text) -- apart: reading
   local list, count = {}, 0
-  local line, at = line_at(text, 2)
+  local line = line_at(text, 2)
   while line do
     count = count + 1
     list[count] = line
-    line, at = line_at(text, at)
+    line = line_at(text, line.following)
   end
   return list
 end

@@ -14,7 +14,7 @@ local function to_whole(text, least)
 end
 
 -- True when a comes before b, byte by byte: the server compares strings by its locale.
-local function is_before(a, b)
+local function is_before(a, b) -- apart: rare
   for i = 1, math.min(#a, #b) do
     local x, y = string.byte(a, i), string.byte(b, i)
     if x ~= y then return x < y end

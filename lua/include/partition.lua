@@ -39,19 +39,44 @@ local function parse_partition(key, id, tactic_text, text)
 end
 
 local function partition_text(part)
-  return string.format('%d %d %d\n', part.streak, part.tier, part.hold) .. part.cursor .. '\n' .. part.line_text .. '\n'
-    .. part.memory
+  return string.format('%d %d %d\n', part.streak, part.tier, part.hold) .. part.cursor .. '\n'
+    .. (part.line_text or current_text(part.current)) .. '\n' .. part.memory
 end
 
--- All its services, as text and as lines; read when they are first asked for.
+-- All its services, as text and as lines; read when they are first asked for. `places` has the lines that were read one
+-- by one, by where they begin, and `behind` where the line behind that of an id begins.
 local function services_text(part) -- apart: reading
-  part.services_text = part.services_text or redis.call('HGET', part.key, 'services:' .. part.id) or ''
+  if not part.services_text then
+    part.services_text = redis.call('HGET', part.key, 'services:' .. part.id) or ''
+    part.places, part.behind = {}, {}
+  end
   return part.services_text
 end
 
 local function lines_of(part) -- apart: reading
   part.lines = part.lines or parse_services(services_text(part))
   return part.lines
+end
+
+-- The line that begins at a place, nil at the end; read once a call.
+local function line_in_place(part, at) -- apart: reading
+  local line = part.places[at]
+  if line then return line end
+  line = line_at(part.services_text, at)
+  if line then part.places[at], part.behind[line.id] = line, line.following end
+  return line
+end
+
+-- Where the line behind that of an id begins; false without one.
+local function place_behind(part, id) -- apart: reading
+  local text = services_text(part)
+  local at = part.behind[id]
+  if at == nil then
+    local _, following = find_numbers(text, id)
+    at = following or false
+    part.behind[id] = at
+  end
+  return at
 end
 
 local function find_line(part, id) -- apart: reading
@@ -82,6 +107,6 @@ local function least_tier(part, may_serve, tier) -- apart: rare
 end
 
 -- Sets the cursor to a line.
-local function move_cursor(part, line) -- apart: reading
-  part.cursor, part.current, part.line_text = line.id, line, current_text(line)
+local function move_cursor(part, line)
+  part.cursor, part.current, part.line_text = line.id, line, false
 end

@@ -23,37 +23,28 @@ local function complete_view(view) -- apart: reading
   end
 
   -- The candidates, the first after the service of that id first and itself last, cyclically, given to visit until it
-  -- returns true.
+  -- returns true: that line, nil without one. Without visit it is the first: `after(id)`.
   function view.each_after(id, visit)
-    local text = services_text(view.part)
-    local _, at = find_numbers(text, id)
+    local part, may_serve = view.part, view.may_serve
+    local at = place_behind(part, id)
     local has_turned, is_first = not at, true
     at = at or 2
     while true do
-      local line, following = line_at(text, at)
+      local line = line_in_place(part, at)
       if line then
         view.found = line
-        if view.may_serve(line) and visit(line) then return end
-        if is_first then load_all(view.state, view.part, lines_of(view.part)) end
-        if has_turned and line.id == id then return end
-        at, is_first = following, false
+        if may_serve(line) and (not visit or visit(line)) then return line end
+        if is_first then load_all(view.state, part, lines_of(part)) end
+        if has_turned and line.id == id then return nil end
+        at, is_first = line.following, false
       elseif has_turned then
-        return
+        return nil
       else
         at, has_turned = 2, true
       end
     end
   end
-
-  -- The first candidate after the service of that id, nil without one.
-  function view.after(id)
-    local found
-    view.each_after(id, function(line)
-      found = line
-      return true
-    end)
-    return found
-  end
+  view.after = view.each_after
 
   -- The candidate for which measure(line) is least, the first on ties.
   function view.least(measure)

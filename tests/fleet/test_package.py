@@ -21,7 +21,20 @@ from tests.fleet.conftest import Start, a_document
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("balancer", "lua", "tests", "pyproject.toml", "README.md", "LICENSE")
-COMMANDS = ("serve", "healthcheck", "demo", "check", "apply", "diff", "get", "audit", "import", "rollback")
+COMMANDS = (
+    "serve",
+    "healthcheck",
+    "demo",
+    "check",
+    "apply",
+    "diff",
+    "get",
+    "audit",
+    "explain",
+    "import",
+    "models",
+    "rollback",
+)
 
 
 @pytest.fixture(scope="module")

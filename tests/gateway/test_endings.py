@@ -331,8 +331,8 @@ async def test_probes_and_metrics_tell_of_a_healthy_worker(gateway: Served, upst
     async with gateway.session.get(f"{gateway.url}/metrics") as response:
         lines = (await response.text()).splitlines()
     service = 'pool="default",rule="gpt",service="up:up-model"'
-    assert f'balancer_attempts_total{{{service},outcome="success"}} 1.0' in lines
-    assert f'balancer_tokens_total{{{service},kind="input"}} 11.0' in lines
+    assert f'balancer_attempts_total{{outcome="success",{service}}} 1.0' in lines
+    assert f'balancer_tokens_total{{kind="input",{service}}} 11.0' in lines
     assert 'balancer_window_tokens{pool="default",service="up:up-model",window="300"} 18.0' in lines
     assert 'balancer_current_service_index{pool="default",rule="gpt"} 0.0' in lines
     assert 'balancer_store_up{pool="default"} 1.0' in lines

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 import redis
 
@@ -274,15 +275,22 @@ def evaluate(
 def evaluate_tick(
     client: Any,
     names: Mapping[str, str],
-    numbers: Mapping[str, str | int],
-    rest: Sequence[Any] = (),
+    numbers: Mapping[str, Any],
+    entries: Any = (),
+    selections: Any = (),
     pins: Sequence[str] = (),
 ) -> Any:
-    """As `evaluate`, for tick, given the numbers of its call by their names; those that are not given are zeros."""
-    order = ("now_ms", "epoch", "position", "lease_ms", "batch", "skip", "entries")
-    script, call = load("tick"), {name: numbers.get(name, 0) for name in order}
-    arguments: dict[str, str | int] = {"worker": "w1", "call": " ".join(map(str, call.values()))}
-    return _text(client.execute_command("EVAL", script.source, *script.command(names, arguments, rest, pins)))
+    """As `evaluate`, for tick, given the numbers of its call by their names: without them all is as in a usual call."""
+    usual = {"now_ms": NOW_MS, "epoch": 0, "position": 0, "lease_ms": LEASE_MS, "batch": 0, "skips": False}
+    return evaluate_packed(client, names, [*(usual | dict(numbers)).values(), entries, selections], pins)
+
+
+def evaluate_packed(client: Any, names: Mapping[str, str], call: Any, pins: Sequence[str] = ()) -> Any:
+    """As `evaluate`, for tick, given its call, which is packed unless it is bytes."""
+    script = load("tick")
+    packed = call if isinstance(call, bytes) else msgspec.msgpack.encode(call)
+    command = script.command(names, {"worker": "w1", "call": packed}, (), pins)
+    return _text(client.execute_command("EVAL", script.source, *command))
 
 
 def contents(client: Any) -> dict[str, Any]:

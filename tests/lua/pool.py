@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from balancer.domain import Entry, PoolSettings, Record, RuleDefinition, Selection
 from balancer.store import keys, views
-from balancer.store.calls import call_numbers, entry_arguments, fence_arguments, pin_keys, selection_arguments
+from balancer.store.calls import call_argument, fence_arguments, pin_keys
 from balancer.store.scripts import load
 
 
@@ -27,7 +27,7 @@ class LuaPool:
         self,
         script: str,
         names: dict[str, str],
-        arguments: dict[str, str | int],
+        arguments: Mapping[str, str | int | bytes],
         rest: Sequence[Any],
         more_keys: Sequence[str] = (),
     ) -> Any:
@@ -77,13 +77,19 @@ class LuaPool:
         skip: bool = False,
     ) -> Any:
         """What the script says to a batch (number 0: none) and selections."""
-        rest = [argument for entry in entries for argument in entry_arguments(entry)]
-        rest += [argument for selection in selections for argument in selection_arguments(selection)]
-        call = call_numbers(now_ms=now_ms, seen=seen, lease_ms=lease_ms, batch=batch, skips=skip, entries=len(entries))
+        call = call_argument(
+            now_ms=now_ms,
+            seen=seen,
+            lease_ms=lease_ms,
+            batch=batch,
+            skips=skip,
+            entries=entries,
+            selections=selections,
+        )
         if selections:
             self._drop_pins(now_ms)
         pins = pin_keys(self.name, selections)
-        reply = self._run("tick", self._keys(worker), {"worker": worker, "call": call}, rest, pins)
+        reply = self._run("tick", self._keys(worker), {"worker": worker, "call": call}, (), pins)
         for selection in selections:
             self._hold_pin(now_ms, selection)
         return reply

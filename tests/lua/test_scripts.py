@@ -29,7 +29,7 @@ WORDS_OF_REDIS_6_2 = frozenset(
 )
 GLOBALS_OF_A_SCRIPT = frozenset(
     {
-        *("KEYS", "ARGV", "redis", "cjson"),
+        *("KEYS", "ARGV", "redis", "cjson", "cmsgpack"),
         *("ipairs", "math", "next", "pairs", "pcall", "rawget", "setmetatable", "string", "table", "tonumber", "type"),
         "unpack",
     }

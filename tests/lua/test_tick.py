@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
+import redis
 
 from balancer.domain import Entry, Selection
 from balancer.store import keys
-from balancer.store.calls import entry_arguments, selection_arguments
 from tests.lua.builders import (
     LEASE_MS,
     NOW_MS,
@@ -21,6 +22,7 @@ from tests.lua.builders import (
     a_service,
     an_abandoned,
     an_entry,
+    evaluate_packed,
     evaluate_tick,
     pool_keys,
     refused,
@@ -115,26 +117,79 @@ def test_a_call_reads_and_writes_each_hash_once(new_pool: Callable[..., LuaPool]
     }
 
 
-GOOD = [*entry_arguments(an_entry(1, A)), *selection_arguments(a_selection(2))]
+ENTRY: list[Any] = msgspec.to_builtins(an_entry(1, A))
+SELECTION: list[Any] = msgspec.to_builtins(a_selection(2))
 
 
 @pytest.mark.parametrize(
-    ("numbers", "rest"),
+    ("batch", "entries", "selections"),
     [
-        ({"batch": 1, "entries": 1}, [*GOOD[:2], "2 1 0 0 1000 0", *GOOD[3:]]),
-        ({"batch": 1, "entries": 1}, ["1 finished 0 1 2 3 4 5 6 7 8", *GOOD[1:]]),
-        ({"batch": 1, "entries": 0}, GOOD),
-        ({"batch": 1, "entries": 2}, GOOD),
-        ({"batch": 0, "entries": 1}, GOOD),
+        (1, [ENTRY], [[2, 0, *SELECTION[2:]]]),
+        (1, [[*ENTRY[:2], "finished", *ENTRY[3:]]], [SELECTION]),
+        (1, [ENTRY, SELECTION], [SELECTION]),
+        (1, [ENTRY], [SELECTION, ENTRY]),
+        (0, [ENTRY], [SELECTION]),
     ],
-    ids=["selection", "entry", "too few entries", "too many entries", "entries without a batch"],
+    ids=["selection", "entry", "no entry", "no selection", "entries without a batch"],
 )
 def test_what_is_malformed_in_one_part_is_refused_with_the_other(
-    pool: LuaPool, numbers: dict[str, str | int], rest: list[str]
+    pool: LuaPool, batch: int, entries: list[Any], selections: list[Any]
 ) -> None:
     names = pool_keys(pool.name, "w1")
     with refused(pool.client, "tick"):
-        evaluate_tick(pool.client, names, {"now_ms": NOW_MS, "lease_ms": LEASE_MS} | numbers, rest)
+        evaluate_tick(pool.client, names, {"batch": batch}, entries, selections)
+
+
+GOOD: list[Any] = [NOW_MS, 0, 0, LEASE_MS, 1, False, [ENTRY], [SELECTION]]
+PACKED = msgspec.msgpack.encode(GOOD)
+MALFORMED: list[Any] = [None, 1, True, "", "text", {"a": ENTRY}, [1], ["text"], [[]], [{"number": 1}]]
+
+
+def test_the_call_that_is_spoilt_below_is_taken(pool: LuaPool) -> None:
+    assert evaluate_packed(pool.client, pool_keys(pool.name, "w1"), PACKED)[0][0] == "applied"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        b"",
+        b"\xc1",
+        b"1 2 3",
+        PACKED[:-1],
+        PACKED + b"\x01",
+        5,
+        "text",
+        {"now_ms": 0},
+        None,
+        [],
+        *(GOOD[:kept] for kept in range(1, 8)),
+        *([*GOOD[:6], entries, [SELECTION]] for entries in MALFORMED),
+        *([*GOOD[:7], selections] for selections in MALFORMED),
+    ],
+    ids=repr,
+)
+def test_what_is_no_packed_call_is_refused_and_nothing_is_written(pool: LuaPool, call: Any) -> None:
+    with refused(pool.client, "tick"):
+        evaluate_packed(pool.client, pool_keys(pool.name, "w1"), call)
+
+
+@pytest.mark.parametrize(
+    ("entries", "selections", "told"),
+    [
+        ([ENTRY, ENTRY[:5]], [SELECTION], "entry 2 is malformed"),
+        ([ENTRY], [SELECTION, SELECTION, SELECTION[:3]], "selection 3 is malformed"),
+        ([ENTRY], [SELECTION] * 65, "64 at most"),
+    ],
+)
+def test_a_refusal_tells_what_is_malformed(pool: LuaPool, entries: Any, selections: Any, told: str) -> None:
+    with pytest.raises(redis.ResponseError, match=told):
+        evaluate_tick(pool.client, pool_keys(pool.name, "w1"), {"batch": 1}, entries, selections)
+
+
+def test_what_a_newer_worker_says_beyond_that_is_not_read(pool: LuaPool) -> None:
+    call = [*GOOD[:6], [[*ENTRY, "more"]], [[*SELECTION, 1]], {"more": 1}]
+    head, answer = evaluate_packed(pool.client, pool_keys(pool.name, "w1"), call)
+    assert (head[0], answer[0]) == ("applied", "pick")
 
 
 def test_a_call_of_nothing_is_refused(pool: LuaPool) -> None:

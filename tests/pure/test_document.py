@@ -579,17 +579,9 @@ def test_faults_never_show_a_credential() -> None:
 NOT_YET: list[tuple[str, dict[str, Any], str]] = [
     ("provider", {"oauth_detail": {"refresh_token": "r"}}, "providers[0].oauth_detail.refresh_token"),
     ("keys", {"name": "ci", "hash": "sha256:0"}, "keys"),
-    *(
-        ("scenarios", {"scenario": "openai", "flags": {name: True}}, f"scenarios[0].flags.{name}")
-        for name in ("separate", "smart")
-    ),
-    ("scenarios", {"scenario": "openai", "extensions": {"x": 1}}, "scenarios[0].extensions"),
 ]
 REST: dict[str, dict[str, Any]] = {
     "providers[0].oauth_detail.refresh_token": {"provider": {"oauth_detail": {}}},
-    "scenarios[0].flags.separate": {"scenarios": [{"scenario": "openai"}]},
-    "scenarios[0].flags.smart": {"scenarios": [{"scenario": "openai"}]},
-    "scenarios[0].extensions": {"scenarios": [{"scenario": "openai"}]},
 }
 """What stays of the document when the field is left out."""
 

@@ -22,6 +22,7 @@ from balancer.exposition import Family, Scrape
 from balancer.metrics import FAMILIES, LABELS, Metrics
 from balancer.steps import finished
 from balancer.tally import Times
+from tests.builders import a_rule
 
 Sample = tuple[str, tuple[tuple[str, str], ...]]
 
@@ -30,6 +31,7 @@ SERIES = {
     "balancer_refused_total": {"scenario", "reason"},
     "balancer_attempts_total": {"pool", "rule", "service", "outcome"},
     "balancer_retries_total": {"pool", "rule"},
+    "balancer_routed_total": {"pool", "rule", "entry"},
     "balancer_picks_total": {"pool", "rule", "service", "reason"},
     "balancer_switches_total": {"pool", "rule", "reason"},
     "balancer_pinned_switches_saved_total": {"pool", "rule"},
@@ -125,6 +127,7 @@ def an_exercised() -> Metrics:
     metrics.refused("openai", "unknown_model")
     metrics.picked(a_pick(is_switch=True, is_saved=True, is_local=True))
     metrics.retried(a_pick())
+    metrics.routed(a_rule())
     metrics.settled(a_pick(), Outcome.SUCCESS, Usage(input=1), 1)
     metrics.knows("default")
     metrics.first_token_s(a_pick(), 1)

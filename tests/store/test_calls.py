@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from balancer.domain import (
@@ -20,7 +21,7 @@ from balancer.domain import (
     Usage,
 )
 from balancer.store import keys
-from balancer.store.calls import Definer, entry_arguments, needs_estimate, pin_keys, selection_arguments
+from balancer.store.calls import Definer, call_argument, needs_estimate, older, pin_keys
 from balancer.tactics import RoundRobin, TokenBased
 from tests.builders import a_configuration, a_provider, a_rule, a_service
 
@@ -29,35 +30,44 @@ def definition(rule: Rule, **provider: Any) -> Any:
     return Definer(a_configuration(rule, providers=(a_provider("a", **provider),))).definition(rule, 1)
 
 
-def test_a_selection_is_its_numbers_and_names_and_what_was_tried() -> None:
-    selection = Selection(
-        number=7,
-        rule="r",
-        partition="|r",
-        revision=3,
-        draw=9,
-        reserved=11,
-        deadline_ms=500,
-        session="d" * 32,
-        affinity_ms=60_000,
-        only="a:m",
-        excluded=("b:m", "c:m"),
-    )
-    assert selection_arguments(selection) == ("7 3 9 11 500 60000 2", "r", "|r", "a:m", "b:m", "c:m")
+SELECTION = Selection(
+    number=7,
+    rule="r",
+    partition="|r",
+    revision=3,
+    draw=9,
+    reserved=11,
+    deadline_ms=500,
+    session="d" * 32,
+    affinity_ms=60_000,
+    only="a:m",
+    excluded=("b:m", "c:m"),
+)
+ENTRY = Entry(
+    number=7,
+    service="a:m",
+    outcome=Outcome.RATE_LIMITED,
+    age_ms=5,
+    usage=Usage(input=1, output=2, cached=3, cache_creation=4, reasoning=5),
+    cooldown_ms=1000,
+    first_token_us=20,
+    stream_us=30,
+)
 
 
-def test_an_entry_is_its_numbers_and_its_service_and_grows_older_while_it_waits() -> None:
-    entry = Entry(
-        number=7,
-        service="a:m",
-        outcome=Outcome.RATE_LIMITED,
-        age_ms=5,
-        usage=Usage(input=1, output=2, cached=3, cache_creation=4, reasoning=5),
-        cooldown_ms=1000,
-        first_token_us=20,
-        stream_us=30,
+def test_a_call_is_its_numbers_its_entries_and_its_selections_in_the_order_of_the_script() -> None:
+    call = call_argument(
+        lease_ms=30_000, now_ms=1, seen=(2, 3), batch=4, skips=True, entries=(ENTRY,), selections=(SELECTION,)
     )
-    assert entry_arguments(entry, 10) == ("7 rate_limited 15 1 2 3 4 5 1000 20 30", "a:m")
+    assert msgspec.msgpack.decode(call) == [
+        *(1, 2, 3, 30_000, 4, True),
+        [[7, "a:m", "rate_limited", 5, [1, 2, 3, 4, 5], 1000, 20, 30]],
+        [[7, 3, 9, 11, 500, 60_000, "r", "|r", "a:m", ["b:m", "c:m"], "d" * 32]],
+    ]
+
+
+def test_an_entry_grows_older_while_it_waits() -> None:
+    assert older(ENTRY, 10) == msgspec.structs.replace(ENTRY, age_ms=15)
 
 
 def test_there_is_a_pin_for_each_selection_with_an_affinity_in_their_order() -> None:

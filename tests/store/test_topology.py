@@ -130,7 +130,7 @@ class Scripted:
                 words = []
                 for _ in range(int(head[1:])):
                     length = int((await reader.readline())[1:])
-                    words.append((await reader.readexactly(length + 2))[:-2].decode())
+                    words.append((await reader.readexactly(length + 2))[:-2].decode(errors="replace"))
                 self.received.append(tuple(words))
                 if gate := self.gates.get(words[0]):
                     await gate.wait()
