@@ -4,8 +4,9 @@
 walked: lane, selection, upstream connection, answer, usage, settle. Only the kernel is left out, and Redis, and the
 writing and reading of its protocol: clients, upstream and Redis are stood in for by what would be in their sockets.
 `--access-log` and `--otel RATIO` turn on what tells of requests: lines go to /dev/null, that share of traces to a
-collector in another process; the threads' CPU is counted too. `--opcodes` prints how many instructions of the
-interpreter each function takes: no other load on the machine changes that.
+collector in another process; the threads' CPU is counted too. `--smart` gives the rule an entry that each request
+matches, by its model's name, or by a fact for which messages are decoded. `--opcodes` prints how many instructions of
+the interpreter each function takes: no other load on the machine changes that.
 """
 
 from __future__ import annotations
@@ -60,6 +61,17 @@ rules:
     lb_tactic: {type: round_robin, params: {request_threshold: 1}}
     services: [{provider: up1, model: mock-model}]
 """
+_ENTRY = """
+    smart_enabled: true
+    smart_routing:
+      - uuid: bench
+        ops: [%s]
+        services: [{provider: up1, model: mock-model}]
+"""
+_OPS = {
+    "model": "{position: model, operation: glob, value: 'mock-*'}",
+    "token": "{position: token, operation: ge, value: 10}",
+}
 
 
 class _Transport(asyncio.Transport):
@@ -107,9 +119,10 @@ class _Connection(Connection):
 class _Worker:
     """A worker with so many clients, each of which asks again as soon as it is answered."""
 
-    def __init__(self, clients: int, body_bytes: int, watch: Watch | None = None) -> None:
+    def __init__(self, clients: int, body_bytes: int, watch: Watch | None = None, smart: str = "") -> None:
         loop, settings, metrics = asyncio.get_running_loop(), load({}), Metrics()
-        configuration = document.read(document.parse(_CONFIGURATION), door="strict").configuration
+        text = _CONFIGURATION + (_ENTRY % _OPS[smart] if smart else "")
+        configuration = document.read(document.parse(text), door="strict").configuration
         directory = directory_of(Snapshot(revision=1, configuration=configuration, rule_revisions={}))
         balance = Balance("redis://127.0.0.1:1", settings, BalanceEvents(selected=metrics.select_s))
         balance._follower.directory = directory
@@ -245,7 +258,7 @@ async def _time(options: argparse.Namespace, watch: Watch | None) -> None:
     print("| requests a turn | body | µs of CPU, least | median |\n|--:|--:|--:|--:|")
     for clients in options.clients:
         for body_bytes in (330, 44_000):
-            worker = _Worker(clients, body_bytes, watch)
+            worker = _Worker(clients, body_bytes, watch, options.smart)
             await worker.run(2000)
             gc.collect()
             gc.freeze()
@@ -255,7 +268,7 @@ async def _time(options: argparse.Namespace, watch: Watch | None) -> None:
 
 
 async def _profile(options: argparse.Namespace, watch: Watch | None) -> None:
-    worker = _Worker(options.clients[-1], 330, watch)
+    worker = _Worker(options.clients[-1], 330, watch, options.smart)
     await worker.run(2000)
     profile = cProfile.Profile()
     profile.enable()
@@ -265,7 +278,7 @@ async def _profile(options: argparse.Namespace, watch: Watch | None) -> None:
 
 
 async def _count(options: argparse.Namespace, watch: Watch | None) -> None:
-    worker, requests = _Worker(options.clients[-1], 330, watch), 400
+    worker, requests = _Worker(options.clients[-1], 330, watch, options.smart), 400
     await worker.run(2000)
     counts: Counter[CodeType] = Counter()
 
@@ -292,6 +305,7 @@ def main() -> None:
     parser.add_argument("--opcodes", action="store_true")
     parser.add_argument("--access-log", action="store_true")
     parser.add_argument("--otel", type=float, metavar="RATIO")
+    parser.add_argument("--smart", choices=tuple(_OPS), default="")
     options = parser.parse_args()
     measure = _profile if options.profile else _count if options.opcodes else _time
     with collecting() if options.otel is not None else contextlib.nullcontext("") as collector:

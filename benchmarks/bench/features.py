@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from benchmarks.bench import figures, processes
+from benchmarks.bench.bodies import MODEL
 from benchmarks.bench.contestants import Contestant, Missing, nginx_program, of_ours
 from benchmarks.bench.figures import Figures
 from benchmarks.bench.measuring import BURST, PACED, SMALL, STREAM, Phase
@@ -39,6 +40,13 @@ def _with(base: Variant, name: str, **changes: Any) -> Variant:
     return msgspec.structs.replace(base, name=name, base=base.name, **changes)
 
 
+def _smart(position: str, operation: str, value: object) -> dict[str, Any]:
+    """A rule's entry that each request matches."""
+    ops = [{"position": position, "operation": operation, "value": value}]
+    services = [{"provider": "account1", "model": MODEL}]
+    return {"smart_enabled": True, "smart_routing": [{"uuid": "bench", "ops": ops, "services": services}]}
+
+
 VARIANTS: tuple[Variant, ...] = (
     OFF,
     _with(OFF, "off + breaker", has_breaker=True),
@@ -53,6 +61,8 @@ VARIANTS: tuple[Variant, ...] = (
         rule={"session_affinity": 3600, "session_header": "bench-session"},
         headers=(_LONG_SESSION,),
     ),
+    _with(OFF, "off + smart routing, by model", rule=_smart("model", "contains", MODEL)),
+    _with(OFF, "off + smart routing, by tokens", rule=_smart("token", "ge", 1)),
     _with(OFF, "off + access log", settings={"access_log": "on"}),
     _with(OFF, "off + tracing, one in ten kept", settings={"otel": "on"}, has_collector=True),
     _with(OFF, "off + client tokens", settings={"client_tokens": _TOKEN}, headers=(f"Authorization: Bearer {_TOKEN}",)),

@@ -424,3 +424,17 @@ async def test_each_request_to_a_rule_with_entries_is_counted_by_the_entry_once(
             ("default", "gpt", "long"): 2,
             ("default", "gpt", ""): 1,
         }
+
+
+async def test_gauges_of_the_fleet_know_services_that_only_entries_have(serve: Serve, upstream: Upstream) -> None:
+    entry = an_entry("big")
+    entry["services"][0]["limits"] = {"rpm": 100}
+    gateway = await serve(a_document(upstream, entry))
+    await services(gateway, WORDS, "x")
+    async with gateway.session.get(f"{gateway.url}/metrics") as response:
+        lines = (await response.text()).splitlines()
+    labels = 'kind="rpm"', 'pool="default"', 'service="a:big"'
+    (limit,) = (line for line in lines if line.startswith("balancer_limit{"))
+    assert all(label in limit for label in labels)
+    assert limit.endswith("} 100.0")
+    assert any(line.startswith("balancer_routed_total{") and 'entry="long"' in line for line in lines)
