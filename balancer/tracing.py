@@ -102,10 +102,17 @@ class Tracing:
         self._root = sdk.Context()
 
     def begin(self, first: Mapping[str, str], state: str) -> Trace:
-        """The trace of a request: its client's, where that has told it.
+        """The trace of a request: its client's, where that has told it. One that is not kept, where that goes wrong.
 
         `first` has the first value of each header by its name in lower case; `state` all values of `tracestate`.
         """
+        try:
+            return self._begin(first, state)
+        except Exception as exc:  # noqa: BLE001 - samplers and propagators may be anybody's, and a request is no less one.
+            log.error("a trace could not begin", exc=exc)
+            return Trace(self, self._new_trace_id(), None, None, is_sampled=False)
+
+    def _begin(self, first: Mapping[str, str], state: str) -> Trace:
         sdk = self._sdk
         context: Context = self._root
         parent: SpanContext | None = None

@@ -241,8 +241,10 @@ class Way(msgspec.Struct, eq=False):
             return
         if self.task is not None:
             self.task.cancel()  # It has not begun: from then on it is the lane's work itself.
-        self._drop(Outcome.CANCELLED)
-        self._end(Outcome.CANCELLED, is_whole=False)
+        try:
+            self._drop(Outcome.CANCELLED)
+        finally:
+            self._end(Outcome.CANCELLED, is_whole=False)
 
     def _drop(self, outcome: Outcome) -> None:
         """Settles what was picked, and ends its answer."""

@@ -454,6 +454,28 @@ async def test_the_standard_variables_say_what_is_sampled_and_where_from(
 
 
 @pytest.mark.parametrize("way", WAYS)
+async def test_a_sampler_that_fails_costs_no_request(
+    store_url: str,
+    tmp_path: Path,
+    upstream: Upstream,
+    collector: Collector,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no sampling today")
+
+    async with telling(store_url, tmp_path, a_document(upstream.url), way, collector) as told:
+        monkeypatch.setattr(told.walk.gateway._tracing, "_sample", fails)
+        (answer,) = await told.walk.ask(a_post("r1", *CONTEXT))
+        (line,) = await told.lines(1)
+
+    assert (answer.status, line["status"], "trace" in line) == (200, 200, False)
+    assert "a trace could not begin" in caplog.text
+
+
+@pytest.mark.parametrize("way", WAYS)
 async def test_who_leaves_ends_its_spans(
     store_url: str, tmp_path: Path, upstream: Upstream, collector: Collector, way: str
 ) -> None:
