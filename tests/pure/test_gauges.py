@@ -7,7 +7,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from balancer.domain import Configuration, Limits, Price, Provider, Rule, RuleDefinition, Service
+from balancer.domain import (
+    Configuration,
+    Limits,
+    Price,
+    Provider,
+    Rule,
+    RuleDefinition,
+    Service,
+    SmartOp,
+    SmartRoute,
+)
 from balancer.gauges import Configured, Gauges, configured, expected_shares, pooled
 from balancer.metrics import Metrics
 from balancer.steps import finished
@@ -264,3 +274,15 @@ def test_where_a_share_follows_from_what_is_used_none_is_expected() -> None:
         assert a_share(tactic, a_service("a"), a_service("b")) == {}
     pinned = msgspec.structs.replace(a_rule("chat", ("a:m",)), session_affinity=60)
     assert "balancer_expected_share" not in known_of(a_configuration(pinned)).lines
+
+
+def test_of_a_rule_with_entries_no_share_is_expected_and_limits_of_their_services_are_told() -> None:
+    """Which part of its requests belongs to an entry, the configuration does not say."""
+    only = msgspec.structs.replace(a_service("b"), limits=Limits(rpm=7))
+    route = SmartRoute(uuid="long", ops=(SmartOp(position="token", operation="ge", value="9"),), services=(only,))
+    rule = msgspec.structs.replace(a_rule("chat", ("a:m",)), smart_routing=(route,))
+
+    assert "balancer_expected_share" in known_of(a_configuration(rule)).lines
+    told = known_of(a_configuration(msgspec.structs.replace(rule, smart_enabled=True))).lines
+    assert "balancer_expected_share" not in told
+    assert told["balancer_limit"] == ['balancer_limit{pool="default",service="b:m",kind="rpm"} 7.0\n']
