@@ -138,9 +138,9 @@ class Express:
         try:
             peek = bodies.peek(body)
             plan = self._plans.matching(route.scenario, peek.model)
-            is_smart = plan is not None and plan.router is not None
-            if is_smart:
-                assert plan is not None, "it has a router"
+            is_smart = False
+            if plan is not None and plan.router is not None:
+                is_smart = True
                 plan = self._plans.routed(plan, peek, request_id=request_id)
         except BalancerError:
             return None
