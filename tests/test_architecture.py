@@ -43,6 +43,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
                 "steps",
                 "stored",
                 "tactics",
+                "translation",
                 "usage",
             }
         ),
