@@ -12,10 +12,8 @@ from balancer.translation import marks
 from balancer.translation.answer import Answer, Echo, Said
 from balancer.translation.conversation import Call, Refusal, Target, Text, Thinking
 from balancer.translation.messages.citing import Location, location
-from balancer.translation.messages.ending import STOPS, counts, reason, usage
+from balancer.translation.messages.ending import NULL, STOPS, counts, reason, usage
 from balancer.translation.messages.turns import arguments
-
-EMPTY_INPUT = "{}"
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -42,7 +40,12 @@ class Block(msgspec.Struct, frozen=True):
     data: str | None = None
     id: str | None = None
     name: str | None = None
-    input: msgspec.Raw | None = None
+    input: msgspec.Raw = NULL
+
+    def arguments(self) -> str:
+        """The input of a call, as JSON."""
+        given = bytes(self.input)
+        return "{}" if given == bytes(NULL) else given.decode("utf-8", "replace")
 
 
 class _Message(msgspec.Struct, frozen=True):
@@ -51,8 +54,8 @@ class _Message(msgspec.Struct, frozen=True):
     content: list[msgspec.Raw] | None = None
     stop_reason: str | None = None
     stop_sequence: str | None = None
-    stop_details: msgspec.Raw | None = None
-    usage: msgspec.Raw | None = None
+    stop_details: msgspec.Raw = NULL
+    usage: msgspec.Raw = NULL
     error: Failure | None = None
 
 
@@ -89,10 +92,8 @@ def read_answer(body: bytes, target: Target) -> Answer:
     )
 
 
-def explained(details: msgspec.Raw | None) -> str:
+def explained(details: msgspec.Raw) -> str:
     """Why the model refuses, empty when nothing says so."""
-    if details is None:
-        return ""
     try:
         found = lenient.decode(_details, details)
     except lenient.UNREADABLE:
@@ -114,8 +115,7 @@ def _said(raw: msgspec.Raw, vendor: str) -> Said | None:
         case "redacted_thinking":
             return Thinking(signature=block.data or "", vendor=vendor, is_redacted=True)
         case "tool_use":
-            given = EMPTY_INPUT if block.input is None else bytes(block.input).decode("utf-8", "replace")
-            return Call(id=block.id or "", name=block.name or "", arguments=given)
+            return Call(id=block.id or "", name=block.name or "", arguments=block.arguments())
         case _:
             return None
 

@@ -46,19 +46,22 @@ class _Usage(msgspec.Struct):
     output_tokens_details: _Details | None = None
 
 
-_usage = msgspec.json.Decoder(_Usage)
+NULL = msgspec.Raw(b"null")
+"""Of what an answer leaves out."""
+
+_usage = msgspec.json.Decoder(_Usage | None)
 
 
-def counts(raw: msgspec.Raw | None, before: Counts | None = None) -> Counts | None:
+def counts(raw: msgspec.Raw, before: Counts | None = None) -> Counts | None:
     """The tokens of a `usage`: what it leaves out is as before. As before altogether when it cannot be read.
 
     Anthropic's input leaves out what came from a cache and went to one; ours is the whole prompt.
     """
-    if raw is None:
-        return before
     try:
         usage = lenient.decode(_usage, raw)
     except lenient.UNREADABLE:
+        return before
+    if usage is None:
         return before
     old = before or Counts()
     cached = _or(usage.cache_read_input_tokens, old.cached)

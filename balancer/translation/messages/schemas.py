@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import msgspec
+
+_VALUES: Final = frozenset({"const", "default", "enum", "examples"})
+"""Keywords that hold values, and no schemas."""
 
 
 def closed(schema: msgspec.Raw) -> object:
@@ -26,6 +29,7 @@ def _close(value: Any) -> bool:
         if value.get("type") == "object" and value.get("additionalProperties") is not False:
             value["additionalProperties"] = False
             changed = True
-        for item in value.values():
-            changed |= _close(item)
+        for keyword, item in value.items():
+            if keyword not in _VALUES:
+                changed |= _close(item)
     return changed

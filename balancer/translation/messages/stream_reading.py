@@ -22,9 +22,9 @@ from balancer.translation.answer import (
     ThinkingDelta,
 )
 from balancer.translation.conversation import Target
-from balancer.translation.messages.answers import EMPTY_INPUT, Block, Failure, explained
+from balancer.translation.messages.answers import Block, Failure, explained
 from balancer.translation.messages.citing import Location
-from balancer.translation.messages.ending import STOPS, counts
+from balancer.translation.messages.ending import NULL, STOPS, counts
 
 _STATUSES = {
     "invalid_request_error": 400,
@@ -43,7 +43,7 @@ _STATUSES = {
 class _Message(msgspec.Struct, frozen=True):
     id: str | None = None
     model: str | None = None
-    usage: msgspec.Raw | None = None
+    usage: msgspec.Raw = NULL
 
 
 class _Delta(msgspec.Struct, frozen=True):
@@ -55,7 +55,7 @@ class _Delta(msgspec.Struct, frozen=True):
     citation: Location | None = None
     stop_reason: str | None = None
     stop_sequence: str | None = None
-    stop_details: msgspec.Raw | None = None
+    stop_details: msgspec.Raw = NULL
 
 
 class _Event(msgspec.Struct, frozen=True):
@@ -64,7 +64,7 @@ class _Event(msgspec.Struct, frozen=True):
     delta: _Delta | None = None
     content_block: Block | None = None
     message: _Message | None = None
-    usage: msgspec.Raw | None = None
+    usage: msgspec.Raw = NULL
     error: Failure | None = None
 
 
@@ -195,8 +195,7 @@ class StreamReader:
             case "redacted_thinking":
                 return [Signed(signature=block.data or "", vendor=self._vendor, is_redacted=True)]
             case "tool_use":
-                begun_with = EMPTY_INPUT if block.input is None else bytes(block.input).decode("utf-8", "replace")
-                call = self._call_at[event.index] = _Call(self._calls, begun_with)
+                call = self._call_at[event.index] = _Call(self._calls, block.arguments())
                 self._calls += 1
                 return [CallBegan(index=call.index, id=block.id or "", name=block.name or "")]
             case _:

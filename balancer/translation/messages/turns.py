@@ -74,10 +74,14 @@ class Turns:
         self.messages.append(("user", [{"type": "text", "text": GO_ON}]))
 
     def prefill(self) -> None:
-        """Cuts white space off the end of the assistant's last text, which is refused there."""
-        last = self.messages[-1][1][-1]
-        if last["type"] == "text":
-            last["text"] = str(last["text"]).rstrip()
+        """Leaves of the assistant's last turn what a model that does not think goes on with.
+
+        Thoughts are refused there, and so is white space at the end.
+        """
+        blocks = self.messages[-1][1]
+        blocks[:] = [block for block in blocks if block["type"] not in _THOUGHTS]
+        if blocks[-1]["type"] == "text":
+            blocks[-1]["text"] = str(blocks[-1]["text"]).rstrip()
 
     def lacks_thoughts(self) -> bool:
         """True when results of tools end the conversation, and the calls behind them do not begin with a thought."""
