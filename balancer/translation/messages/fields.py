@@ -55,10 +55,6 @@ class Fields:
         """Where a field of this object stands."""
         return f"{self.at}.{name}" if self.at else name
 
-    def has(self, name: str) -> bool:
-        """True while a field is there, and nobody has taken it."""
-        return name in self._fields
-
     def take(self, name: str, decoder: msgspec.json.Decoder[T]) -> T | None:
         """A field's value; None when it is absent or null. Raises RequestError when it is of another type."""
         raw = self._fields.pop(name, None)

@@ -145,12 +145,14 @@ def _system(request: Fields, hints: list[str]) -> tuple[Text, ...]:
 def _turns(request: Fields, hints: list[str]) -> tuple[Turn, ...]:
     found = []
     messages = [Fields(raw, f"messages[{index}]") for index, raw in enumerate(request.list("messages"))]
+    if not messages:
+        raise RequestError("`messages` must hold a message", param="messages")
     roles = [message.need("role", STR) for message in messages]
     last_of_user = max((index for index, role in enumerate(roles) if role == "user"), default=-1)
     for index, (message, role) in enumerate(zip(messages, roles, strict=True)):
         at = message.path("content")
         if role == "system":
-            is_over = message.take("clear_at", STR) == "next_user_message" and index < last_of_user
+            is_over = _is_for_a_turn(message) and index < last_of_user
             hints += message.drop("output_config")
             content = message.take("content", STR_OR_LIST)
             if content is not None and not is_over:
@@ -165,6 +167,14 @@ def _turns(request: Fields, hints: list[str]) -> tuple[Turn, ...]:
             raise message.refuse("role", f"a message of the role {role[:64]!r} cannot be carried")
         message.close()
     return tuple(found)
+
+
+def _is_for_a_turn(message: Fields) -> bool:
+    """True for a system message that counts only until the user speaks again."""
+    until = message.take("clear_at", STR)
+    if until not in (None, "never", "next_user_message"):
+        raise message.refuse("clear_at", f"{until[:64]!r} cannot be carried")
+    return until == "next_user_message"
 
 
 # -- tools -------------------------------------------------------------------------------------------------------------
