@@ -149,6 +149,8 @@ def _written(part: Said) -> dict[str, object] | None:
                 block["citations"] = locations
             return block
         case Thinking():
+            if not part.text and not part.signature:
+                return None
             sealed = marks.sealed(part.vendor, part.signature)
             if part.is_redacted:
                 return {"type": "redacted_thinking", "data": sealed}

@@ -110,6 +110,7 @@ def test_an_answer_is_written() -> None:
             Thinking(signature="e", vendor="openai/p1", is_redacted=True),
             Text(text="a", citations=(Citation(url="https://a.example", title="A", quote="q"), Citation(document=0))),
             Text(text=""),
+            Thinking(vendor="google"),
             Call(id="call_1", name="f", arguments='{"a":1}'),
         ),
         stop="tool",

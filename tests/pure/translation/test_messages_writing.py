@@ -601,6 +601,29 @@ def test_choices_of_tools_are_written(
     assert [tool["name"] for tool in request["tools"]] == list(names)
 
 
+@pytest.mark.parametrize(
+    ("model", "can"),
+    [
+        ("claude-opus-5-5", False),
+        ("claude-fable-5-1", False),
+        ("claude-mythos-5-2", False),
+        ("claude-opus-5", True),
+        ("claude-fable-5", True),
+        ("claude-sonnet-5-5", True),
+        ("claude-next", True),
+        ("glm-4.6", True),
+    ],
+)
+def test_models_that_cannot_be_told_to_call_a_tool_are_not(model: str, can: bool) -> None:
+    assert written(model, tools=(F,), choice=Choice(mode="auto"))[0]["tool_choice"] == {"type": "auto"}
+    if can:
+        assert written(model, tools=(F,), choice=Choice(mode="any"))[0]["tool_choice"] == {"type": "any"}
+        return
+    with pytest.raises(UntranslatableError) as refused:
+        write(model, tools=(F,), choice=Choice(mode="named", name="f"))
+    assert refused.value.param == "tool_choice"
+
+
 def test_a_choice_among_no_tools_is_none() -> None:
     request, _ = written(choice=Choice(mode="auto"), is_parallel=False)
     assert "tool_choice" not in request
