@@ -78,7 +78,7 @@ class Traits(Struct, frozen=True, kw_only=True):
     @property
     def has_schemas(self) -> bool:
         """True when it holds its answers, and its calls of strict tools, to a schema."""
-        return self.is_claude and (self.version >= (4, 5) or (self.line == "opus" and self.version == (4, 1)))
+        return self.is_claude and self.version >= (4, 5)
 
     @property
     def can_be_forced(self) -> bool:

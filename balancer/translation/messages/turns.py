@@ -39,12 +39,47 @@ GO_ON = "(Go on.)"
 """What the user says where a conversation ends with the assistant, and the model does not go on with that."""
 
 
+class Ids:
+    """Ids of calls as Anthropic takes them: of its letters, and each once in the conversation.
+
+    Some services begin anew with each answer (`call_0`), or name tools in theirs (`functions.f:0`).
+    """
+
+    def __init__(self) -> None:
+        self._uses: dict[str, int] = {}
+        self._taken: set[str] = set()
+        self._given: dict[str, str] = {}
+        self._open: dict[str, list[str]] = {}
+
+    def forget(self) -> None:
+        """Lets no result belong to a call of an earlier turn any more."""
+        self._open.clear()
+
+    def of_call(self, id_: str) -> str:
+        """Another id, if need be, for a call."""
+        use = self._uses[id_] = self._uses.get(id_, 0) + 1
+        found = id_
+        if use > 1 or id_ in self._taken or not _ID.fullmatch(id_):
+            digest = hashlib.sha256(f"{use}:{id_}".encode("utf-8", "replace"))
+            found = f"toolu_{digest.hexdigest()[:24]}"
+        self._taken.add(found)
+        self._given[id_] = found
+        self._open.setdefault(id_, []).append(found)
+        return found
+
+    def of_result(self, id_: str) -> str:
+        """The id of the call that a result is of: of calls with one id the first that has none yet."""
+        waiting = self._open.get(id_)
+        return waiting.pop(0) if waiting else self._given.get(id_, id_)
+
+
 class Turns:
     """Turns one by one into messages; neighbours of one role are one message. `left_out` grows on the way."""
 
     def __init__(self, vendor: str, *, takes_unsigned: bool) -> None:
         self._vendor = vendor
         self._takes_unsigned = takes_unsigned
+        self._ids = Ids()
         self.messages: list[tuple[str, list[Block]]] = []
         self.left_out: list[str] = []
 
@@ -52,6 +87,8 @@ class Turns:
         """Puts the turns into `messages`. Raises UntranslatableError for a part that no message can hold."""
         for turn in turns:
             role = "assistant" if turn.role == "assistant" else "user"
+            if role == "assistant" and self.messages and self.messages[-1][0] == "user":
+                self._ids.forget()
             blocks = self._reminder(turn) if turn.role == "system" else self._blocks(turn)
             if not blocks:
                 continue
@@ -124,7 +161,7 @@ class Turns:
                 return _with_cache(
                     {
                         "type": "tool_use",
-                        "id": call_id(part.id),
+                        "id": self._ids.of_call(part.id),
                         "name": name(part.name, part.at),
                         "input": _input(part),
                     },
@@ -150,7 +187,7 @@ class Turns:
                 content.append(block)
         if part.is_error and not content:
             content.append({"type": "text", "text": "Error"})
-        block = {"type": "tool_result", "tool_use_id": call_id(part.call_id)}
+        block = {"type": "tool_result", "tool_use_id": self._ids.of_result(part.call_id)}
         if content:
             block["content"] = content
         if part.is_error:
@@ -192,13 +229,6 @@ def texts(parts: Sequence[Text]) -> list[Block]:
 def cache_control(cache: Cache) -> Block:
     """What asks for a cache."""
     return {"type": "ephemeral", "ttl": "1h"} if cache == "1h" else {"type": "ephemeral"}
-
-
-def call_id(id_: str) -> str:
-    """A call's id as Anthropic takes it: itself, or the same digest of it for a call and for its result."""
-    if _ID.fullmatch(id_):
-        return id_
-    return f"toolu_{hashlib.sha256(id_.encode()).hexdigest()[:24]}"
 
 
 def name(name: str, at: str) -> str:

@@ -15,7 +15,7 @@ from balancer.translation.conversation import (
     Written,
 )
 from balancer.translation.messages.models import Traits, effort_of, traits
-from balancer.translation.messages.schemas import closed
+from balancer.translation.messages.schemas import held
 from balancer.translation.messages.turns import Block, Turns, cache_control, name, texts
 
 _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -87,8 +87,14 @@ class _Request:
         """Asks for an answer of this form; what a model does not know by itself, it is told: the text comes back."""
         if format_.schema is None:
             return _ANY_OBJECT
-        if self._traits.has_schemas:
-            self._output()["format"] = {"type": "json_schema", "schema": closed(format_.schema)}
+        schema = held(format_.schema) if self._traits.has_schemas else None
+        if schema is not None:
+            if not schema.is_whole:
+                self._left_out.append(f"{format_.at}.schema")
+            self._output()["format"] = {
+                "type": "json_schema",
+                "schema": format_.schema if schema.is_same else schema.schema,
+            }
             return ""
         if format_.is_strict:
             self._left_out.append(f"{format_.at}.strict")
@@ -203,10 +209,12 @@ class _Request:
             block["input_schema"] = _CUSTOM_SCHEMA
         else:
             block["input_schema"] = _schema(tool)
-            if tool.is_strict and self._traits.has_schemas:
-                block["strict"] = True
-            elif tool.is_strict:
-                self._left_out.append(f"{tool.at}.strict")
+            if tool.is_strict:
+                schema = held(tool.schema) if self._traits.has_schemas else None
+                if schema is not None and schema.is_same:
+                    block["strict"] = True
+                else:
+                    self._left_out.append(f"{tool.at}.strict")
         if description:
             block["description"] = description
         if tool.cache:

@@ -526,6 +526,20 @@ def test_whatever_interleaves_the_client_gets_whole_blocks_in_the_order_in_which
     assert contents(*steps) == expected
 
 
+def test_the_next_call_is_told_as_soon_as_the_one_before_it_is_whole() -> None:
+    writer = StreamWriter(ECHO)
+    writer.write([Started(), CALLS[0], CALLS[1], CallDelta(index=1, arguments='{"n"'), CALLS[2]])
+    assert b"content_block_start" not in writer.write([CallDelta(index=0, arguments='{"n":')])
+    told = events_of(writer.write([CallDelta(index=0, arguments="0}")]), opened=0)
+    assert [event["type"] for event in told] == [
+        "content_block_delta",
+        "content_block_stop",
+        "content_block_start",
+        "content_block_delta",
+    ]
+    assert told[-1]["delta"]["partial_json"] == '{"n"'
+
+
 def test_a_brace_within_a_string_does_not_make_a_call_whole() -> None:
     assert contents(
         CALLS[0],
