@@ -76,12 +76,14 @@ class Ids:
 class Turns:
     """Turns one by one into messages; neighbours of one role are one message. `left_out` grows on the way."""
 
-    def __init__(self, vendor: str, *, takes_unsigned: bool) -> None:
+    def __init__(self, vendor: str, *, takes_thoughts: bool, takes_unsigned: bool) -> None:
         self._vendor = vendor
+        self._takes_thoughts = takes_thoughts
         self._takes_unsigned = takes_unsigned
         self._ids = Ids()
         self.messages: list[tuple[str, list[Block]]] = []
         self.left_out: list[str] = []
+        self.has_thoughts = False
 
     def write(self, turns: Iterable[Turn]) -> None:
         """Puts the turns into `messages`. Raises UntranslatableError for a part that no message can hold."""
@@ -172,9 +174,11 @@ class Turns:
         assert_never(part)
 
     def _thinking(self, part: Thinking) -> Block | None:
-        if part.vendor != self._vendor or not (part.signature or self._takes_unsigned):
+        is_taken = self._takes_thoughts and bool(part.signature or self._takes_unsigned)
+        if part.vendor != self._vendor or not is_taken:
             self.left_out.append(part.at)
             return None
+        self.has_thoughts = True
         if part.is_redacted:
             return {"type": "redacted_thinking", "data": part.signature}
         return {"type": "thinking", "thinking": part.text, "signature": part.signature}

@@ -23,6 +23,7 @@ _ENCODER = msgspec.json.Encoder()
 _LONGEST_USER = 256
 _LEAST_ANSWER = 1024
 _CUSTOM_SCHEMA = msgspec.Raw(b'{"type":"object","properties":{"input":{"type":"string"}},"required":["input"]}')
+_BINDING_BETA = "thinking-binding-controls-2026-08-01"
 _ANY_OBJECT = "Answer with one JSON object and nothing else."
 _OBJECT_OF_SCHEMA = "Answer with one JSON value that this JSON Schema describes, and nothing else:"
 
@@ -45,15 +46,22 @@ class _Request:
 
     def written(self) -> Written:
         asked = self._asked
-        turns = Turns(self._target.vendor, takes_unsigned=not self._traits.is_claude)
+        takes = self._traits
+        is_off = asked.reasoning is not None and asked.reasoning.effort == "none" and takes.off is not None
+        turns = Turns(
+            self._target.vendor,
+            takes_thoughts=not (takes.binds_thoughts and is_off),
+            takes_unsigned=not takes.is_claude,
+        )
         turns.write(asked.turns)
         self._left_out += turns.left_out
         thinks = self._write_reasoning(turns)
         if turns.ends_with_assistant():
-            if self._traits.continues and not thinks:
+            if takes.continues and not thinks:
                 turns.prefill()
             else:
                 turns.go_on()
+        betas = self._loosen() if turns.has_thoughts and takes.binds_thoughts else ()
         self._write_system()
         self._body["messages"] = [{"role": role, "content": blocks} for role, blocks in turns.messages]
         self._write_tools()
@@ -66,7 +74,8 @@ class _Request:
                 self._body["metadata"] = {"user_id": asked.user}
         if asked.stream:
             self._body["stream"] = True
-        return Written(body=_ENCODER.encode(self._body), left_out=tuple(dict.fromkeys(self._left_out)))
+        body = _ENCODER.encode(self._body)
+        return Written(body=body, left_out=tuple(dict.fromkeys(self._left_out)), betas=betas)
 
     def _leave_out(self, field: str) -> None:
         self._left_out.append(self._asked.field(field))
@@ -170,6 +179,15 @@ class _Request:
         if reasoning.is_shown is False and self._traits.is_claude:
             thinking["display"] = "omitted"
         self._body["thinking"] = thinking
+
+    def _loosen(self) -> tuple[str, ...]:
+        """Lets thoughts that do not fit be dropped, where the request would be refused for them.
+
+        The client's API may hold what the model said in another order, or join two texts of it.
+        """
+        thinking: Block = self._body.setdefault("thinking", {"type": "adaptive"})  # type: ignore[assignment]
+        thinking["block_binding"] = {"prefix_mismatch_behavior": "drop_block"}
+        return (_BINDING_BETA,)
 
     # -- tools ---------------------------------------------------------------------------------------------------------
 

@@ -393,6 +393,44 @@ def test_thoughts_with_nothing_behind_them_are_left_out() -> None:
     ]
 
 
+DROPS = {"prefix_mismatch_behavior": "drop_block"}
+
+
+@pytest.mark.parametrize(
+    ("model", "reasoning", "thinking"),
+    [
+        ("claude-opus-5-5", None, {"type": "adaptive", "block_binding": DROPS}),
+        ("claude-fable-5-1", Reasoning(effort="none"), {"type": "adaptive", "block_binding": DROPS}),
+        (
+            "claude-haiku-5-5",
+            Reasoning(effort="low"),
+            {"type": "adaptive", "display": "summarized", "block_binding": DROPS},
+        ),
+        ("claude-opus-5", None, None),
+        (NEW, None, None),
+        (OLD, None, None),
+    ],
+)
+def test_thoughts_that_do_not_fit_any_more_are_dropped_where_they_are_bound_to_what_was_before_them(
+    model: str, reasoning: Reasoning | None, thinking: object
+) -> None:
+    """A chat client joins two texts of an answer into one; the newest models refuse the thoughts behind them."""
+    turns = (HI, a_turn("assistant", THOUGHT, Text(text="x")), HI)
+    found = write(model, turns=turns, reasoning=reasoning)
+    request = msgspec.json.decode(found.body)
+    assert request.get("thinking") == thinking
+    assert found.betas == (("thinking-binding-controls-2026-08-01",) if thinking else ())
+    assert write(model, reasoning=reasoning).betas == ()
+
+
+def test_a_model_that_binds_its_thoughts_gets_none_where_it_is_not_to_think() -> None:
+    turns = (HI, a_turn("assistant", THOUGHT, Text(text="x")), HI)
+    request, left_out = written("claude-sonnet-5-5", turns=turns, reasoning=Reasoning(effort="none"))
+    assert request["thinking"] == {"type": "between_tools"}
+    assert request["messages"][1]["content"] == [{"type": "text", "text": "x"}]
+    assert left_out == (THOUGHT.at,)
+
+
 ADAPTIVE = {"type": "adaptive", "display": "summarized"}
 
 
