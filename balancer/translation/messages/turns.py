@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import assert_never
@@ -24,10 +23,10 @@ from balancer.translation.conversation import (
     Turn,
     UntranslatableError,
 )
+from balancer.translation.messages.ids import KnownIds
 
 Block = dict[str, object]
 
-_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 _IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 _MAGIC = {"/9j/": "image/jpeg", "iVBORw0KGgo": "image/png", "R0lGOD": "image/gif", "UklGR": "image/webp"}
@@ -39,40 +38,6 @@ GO_ON = "(Go on.)"
 """What the user says where a conversation ends with the assistant, and the model does not go on with that."""
 
 
-class Ids:
-    """Ids of calls as Anthropic takes them: of its letters, and each once in the conversation.
-
-    Some services begin anew with each answer (`call_0`), or name tools in theirs (`functions.f:0`).
-    """
-
-    def __init__(self) -> None:
-        self._uses: dict[str, int] = {}
-        self._taken: set[str] = set()
-        self._given: dict[str, str] = {}
-        self._open: dict[str, list[str]] = {}
-
-    def forget(self) -> None:
-        """Lets no result belong to a call of an earlier turn any more."""
-        self._open.clear()
-
-    def of_call(self, id_: str) -> str:
-        """Another id, if need be, for a call."""
-        use = self._uses[id_] = self._uses.get(id_, 0) + 1
-        found = id_
-        if use > 1 or id_ in self._taken or not _ID.fullmatch(id_):
-            digest = hashlib.sha256(f"{use}:{id_}".encode("utf-8", "replace"))
-            found = f"toolu_{digest.hexdigest()[:24]}"
-        self._taken.add(found)
-        self._given[id_] = found
-        self._open.setdefault(id_, []).append(found)
-        return found
-
-    def of_result(self, id_: str) -> str:
-        """The id of the call that a result is of: of calls with one id the first that has none yet."""
-        waiting = self._open.get(id_)
-        return waiting.pop(0) if waiting else self._given.get(id_, id_)
-
-
 class Turns:
     """Turns one by one into messages; neighbours of one role are one message. `left_out` grows on the way."""
 
@@ -80,7 +45,7 @@ class Turns:
         self._vendor = vendor
         self._takes_thoughts = takes_thoughts
         self._takes_unsigned = takes_unsigned
-        self._ids = Ids()
+        self._ids = KnownIds()
         self.messages: list[tuple[str, list[Block]]] = []
         self.left_out: list[str] = []
         self.has_thoughts = False
