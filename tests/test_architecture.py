@@ -45,6 +45,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
                 "tactics",
                 "translation",
                 "usage",
+                "usage_google",
             }
         ),
     ),
