@@ -79,14 +79,13 @@ class Events:
         if self.is_over or self.fault is not None:
             return
         data = event.data
-        if not data:
-            if event.raw.startswith(b":"):
-                steps.append(Pinged())
-            return
         if b'"usage"' in data or self._attempt.details is not None:
             self._usage.see(event)
             self._attempt.usage = self._usage.usage or self._attempt.usage
-        self._take(self._reader.read(event), data, steps)
+        said = self._reader.read(event)
+        if not said and not data and event.raw.startswith(b":"):
+            said = [Pinged()]
+        self._take(said, data, steps)
 
     def _take(self, told: list[Step], data: bytes, steps: list[Step]) -> None:
         for step in told:
