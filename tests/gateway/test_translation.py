@@ -21,6 +21,7 @@ from tests.gateway.translations import (
     a_mixed_document,
     generated_events,
     told,
+    until,
 )
 
 SAID = [{"role": "user", "content": "hello"}]
@@ -114,9 +115,7 @@ async def test_a_stream_comes_down_event_by_event(
     body = {"model": "m", "stream": True} | ASKS[path]
     async with gateway.session.post(f"{gateway.url}/openai{path}", json=body) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
-        seen = b""
-        while b"w2" not in seen:
-            seen += await answer.content.readany()
+        seen = await until(answer, lambda seen: b"w2" in seen)
         gate.set()
         seen += await answer.content.read()
     assert upstream.last.target == target

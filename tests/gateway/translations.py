@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import aiohttp
 import msgspec
 
 from tests.actors import Upstream
@@ -76,3 +78,13 @@ def told(body: bytes) -> list[tuple[str, Any]]:
         elif block.startswith(b":"):
             events.append(("comment", block.decode()))
     return events
+
+
+async def until(answer: aiohttp.ClientResponse, is_there: Callable[[bytes], bool]) -> bytes:
+    """What has come of an answer once it is there."""
+    seen = b""
+    while not is_there(seen):
+        more = await answer.content.readany()
+        assert more, f"the answer has ended: {seen!r}"
+        seen += more
+    return seen
