@@ -1,8 +1,8 @@
 """What chat completions upstreams answer, whole and in chunks, as structs: every field may be absent or null.
 
 One Message serves `message` and `delta`. Vendors' own fields stand beside OpenAI's: `reasoning_content` (DeepSeek,
-vLLM, Moonshot), `reasoning` and `reasoning_details` (OpenRouter), content in parts with `thinking` (Mistral), usage inside of
-a choice (Moonshot), tokens of a cache under names of their own (DeepSeek, Moonshot).
+vLLM, Moonshot), `reasoning` and `reasoning_details` (OpenRouter), content in parts with `thinking` (Mistral), usage
+inside of a choice (Moonshot), tokens of a cache under names of their own (DeepSeek, Moonshot).
 """
 
 from __future__ import annotations
