@@ -94,7 +94,9 @@ class _Writer:
             self._uncached(turn.parts)
             match turn.role:
                 case "system":
-                    messages.append({"role": "system", "content": _BREAK.join(_texts(turn.parts))})
+                    texts = _texts(turn.parts)
+                    if texts:
+                        messages.append({"role": "system", "content": _BREAK.join(texts)})
                 case "user":
                     messages += self._user_turn(turn)
                 case "assistant":
@@ -195,6 +197,8 @@ class _Writer:
             raise UntranslatableError(
                 f"{media.at}: the services of this rule take no document by its URL; send its bytes", param=media.at
             )
+        if media.context:
+            self._leave(f"{media.at}.context")
         kind = media.media_type or "application/pdf"
         name = media.title or ("document.pdf" if kind == "application/pdf" else "document")
         return {"type": "file", "file": {"filename": name, "file_data": f"data:{kind};base64,{media.data}"}}
