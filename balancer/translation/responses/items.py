@@ -107,8 +107,8 @@ class Input:
             yield part
 
     def _reasoning(self, item: Fields) -> None:
-        summary = [text for text in _thoughts(item, "summary", "summary_text")]
-        content = [text for text in _thoughts(item, "content", "reasoning_text")]
+        summary = list(_thoughts(item, "summary", "summary_text"))
+        content = list(_thoughts(item, "content", "reasoning_text"))
         encrypted = item.maybe_text("encrypted_content")
         self._done(item)
         if not (summary or content or encrypted):

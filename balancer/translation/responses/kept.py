@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from balancer.domain import Struct
 from balancer.translation.conversation import Conversation
-from balancer.translation.responses.tools import Namespaces
 
 
 class Kept(Struct, frozen=True, kw_only=True):
@@ -17,7 +18,7 @@ class Kept(Struct, frozen=True, kw_only=True):
 
     repeated: msgspec.Raw = msgspec.Raw(b'{"tools":[],"tool_choice":"auto","parallel_tool_calls":true}')
     is_sealed: bool = False
-    namespaces: Namespaces = {}
+    namespaces: Mapping[str, tuple[str, str]] = {}
 
 
 _decoder = msgspec.json.Decoder(Kept)

@@ -15,18 +15,18 @@ from balancer.translation.conversation import NO_SCHEMA, Choice, Tool
 from balancer.translation.responses.fields import Fields, named, unsupported
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
-_CALLERS = ([], ["direct"])
-
-Namespaces = dict[str, tuple[str, str]]
-"""The namespace and the name of tools, by the name under which the model knows them."""
+_DIRECTLY: tuple[object, ...] = (None, [], ["direct"])
 
 
 class Tools:
-    """Gathers the tools of a request."""
+    """Gathers the tools of a request.
+
+    `namespaces` has the namespace and the name of a tool by the name under which the model knows it.
+    """
 
     def __init__(self) -> None:
         self.hints: set[str] = set()
-        self.namespaces: Namespaces = {}
+        self.namespaces: dict[str, tuple[str, str]] = {}
         self._tools: dict[str, Tool] = {}
 
     @property
@@ -50,17 +50,16 @@ class Tools:
         """Which may be called; None where the model may choose, or there is nothing to choose from."""
         value = fields.take("tool_choice")
         at = fields.path("tool_choice")
-        match value:
-            case None | "auto":
-                return None
-            case "none":
-                return Choice(mode="none") if self._tools else None
-            case "required":
-                if not self._tools:
-                    raise RequestError(f"`{at}` requires a call, and there are no `tools`", param=at)
-                return Choice(mode="any")
-            case str():
-                raise unsupported(at, f"{named(value)} is none of auto, none, required")
+        if value is None or value == "auto":
+            return None
+        if value == "none":
+            return Choice(mode="none") if self._tools else None
+        if value == "required":
+            if not self._tools:
+                raise RequestError(f"`{at}` requires a call, and there are no `tools`", param=at)
+            return Choice(mode="any")
+        if isinstance(value, str):
+            raise unsupported(at, f"{named(value)} is none of auto, none, required")
         chosen = Fields(value, at)
         if chosen.peek("type") == "allowed_tools":
             chosen.skip("type")
@@ -105,7 +104,7 @@ class Tools:
             raise unsupported(tool.path("defer_loading"), "tools cannot be searched for; offer this one at once")
         if tool.flag("async"):
             raise unsupported(tool.path("async"), "the model waits for what its tools give")
-        if (tool.take("allowed_callers") or []) not in _CALLERS:
+        if tool.take("allowed_callers") not in _DIRECTLY:
             raise unsupported(tool.path("allowed_callers"), "only the model itself calls tools")
         if tool.take("output_schema") is not None:
             self.hints.add("tools[].output_schema")
@@ -113,7 +112,7 @@ class Tools:
             read = Tool(
                 name=name,
                 description=description,
-                schema=tool.raw("parameters") or NO_SCHEMA,
+                schema=_schema(tool),
                 is_strict=tool.flag("strict") is True,
                 at=tool.at,
             )
@@ -138,6 +137,12 @@ def qualified(namespace: str, name: str, at: str) -> str:
     if not _NAME.fullmatch(whole):
         raise RequestError(f"`{at}`: with its namespace this is more than 128 letters, digits, dashes", param=at)
     return whole
+
+
+def _schema(tool: Fields) -> msgspec.Raw:
+    if not tool.peek("parameters"):
+        tool.skip("parameters")
+    return tool.raw("parameters") or NO_SCHEMA
 
 
 def _grammar(tool: Fields) -> msgspec.Raw | None:
