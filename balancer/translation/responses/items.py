@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -24,6 +25,15 @@ from balancer.translation.responses.tools import Tools, qualified, tool_name
 
 _BOOKKEEPING = ("id", "status", "created_by", "encrypted_function_args")
 _PASSED_THROUGH = "internal_chat_message_metadata_passthrough"
+_TYPES = {
+    "csv": "text/csv",
+    "htm": "text/html",
+    "html": "text/html",
+    "json": "application/json",
+    "md": "text/markdown",
+    "txt": "text/plain",
+}
+"""Of files that are sent without a type."""
 _SOUNDS = {"mp3": "audio/mpeg", "wav": "audio/wav"}
 
 
@@ -46,6 +56,8 @@ class Input:
             for at, item in entries(value, "input"):
                 self._item(Fields(item, at))
             self._check()
+            if not (self._turns or self.system):
+                raise RequestError("`input` has nothing that the model could answer", param="input")
         else:
             raise malformed("input", "a string or a list of items")
 
@@ -220,8 +232,7 @@ class Input:
         kind = part.text("type")
         read: Text | Media
         match kind:
-            case "input_text" | "output_text":
-                part.skip("annotations", "logprobs")
+            case "input_text":
                 read = Text(text=part.text("text"), cache=_cache(part), at=part.at)
             case "input_image":
                 read = _image(part)
@@ -246,7 +257,7 @@ def _image(part: Fields) -> Media:
 
 
 def _file(part: Fields) -> Media:
-    """A document. `file_data` is a data URL, or bare base64 whose type the file's name tells."""
+    """A document. `file_data` is a data URL, or bare base64, whose type the file's name tells."""
     _refuse_file_id(part)
     part.skip("detail")
     name, cache = part.maybe_text("filename"), _cache(part)
@@ -255,10 +266,19 @@ def _file(part: Fields) -> Media:
         return Media(kind="document", url=url, title=name, cache=cache, at=part.at)
     if not data:
         raise RequestError(f"`{part.at}` has neither `file_data` nor `file_url`", param=part.at)
-    media_type = "application/pdf" if name.lower().endswith(".pdf") else ""
+    media_type = _TYPES.get(name.rpartition(".")[2].lower(), "application/pdf")
     if data.startswith("data:"):
         media_type, data = _data(data, part.path("file_data"))
-    return Media(kind="document", media_type=media_type, data=data, title=name, cache=cache, at=part.at)
+    text = _plain(data) if media_type.startswith("text/") or media_type == "application/json" else ""
+    return Media(
+        kind="document",
+        media_type=media_type,
+        data="" if text else data,
+        text=text,
+        title=name,
+        cache=cache,
+        at=part.at,
+    )
 
 
 def _sound(part: Fields) -> Media:
@@ -283,6 +303,14 @@ def _data(url: str, path: str) -> tuple[str, str]:
     if not comma or not head.endswith(";base64"):
         raise RequestError(f"`{path}` must be a data URL in base64", param=path)
     return head.removeprefix("data:").split(";", 1)[0], data
+
+
+def _plain(data: str) -> str:
+    """The text of a document that is plain text, empty where it is something else."""
+    try:
+        return binascii.a2b_base64(data).decode()
+    except (binascii.Error, UnicodeDecodeError):
+        return ""
 
 
 def _cache(part: Fields) -> Cache:

@@ -25,9 +25,6 @@ _HINTS = (
     "client_metadata",
     "context_management",
     "image",
-    "max_tool_calls",
-    "metadata",
-    "prompt_cache_key",
     "prompt_cache_retention",
     "service_tier",
     "stream_options",
@@ -73,6 +70,7 @@ _REPEATED = (
     "user",
 )
 
+_EMPTY = msgspec.Raw(b"{}")
 _decoder = msgspec.json.Decoder(dict[str, object])
 
 
@@ -121,6 +119,12 @@ def read_request(body: bytes) -> Conversation:
 
 def _hints(fields: Fields) -> set[str]:
     hints = {name for name in _HINTS if fields.take(name)}
+    if fields.maybe_text("prompt_cache_key"):
+        hints.add("prompt_cache_key")
+    if fields.raw("metadata") not in (None, _EMPTY):
+        hints.add("metadata")
+    if fields.count("max_tool_calls") is not None:
+        hints.add("max_tool_calls")
     if fields.flag("store"):
         hints.add("store")
     options = fields.object("prompt_cache_options")
@@ -221,7 +225,6 @@ def _refuse(fields: Fields) -> None:
 def _kept(members: dict[str, object], is_sealed: bool, tools: Tools) -> msgspec.Raw:
     repeated = {name: members.get(name) for name in _REPEATED}
     given = {name: value for name, value in repeated.items() if value is not None}
-    text, reasoning = given.get("text"), given.get("reasoning")
     repeated = {
         **repeated,
         "metadata": {},
@@ -230,8 +233,8 @@ def _kept(members: dict[str, object], is_sealed: bool, tools: Tools) -> msgspec.
         "tools": [],
         "truncation": "disabled",
         **given,
-        "text": {"format": {"type": "text"}, "verbosity": "medium", **(text if isinstance(text, dict) else {})},
-        "reasoning": {"effort": None, "summary": None, **(reasoning if isinstance(reasoning, dict) else {})},
+        "text": {"format": {"type": "text"}, "verbosity": "medium", **_given(given, "text")},
+        "reasoning": {"effort": None, "summary": None, **_given(given, "reasoning")},
     }
     kept = Kept(
         repeated=msgspec.Raw(msgspec.json.encode(repeated)),
@@ -239,3 +242,11 @@ def _kept(members: dict[str, object], is_sealed: bool, tools: Tools) -> msgspec.
         namespaces=tools.namespaces,
     )
     return msgspec.Raw(msgspec.json.encode(kept))
+
+
+def _given(members: dict[str, object], name: str) -> dict[str, object]:
+    """What a member says; "none" is a word of clients, which answers do not have."""
+    value = members.get(name)
+    if not isinstance(value, dict):
+        return {}
+    return {key: said for key, said in value.items() if said is not None and (key, said) != ("summary", "none")}
