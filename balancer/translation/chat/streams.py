@@ -98,7 +98,9 @@ class StreamReader:
                     steps += self._broke(Broke(message="the upstream ended its answer with an error", code=BAD_ANSWER))
                     return steps
                 self._stop = shapes.stop_of(
-                    choice.finish_reason, has_calls=bool(self._calls), has_refusal=self._has_refused
+                    choice.finish_reason,
+                    has_calls=any(call.name for call in self._calls),
+                    has_refusal=self._has_refused,
                 )
                 self._count(usage or choice.usage, steps)
                 steps.append(Stopped(stop=self._stop))
@@ -221,8 +223,8 @@ class StreamReader:
         By the book its index tells. Some servers give all calls the index 0, each with an id and a name of its own, or
         give none at all; then what has a name begins a call, and what has none goes on with the last.
         """
-        index = None if piece.index is None else int(piece.index)
-        if index is None:
+        index = shapes.place_of(piece.index)
+        if index < 0:
             known = next((call for call in self._calls if piece.id and call.id == piece.id), None)
             if known is None and not name and self._calls:
                 known = self._calls[-1]
@@ -234,7 +236,7 @@ class StreamReader:
                 return known
         call = _Call(len(self._calls))
         self._calls.append(call)
-        if index is not None:
+        if index >= 0:
             self._by_index[index] = call
         return call
 
@@ -253,6 +255,7 @@ class StreamWriter:
         conversation = echo.conversation
         self._echo = echo
         self._wants_usage = conversation.wants_usage
+        self._is_shown = answers.shows_thoughts(conversation)
         self._custom = answers.custom_tools(conversation)
         self._head = b""
         self._tail = (
@@ -331,7 +334,7 @@ class StreamWriter:
         if step.begins or not self._is_thinking:
             self._thought += 1
             self._is_thinking = True
-        if not step.text:
+        if not step.text or not self._is_shown:
             return b""
         text = _encode(step.text)
         return self._delta(
