@@ -98,7 +98,7 @@ def estimated(peek: Peek, body: bytes) -> int:
 def _counting(translated: Translated) -> Translated:
     """The same request as Google counts it: Vertex AI takes its parts, the Gemini API all of it, with the model's name.
 
-    ai.google.dev/api/tokens, cloud.google.com/vertex-ai/generative-ai/docs/model-reference/count-tokens (November 2026).
+    ai.google.dev/api/tokens; cloud.google.com/vertex-ai/generative-ai/docs, "CountTokens API" (November 2026).
     """
     members = _members.decode(translated.body)
     if _VERTEX in translated.provider.api_base:

@@ -96,7 +96,9 @@ def standing_in(rule: Rule, find: Callable[[str], Rule | None]) -> Iterator[Rule
 Apart = Literal[0, 1, 2]
 """How a rule's services take a client's requests: as they are, but for marks in them that are no vendor's, or some of
 them not without translation."""
-NATIVE, MARKED, FOREIGN = 0, 1, 2
+NATIVE: Apart = 0
+MARKED: Apart = 1
+FOREIGN: Apart = 2
 
 
 class Plan:

@@ -23,8 +23,8 @@ from balancer.gateway.masking import Mask
 from balancer.gateway.messages import ClientStream
 from balancer.gateway.opening import ERROR_LIMIT_BYTES, Opening
 from balancer.gateway.relay import read_whole
-from balancer.gateway.translating import Translated
 from balancer.gateway.translated_events import Events, used
+from balancer.gateway.translating import Translated
 from balancer.sse import Parser
 from balancer.translation.answer import Answer, Echo, Pinged, Started
 from balancer.translation.faults import fault

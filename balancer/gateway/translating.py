@@ -20,7 +20,6 @@ from balancer.translation.pairs import CLIENTS, SERVICES, ClientSide, ServiceSid
 from balancer.translation.responses.unmarked import without_foreign as unmarked_responses
 
 _NAMES_SHOWN = 20
-_PATHS = {"chat": "/v1/chat/completions", "messages": "/v1/messages"}
 _UNMARK: dict[ClientApi, Callable[[bytes], bytes]] = {"messages": unmarked_messages, "responses": unmarked_responses}
 
 
@@ -98,10 +97,6 @@ class Translation:
         api, conversation = service_api(provider), self._conversation()
         target = Target(model=model, vendor=marks.vendor(provider.api_style, provider.uuid))
         written = self._write(api, provider, target, conversation)
-        if api == "google":
-            path = STREAM if conversation.stream else GENERATE
-        else:
-            path = _PATHS[api]
         return Translated(
             client=CLIENTS[self._api],
             service=SERVICES[api],
@@ -111,7 +106,7 @@ class Translation:
             target=target,
             conversation=conversation,
             body=written.body,
-            path=path,
+            path=_path(api, conversation),
             left_out=tuple(dict.fromkeys((*conversation.hints, *written.left_out))),
         )
 
@@ -148,6 +143,16 @@ class Translation:
         if written is None:
             written = self._written[key] = SERVICES[api].write_request(conversation, target, provider)
         return written
+
+
+def _path(api: ServiceApi, conversation: Conversation) -> str:
+    match api:
+        case "chat":
+            return "/v1/chat/completions"
+        case "messages":
+            return "/v1/messages"
+        case "google":
+            return STREAM if conversation.stream else GENERATE
 
 
 def _untranslated(path: str, services: Sequence[Service]) -> UntranslatableError:

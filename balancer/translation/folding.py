@@ -66,9 +66,7 @@ class _Open:
             case Text():
                 return Text(text=text, citations=tuple(self.citations))
             case Thinking():
-                return Thinking(
-                    text=text, signature=part.signature, vendor=part.vendor, is_redacted=part.is_redacted
-                )
+                return Thinking(text=text, signature=part.signature, vendor=part.vendor, is_redacted=part.is_redacted)
             case Refusal():
                 return Refusal(text=text)
             case Call():

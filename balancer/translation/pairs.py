@@ -9,10 +9,13 @@ import msgspec
 
 from balancer.domain import Provider
 from balancer.sse import Event
+from balancer.translation.answer import Answer, Echo, Step
+from balancer.translation.apis import ClientApi, ServiceApi
 from balancer.translation.chat import answers as chat_answers
 from balancer.translation.chat import reading as chat_reading
 from balancer.translation.chat import streams as chat_streams
 from balancer.translation.chat import writing as chat_writing
+from balancer.translation.conversation import Conversation, Target, Written
 from balancer.translation.google import answers as google_answers
 from balancer.translation.google import streams as google_streams
 from balancer.translation.google import writing as google_writing
@@ -23,9 +26,6 @@ from balancer.translation.messages import writing as messages_writing
 from balancer.translation.responses import answers as responses_answers
 from balancer.translation.responses import reading as responses_reading
 from balancer.translation.responses import streams as responses_streams
-from balancer.translation.answer import Answer, Echo, Step
-from balancer.translation.apis import ClientApi, ServiceApi
-from balancer.translation.conversation import Conversation, Target, Written
 
 
 class Reader(Protocol):

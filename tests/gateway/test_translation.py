@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import msgspec
 import pytest
 
 from balancer.domain import Outcome
 from tests.actors import OPENAI_JSON, Upstream, anthropic_events, openai_events
-from tests.gateway.conftest import KEY, Serve, Served, decoded
-from tests.gateway.pairs import counted, settled
+from tests.gateway.conftest import Serve, Served, decoded
+from tests.gateway.pairs import settled
 from tests.gateway.translations import (
     CHAT,
     GENERATED,
@@ -41,7 +40,14 @@ SERVICES: dict[str, tuple[bytes, list[bytes], str, str]] = {
     ),
 }
 """What a service answers, whole and as a stream, and where it is asked for that."""
-PAIRS = [(CHAT, "ant0"), (CHAT, "goo0"), (MESSAGES, "oai0"), (MESSAGES, "goo0"), (RESPONSES, "ant0"), (RESPONSES, "goo0")]
+PAIRS = [
+    (CHAT, "ant0"),
+    (CHAT, "goo0"),
+    (MESSAGES, "oai0"),
+    (MESSAGES, "goo0"),
+    (RESPONSES, "ant0"),
+    (RESPONSES, "goo0"),
+]
 
 
 async def ask(gateway: Served, path: str, *, model: str = "m", headers: Any = None, **more: Any) -> Any:
@@ -80,7 +86,7 @@ ENDS: dict[str, Any] = {CHAT: ("", "[DONE]"), MESSAGES: "message_stop", RESPONSE
 
 def is_closed(path: str, events: list[tuple[str, Any]]) -> bool:
     """True when the stream ends as a whole one does."""
-    return events[-1] == ENDS[path] if path == CHAT else events[-1][0] == ENDS[path]
+    return bool(events[-1] == ENDS[path] if path == CHAT else events[-1][0] == ENDS[path])
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -105,9 +111,7 @@ async def test_a_client_is_answered_by_a_service_of_another_api(
 
 
 @pytest.mark.parametrize(("path", "service"), PAIRS)
-async def test_a_stream_comes_down_event_by_event(
-    serve: Serve, upstream: Upstream, path: str, service: str
-) -> None:
+async def test_a_stream_comes_down_event_by_event(serve: Serve, upstream: Upstream, path: str, service: str) -> None:
     gateway = await serve(a_mixed_document(upstream, rules={"m": {"services": [service]}}))
     _, events, _, target = SERVICES[service]
     gate = asyncio.Event()

@@ -13,7 +13,7 @@ from tests.gateway.pairs import counted, settled
 from tests.gateway.test_translation import ask
 from tests.gateway.translations import CHAT, MESSAGE, MESSAGES, RESPONSES, a_mixed_document
 
-MIXED = {"m": {"services": ["oai0", "ant1"]}}
+MIXED: dict[str, Any] = {"m": {"services": ["oai0", "ant1"]}}
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ async def test_where_no_service_can_be_asked_the_field_is_named_and_nothing_is_p
 
 
 async def test_a_rule_that_cannot_be_asked_is_stood_in_for_by_one_that_can(serve: Serve, upstream: Upstream) -> None:
-    rules = {"m": {"services": ["ant0"], "fallback": ["no", "yes"]}, "no": {"services": ["ant0"]}} | {
+    rules: dict[str, Any] = {"m": {"services": ["ant0"], "fallback": ["no", "yes"]}, "no": {"services": ["ant0"]}} | {
         "yes": {"services": ["oai0"]}
     }
     gateway = await serve(a_mixed_document(upstream, rules=rules))
@@ -77,9 +77,7 @@ async def test_a_rule_that_cannot_be_asked_is_stood_in_for_by_one_that_can(serve
     assert (status, headers["x-balancer-service"], headers["x-balancer-attempts"]) == (200, "oai0:up-model", "1")
 
 
-async def test_a_failure_goes_on_to_a_service_of_another_api(
-    serve: Serve, upstream: Upstream, other: Upstream
-) -> None:
+async def test_a_failure_goes_on_to_a_service_of_another_api(serve: Serve, upstream: Upstream, other: Upstream) -> None:
     gateway = await serve(a_mixed_document(upstream, other, rules=MIXED))
     upstream.answers(500, b"{}")
     status, headers, body = await ask(gateway, CHAT)
@@ -236,7 +234,7 @@ async def test_what_is_left_out_is_told(serve: Serve, upstream: Upstream, is_tol
 
 
 async def test_the_client_sees_the_model_under_the_rule_s_other_name(serve: Serve, upstream: Upstream) -> None:
-    rules = {"m": {"services": ["ant0"], "response_model": "house"}, "n": {"services": ["ant0"]}}
+    rules: dict[str, Any] = {"m": {"services": ["ant0"], "response_model": "house"}, "n": {"services": ["ant0"]}}
     gateway = await serve(a_mixed_document(upstream, rules=rules))
     upstream.answers(body=MESSAGE)
     assert decoded((await ask(gateway, CHAT))[2])["model"] == "house"
