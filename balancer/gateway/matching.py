@@ -23,6 +23,10 @@ _DEADLINE_MARGIN_S = 30.0
 """Beyond the provider's timeout: when it has passed, the attempt cannot be alive any more."""
 
 
+_MARKABLE: tuple[ClientApi, ...] = ("messages", "responses")
+"""Their vendors refuse a signature that is not their own."""
+
+
 class Directory(Protocol):
     """The configuration that stands."""
 
@@ -63,17 +67,13 @@ def foreign(directory: Directory, services: Iterable[Service], api: ClientApi) -
 
 
 def mixed(directory: Directory, scenario: str) -> frozenset[ClientApi]:
-    """The APIs of clients for which some service of the scenario's rules is foreign.
+    """The APIs of clients whose conversations may hold marks: some service of the scenario's rules is foreign to them.
 
-    What those have answered may stand in a conversation that goes on with any other rule.
+    What that has answered may stand in a conversation which goes on with any other rule.
     """
-    services = [
-        service
-        for rule in directory.rules(scenario)
-        for variant in rule.variants()
-        for service in usable(directory, variant)
-    ]
-    return frozenset(api for api in get_args(ClientApi) if foreign(directory, services, api))
+    named = {s.provider for rule in directory.rules(scenario) for s in rule.all_services() if s.active}
+    providers = [p for uuid in named if (p := directory.provider(uuid)) and p.enabled]
+    return frozenset(api for api in _MARKABLE if any(not is_native(api, provider) for provider in providers))
 
 
 def deadline_ms(left_s: float) -> int:
