@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import msgspec
 
-from balancer.dialects import Dialect
+from balancer.dialects import Dialect, google
 from balancer.dialects.anthropic import ANTHROPIC
 from balancer.dialects.openai import OPENAI
 from balancer.domain import Provider, ScenarioName
@@ -104,6 +104,7 @@ def upstream_url(provider: Provider, path: str, model: str, query: str, own: Map
     """Where a request goes: the provider's base, /v1 if that has no version, and the path after /v1.
 
     Azure's deployments have the model in their path and an api-version in their query, unless the base has a version.
+    Google has the model and the method in the path (`google.METHODS`), and refuses parameters that it does not know.
     `own`: the provider's query parameters, resolved; they win over the client's.
     """
     base = urlsplit(provider.api_base)
@@ -111,7 +112,13 @@ def upstream_url(provider: Provider, path: str, model: str, query: str, own: Map
     parameters = [(k, v) for k, v in parse_qsl(query, keep_blank_values=True) if k not in own]
     parameters += list(own.items())
     rest = path.removeprefix("/v1")
-    if _VERSION_SEGMENT.search(root):
+    if provider.api_style == "google":
+        if path in google.METHODS:
+            parameters = [*own.items()]
+        if path == google.STREAM:
+            parameters = [*((k, v) for k, v in parameters if k != "alt"), ("alt", "sse")]
+        full = google.upstream_path(root, path, model, has_version=bool(_VERSION_SEGMENT.search(root)))
+    elif _VERSION_SEGMENT.search(root):
         full = root + rest
     elif provider.provider_type == "azure":
         root = root.removesuffix("/openai")

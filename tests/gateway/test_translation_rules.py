@@ -93,7 +93,7 @@ async def test_a_failure_goes_on_to_a_service_of_another_api(serve: Serve, upstr
 async def test_a_prompt_that_is_too_long_goes_on_under_the_rule_for_long_ones_of_another_api(
     serve: Serve, upstream: Upstream, other: Upstream
 ) -> None:
-    rules = {"m": {"services": ["oai0"], "on_context_overflow": "long"}, "long": {"services": ["ant1"]}}
+    rules: dict[str, Any] = {"m": {"services": ["oai0"], "on_context_overflow": "long"}, "long": {"services": ["ant1"]}}
     gateway = await serve(a_mixed_document(upstream, other, rules=rules))
     upstream.answers(400, b'{"error":{"code":"context_length_exceeded","message":"too long"}}')
     assert (await ask(gateway, CHAT))[1]["x-balancer-service"] == "ant1:up-model"
