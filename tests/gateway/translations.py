@@ -48,7 +48,9 @@ def a_mixed_document(*upstreams: Upstream, rules: dict[str, dict[str, Any]], **p
         for number, upstream in enumerate(upstreams)
         for name, style in styles.items()
     ]
-    return {"providers": providers, "rules": [_rule(name, dict(rule)) for name, rule in rules.items()]}
+    made = [_rule(name, dict(rule)) for name, rule in rules.items()]
+    named = msgspec.json.encode(made).decode()
+    return {"providers": [each for each in providers if f'"{each["name"]}"' in named], "rules": made}
 
 
 def _rule(name: str, rule: dict[str, Any]) -> dict[str, Any]:
