@@ -30,7 +30,7 @@ from balancer.gateway.lane import Lane, request_of
 from balancer.gateway.lane_head import Head
 from balancer.gateway.lane_stream import CONTROLS, LaneStream, address_of, date
 from balancer.gateway.masking import Mask
-from balancer.gateway.matching import FOREIGN, Plan, Plans
+from balancer.gateway.matching import Plan, Plans
 from balancer.gateway.messages import ClientRequest
 from balancer.gateway.opening import begins_well, described, says_error
 from balancer.gateway.outgoing import LOOK_AGAIN_S, Account, Outgoing, lacks_usage
@@ -45,7 +45,6 @@ from balancer.metrics import Metrics
 from balancer.sessions import session_of
 from balancer.store.balance import Balance
 from balancer.store.pool import Asked
-from balancer.translation.marks import PREFIX_BYTES
 from balancer.usage import usage_of
 
 _KEPT_PATHS = ("/v1/responses",)
@@ -145,9 +144,7 @@ class Express:
                 plan = self._plans.routed(plan, peek, request_id=request_id)
         except BalancerError:
             return None
-        if plan is None or not plan.is_usual:
-            return None
-        if (apart := plan.apart[route.api]) and (apart == FOREIGN or PREFIX_BYTES in body):
+        if plan is None or not plan.is_usual or (plan.apart[route.api] and plan.is_apart(route.api, body)):
             return None
         patience_s = approach.patience_s
         if patience_s is not None and patience_s < plan.patience_s:

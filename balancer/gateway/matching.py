@@ -14,6 +14,7 @@ from balancer.gateway.opening import opening_s
 from balancer.routing import Router
 from balancer.store.calls import needs_estimate
 from balancer.translation.apis import ClientApi, is_native
+from balancer.translation.marks import PREFIX_BYTES
 
 SELECT_S = 30.0
 """More than a selection takes beside the time in its queue: Redis has its deadline, and so has a new configuration."""
@@ -153,6 +154,11 @@ class Plan:
         """After which an attempt counts as lost that was picked for when the request came."""
         self.is_usual = bool(self.usable) and not rule.response_model and not rule.strict_settle
         """True when an answer may pass as it is, and be sent when its settle is."""
+
+    def is_apart(self, api: ClientApi, body: bytes) -> bool:
+        """True when a request cannot go to each of the services as it is."""
+        apart = self.apart[api]
+        return apart == FOREIGN or (apart == MARKED and PREFIX_BYTES in body)
 
 
 class Plans:
