@@ -79,7 +79,7 @@ class Events:
         if self.is_over or self.fault is not None:
             return
         data = event.data
-        if b'"usage"' in data or self._attempt.details is not None:
+        if b'"usage' in data or self._attempt.details is not None:
             self._usage.see(event)
             self._attempt.usage = self._usage.usage or self._attempt.usage
         said = self._reader.read(event)
