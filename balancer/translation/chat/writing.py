@@ -423,7 +423,7 @@ def _format(form: Format) -> dict[str, Any]:
 class _Grammar(msgspec.Struct):
     """A grammar as chat completions have it (nested), or as responses do (flat)."""
 
-    grammar: msgspec.Raw | None = None
+    grammar: _Grammar | None = None
     definition: str | None = None
     syntax: str | None = None
 
@@ -431,30 +431,24 @@ class _Grammar(msgspec.Struct):
 _grammar_decoder = msgspec.json.Decoder(_Grammar)
 
 
-def _grammar(raw: msgspec.Raw | None) -> object:
+def _grammar(raw: msgspec.Raw | None) -> dict[str, str] | None:
+    """The grammar of a custom tool, None where there is none that we can read."""
     if raw is None:
         return None
     try:
         found = lenient.decode(_grammar_decoder, raw)
     except lenient.UNREADABLE:
         return None
-    if found.grammar is not None:
-        return found.grammar
-    return {"definition": found.definition, "syntax": found.syntax} if found.definition is not None else None
+    found = found.grammar or found
+    if found.definition is None:
+        return None
+    return {"definition": found.definition, "syntax": found.syntax or "lark"}
 
 
 def _told(tool: Tool) -> str:
     """The description of a custom tool as a function's, with the grammar that its input has to follow."""
-    grammar = tool.grammar
+    grammar = _grammar(tool.grammar)
     if grammar is None:
         return tool.description
-    try:
-        found = lenient.decode(_grammar_decoder, grammar)
-        found = lenient.decode(_grammar_decoder, found.grammar) if found.grammar is not None else found
-    except lenient.UNREADABLE:
-        return tool.description
-    if found.definition is None:
-        return tool.description
-    syntax = f" ({found.syntax})" if found.syntax else ""
-    lines = (tool.description, f"`input` must follow this grammar{syntax}:", found.definition)
-    return "\n\n".join(line for line in lines if line)
+    heading = f"`input` must follow this grammar ({grammar['syntax']}):"
+    return _BREAK.join(line for line in (tool.description, heading, grammar["definition"]) if line)
