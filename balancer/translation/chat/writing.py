@@ -131,9 +131,9 @@ class _Writer:
                     raise UntranslatableError(
                         f"{part.at or turn.at}: a user's turn cannot hold what a model says", param=part.at or turn.at
                     )
-        if behind:
-            messages.append({"role": "user", "content": behind})
-        if spoken or not turn.parts:
+        if behind:  # One message, not two: templates of open models want the roles to alternate.
+            messages.append({"role": "user", "content": [*behind, *self._pieces(spoken)]})
+        elif spoken or not turn.parts:
             messages.append({"role": "user", "content": self._content(spoken)})
         return messages
 
@@ -160,6 +160,9 @@ class _Writer:
         """Text alone is a string, which every server takes; with media it is parts."""
         if all(isinstance(part, Text) or _is_text(part) for part in parts):
             return _BREAK.join(part.text if isinstance(part, Text) else _document(part) for part in parts)
+        return self._pieces(parts)
+
+    def _pieces(self, parts: Sequence[Text | Media]) -> list[dict[str, Any]]:
         return [
             {"type": "text", "text": part.text} if isinstance(part, Text) else self._media(part)
             for part in parts

@@ -256,6 +256,11 @@ def test_comments_are_signs_of_life_and_events_without_data_are_nothing() -> Non
     assert reader.read(Event(b"event: x\n\n", "x", b"")) == []
 
 
+def test_an_event_named_error_is_one() -> None:
+    event = Event(b"", "error", b'{"message":"Gone"}')
+    assert StreamReader(TARGET).read(event) == [Broke(message="Gone")]
+
+
 def test_an_event_too_long_to_hold_breaks_the_stream() -> None:
     reader = StreamReader(TARGET)
     (step,) = reader.read(Event(b"data: " + b"x" * 2_000_000, "", b""))
@@ -353,6 +358,8 @@ def test_an_empty_stream_is_a_stream() -> None:
     chunks = told([Ended()])
     assert chunks[0]["id"] == "chatcmpl-abc"
     assert [each["choices"][0]["finish_reason"] for each in chunks if each["choices"]] == [None, "stop"]
+    called = told([STARTED, *CALLED, Ended()])
+    assert called[-2]["choices"][0]["finish_reason"] == "tool_calls"
 
 
 def test_a_ping_is_a_comment() -> None:

@@ -311,9 +311,9 @@ def test_results_come_first_and_their_images_right_behind() -> None:
                 {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
                 {"type": "text", "text": "From the result of b:"},
                 {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+                {"type": "text", "text": "Look."},
             ],
         },
-        {"role": "user", "content": "Look."},
     ]
 
 
