@@ -81,8 +81,11 @@ class StreamReader:
         failure = shapes.failure_of(body)
         if failure is not None:
             return self._broke(Broke(message=failure.message, code=failure.code, status=failure.status))
-        steps: list[Step] = []
         choices = body.choices
+        if event.name == "error" and not choices:
+            message = body.message if isinstance(body.message, str) else "the upstream tells of an error without a word"
+            return self._broke(Broke(message=message))
+        steps: list[Step] = []
         if not self._has_started and (choices or body.id):
             # Azure's first chunk tells of its filters, and has neither.
             self._start(body, data, steps)
@@ -391,7 +394,7 @@ class StreamWriter:
     def _ended(self) -> bytes:
         written = b"" if self._head else self._started(Started())
         if not self._has_stopped:
-            written += self._stopped("end")
+            written += self._stopped("tool" if self._kinds else "end")
         if self._wants_usage:
             usage = msgspec.json.encode(answers.usage_of(self._usage or Counts()))
             head = self._head.partition(b'"choices":')[0]
