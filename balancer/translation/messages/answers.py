@@ -44,8 +44,7 @@ class Block(msgspec.Struct, frozen=True):
 
     def arguments(self) -> str:
         """The input of a call, as JSON."""
-        given = bytes(self.input)
-        return "{}" if given == bytes(NULL) else given.decode("utf-8", "replace")
+        return "{}" if self.input == NULL else bytes(self.input).decode("utf-8", "replace")
 
 
 class _Message(msgspec.Struct, frozen=True):
@@ -150,6 +149,8 @@ def _written(part: Said) -> dict[str, object] | None:
                 block["citations"] = locations
             return block
         case Thinking():
+            if not part.text and not part.signature:
+                return None
             sealed = marks.sealed(part.vendor, part.signature)
             if part.is_redacted:
                 return {"type": "redacted_thinking", "data": sealed}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from balancer.errors import RequestError
 from balancer.translation import marks
 from balancer.translation.conversation import (
@@ -17,38 +15,31 @@ from balancer.translation.conversation import (
     Thinking,
     UntranslatableError,
 )
-from balancer.translation.messages.fields import INT, LIST, OBJECT, RAW, STR, STR_OR_LIST, Fields, read
+from balancer.translation.messages.fields import INT, OBJECT, RAW, STR, Fields, read
 
 NATIVE = "anthropic"
 _SERVER_SEARCH = "tool_search_"
 
 
-def items(holder: Fields, name: str) -> list[Fields]:
-    """The objects of a list; none when it is absent or null."""
-    return [Fields(raw, f"{holder.path(name)}[{index}]") for index, raw in enumerate(holder.list(name))]
-
-
-def texts(content: str | list[msgspec.Raw], at: str) -> tuple[Text, ...]:
+def texts(content: str | list[Fields], at: str) -> tuple[Text, ...]:
     """A content that may hold nothing but text."""
     if isinstance(content, str):
         return (Text(text=content, at=at),)
     found = []
-    for index, item in enumerate(content):
-        block = Fields(item, f"{at}[{index}]")
+    for block in content:
         if block.need("type", STR) != "text":
             raise UntranslatableError(f"`{block.at}`: only text can be carried here", param=block.at)
         found.append(text(block))
     return tuple(found)
 
 
-def parts(content: str | list[msgspec.Raw], at: str) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+def parts(content: str | list[Fields], at: str) -> tuple[tuple[Part, ...], tuple[str, ...]]:
     """What a message holds, and the paths of what any other API does without."""
     if isinstance(content, str):
         return (Text(text=content, at=at),), ()
     found: list[Part] = []
     hints: list[str] = []
-    for index, item in enumerate(content):
-        block = Fields(item, f"{at}[{index}]")
+    for block in content:
         part = _part(block, hints)
         if part is not None:
             found.append(part)
@@ -134,18 +125,15 @@ def _refuse_callers(block: Fields) -> None:
 
 
 def _result(block: Fields, hints: list[str]) -> Result:
-    content = block.take("content", STR_OR_LIST)
-    found: list[Text | Media] = []
-    at = block.path("content")
+    content = block.content("content")
+    found: tuple[Text | Media, ...] = ()
     if isinstance(content, str):
-        found.append(Text(text=content, at=at))
+        found = (Text(text=content, at=block.path("content")),)
     elif content is not None:
-        for index, item in enumerate(content):
-            part = _of_result(Fields(item, f"{at}[{index}]"), hints)
-            found.append(part)
+        found = tuple(_of_result(item, hints) for item in content)
     return Result(
         call_id=block.need("tool_use_id", STR),
-        content=tuple(found),
+        content=found,
         is_error=block.flag("is_error"),
         cache=cache(block),
         at=block.at,
@@ -214,7 +202,7 @@ def _document(block: Fields) -> Media:
             url = source.need("url", STR)
             media_type = media_type or "application/pdf"
         case "content":
-            content = source.need("content", STR_OR_LIST)
+            content = source.content("content") or ""
             plain = "\n\n".join(part.text for part in texts(content, source.path("content")))
             media_type = "text/plain"
         case _:
@@ -235,7 +223,7 @@ def _document(block: Fields) -> Media:
 
 
 def _search_result(block: Fields) -> Media:
-    found = texts(block.need("content", LIST), block.path("content"))
+    found = texts(block.objects("content"), block.path("content"))
     return Media(
         kind="document",
         media_type="text/plain",
@@ -268,7 +256,7 @@ def _wants_citations(block: Fields) -> bool:
 def _citations(block: Fields) -> tuple[Citation, ...]:
     """What an earlier answer's text went back to; places in documents of other kinds than pages of the web are lost."""
     found = []
-    for item in items(block, "citations"):
+    for item in block.objects("citations"):
         url = item.take("url", STR)
         document = item.take("document_index", INT)
         title = item.take("title", STR) or item.take("document_title", STR) or ""

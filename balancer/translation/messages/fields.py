@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import re
 from typing import Final, TypeVar
 
@@ -21,11 +20,12 @@ FLOAT: Final = msgspec.json.Decoder(float)
 STR: Final = msgspec.json.Decoder(str)
 STRS: Final = msgspec.json.Decoder(list[str])
 RAW: Final = msgspec.json.Decoder(msgspec.Raw)
-LIST: Final = msgspec.json.Decoder(list[msgspec.Raw])
-STR_OR_LIST: Final = msgspec.json.Decoder(str | list[msgspec.Raw])
+RAWS: Final = msgspec.json.Decoder(list[msgspec.Raw])
 OBJECT: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
+OBJECTS: Final = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
+STR_OR_OBJECTS: Final = msgspec.json.Decoder(str | list[dict[str, msgspec.Raw]])
 
-_NULL = b"null"
+_NULL = msgspec.Raw(b"null")
 _ASKS_NOTHING: tuple[object, ...] = (None, [], {})
 _WHERE = re.compile(r" - at `\$(.*)`$")
 
@@ -47,22 +47,23 @@ def read(decoder: msgspec.json.Decoder[T], raw: bytes | msgspec.Raw, at: str) ->
 class Fields:
     """The fields of one object that are not taken yet; `at` is its path, empty for the request itself."""
 
-    def __init__(self, raw: bytes | msgspec.Raw, at: str) -> None:
-        self._fields = read(OBJECT, raw, at)
+    def __init__(self, fields: dict[str, msgspec.Raw], at: str) -> None:
+        self._fields = fields
         self.at = at
+
+    @classmethod
+    def of(cls, body: bytes) -> Fields:
+        """Those of a request."""
+        return cls(read(OBJECT, body, ""), "")
 
     def path(self, name: str) -> str:
         """Where a field of this object stands."""
         return f"{self.at}.{name}" if self.at else name
 
-    def has(self, name: str) -> bool:
-        """True while a field is there, and nobody has taken it."""
-        return name in self._fields
-
     def take(self, name: str, decoder: msgspec.json.Decoder[T]) -> T | None:
         """A field's value; None when it is absent or null. Raises RequestError when it is of another type."""
         raw = self._fields.pop(name, None)
-        if raw is None or bytes(raw) == _NULL:
+        if raw is None or raw == _NULL:
             return None
         return read(decoder, raw, self.path(name))
 
@@ -77,15 +78,19 @@ class Fields:
         """True when a field is true; absent and null are false."""
         return self.take(name, BOOL) is True
 
-    def list(self, name: str) -> tuple[msgspec.Raw, ...]:
-        """The items of a list; none when it is absent or null."""
-        found: builtins.list[msgspec.Raw] | None = self.take(name, LIST)
-        return tuple(found or ())
-
     def object(self, name: str) -> Fields | None:
         """The fields of an object in this one; None when it is absent or null."""
-        raw = self.take(name, RAW)
-        return None if raw is None else Fields(raw, self.path(name))
+        fields = self.take(name, OBJECT)
+        return None if fields is None else Fields(fields, self.path(name))
+
+    def objects(self, name: str) -> list[Fields]:
+        """Those of each object of a list; none when it is absent or null."""
+        return self._each(name, self.take(name, OBJECTS) or [])
+
+    def content(self, name: str) -> str | list[Fields] | None:
+        """A content: a text, or blocks; None when it is absent or null."""
+        content = self.take(name, STR_OR_OBJECTS)
+        return content if content is None or isinstance(content, str) else self._each(name, content)
 
     def drop(self, *names: str) -> tuple[str, ...]:
         """The paths of those fields, among the named ones, that are given and ask for something; they are taken."""
@@ -109,3 +114,6 @@ class Fields:
 
     def _asks(self, raw: msgspec.Raw | None) -> bool:
         return raw is not None and read(ANY, raw, self.at) not in _ASKS_NOTHING
+
+    def _each(self, name: str, objects: list[dict[str, msgspec.Raw]]) -> list[Fields]:
+        return [Fields(fields, f"{self.path(name)}[{index}]") for index, fields in enumerate(objects)]

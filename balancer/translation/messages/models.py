@@ -81,6 +81,13 @@ class Traits(Struct, frozen=True, kw_only=True):
         return self.is_claude and (self.version >= (4, 5) or (self.line == "opus" and self.version == (4, 1)))
 
     @property
+    def can_be_forced(self) -> bool:
+        """True when the model may be told to call a tool."""
+        if not self.is_claude or self.version == _LATEST:
+            return True
+        return self.version < ((5, 1) if self.line in _ALWAYS_THINK else (5, 5)) or self.line in ("sonnet", "haiku")
+
+    @property
     def continues(self) -> bool:
         """True when it goes on with an assistant's turn that ends the conversation."""
         return not self.is_claude or self.version <= (4, 5)

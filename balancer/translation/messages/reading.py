@@ -19,16 +19,15 @@ from balancer.translation.conversation import (
     Turn,
     UntranslatableError,
 )
-from balancer.translation.messages.blocks import cache, items, parts, texts
+from balancer.translation.messages.blocks import cache, parts, texts
 from balancer.translation.messages.fields import (
     ANY,
     FLOAT,
     INT,
-    LIST,
     OBJECT,
     RAW,
+    RAWS,
     STR,
-    STR_OR_LIST,
     STRS,
     Fields,
     read,
@@ -68,7 +67,7 @@ def read_request(body: bytes) -> Conversation:
 
     Raises UntranslatableError for what only Anthropic does, RequestError for what it would refuse as well.
     """
-    request = Fields(body, "")
+    request = Fields.of(body)
     max_tokens = request.need("max_tokens", INT)
     if max_tokens < 1:
         if max_tokens == 0:
@@ -81,7 +80,7 @@ def read_request(body: bytes) -> Conversation:
 
 def read_count_tokens(body: bytes) -> Conversation:
     """The conversation whose tokens a client wants counted: a request without `max_tokens`. Raises as read_request."""
-    request = Fields(body, "")
+    request = Fields.of(body)
     return _conversation(request, request.take("max_tokens", INT))
 
 
@@ -134,7 +133,7 @@ def _user(request: Fields, hints: list[str]) -> str:
 
 
 def _system(request: Fields, hints: list[str]) -> tuple[Text, ...]:
-    content = request.take("system", STR_OR_LIST)
+    content = request.content("system")
     if content is None:
         return ()
     found = texts(content, "system")
@@ -144,19 +143,23 @@ def _system(request: Fields, hints: list[str]) -> tuple[Text, ...]:
 
 def _turns(request: Fields, hints: list[str]) -> tuple[Turn, ...]:
     found = []
-    messages = [Fields(raw, f"messages[{index}]") for index, raw in enumerate(request.list("messages"))]
+    messages = request.objects("messages")
+    if not messages:
+        raise RequestError("`messages` must hold a message", param="messages")
     roles = [message.need("role", STR) for message in messages]
     last_of_user = max((index for index, role in enumerate(roles) if role == "user"), default=-1)
     for index, (message, role) in enumerate(zip(messages, roles, strict=True)):
         at = message.path("content")
         if role == "system":
-            is_over = message.take("clear_at", STR) == "next_user_message" and index < last_of_user
+            is_over = _is_for_a_turn(message) and index < last_of_user
             hints += message.drop("output_config")
-            content = message.take("content", STR_OR_LIST)
+            content = message.content("content")
             if content is not None and not is_over:
                 found.append(Turn(role="system", parts=texts(content, at), at=message.at))
         elif role in ("user", "assistant"):
-            content = message.need("content", STR_OR_LIST)
+            content = message.content("content")
+            if content is None:
+                raise RequestError(f"`{at}` is missing", param=at)
             of_turn, left = parts(content, at)
             hints += left
             if of_turn or not content:
@@ -167,12 +170,20 @@ def _turns(request: Fields, hints: list[str]) -> tuple[Turn, ...]:
     return tuple(found)
 
 
+def _is_for_a_turn(message: Fields) -> bool:
+    """True for a system message that counts only until the user speaks again."""
+    until = message.take("clear_at", STR)
+    if until not in (None, "never", "next_user_message"):
+        raise message.refuse("clear_at", f"{until[:64]!r} cannot be carried")
+    return until == "next_user_message"
+
+
 # -- tools -------------------------------------------------------------------------------------------------------------
 
 
 def _tools(request: Fields, hints: list[str]) -> tuple[Tool, ...]:
     found = []
-    for item in items(request, "tools"):
+    for item in request.objects("tools"):
         kind = item.take("type", STR) or "custom"
         if kind.startswith("tool_search_tool_"):
             hints.append(item.at)
@@ -212,7 +223,7 @@ def _tool(item: Fields, hints: list[str]) -> Tool:
 def _description(item: Fields) -> str:
     """What a tool is for; examples of its input, which no other API has a place for, end it."""
     description = item.take("description", STR) or ""
-    examples = item.take("input_examples", LIST)
+    examples = item.take("input_examples", RAWS)
     if not examples:
         return description
     told = "\n".join(["Examples of its input:", *(bytes(example).decode() for example in examples)])

@@ -40,6 +40,10 @@ _STATUSES = {
 }
 
 
+_LONGEST_BYTES = 1024 * 1024
+"""No event without data is as long, but for one that the parser did not hold."""
+
+
 class _Message(msgspec.Struct, frozen=True):
     id: str | None = None
     model: str | None = None
@@ -89,19 +93,22 @@ class StreamReader:
         self._vendor = target.vendor
         self._calls = 0
         self._call_at: dict[int, _Call] = {}
-        self._begins_text = False
-        self._begins_thinking = False
-        self._texts = 0
-        self._thoughts = 0
         self._skipped: set[int] = set()
+        self._texts = 0
+        self._begins_text = False
+        self._thoughts = 0
+        self._begins_thinking = False
         self._usage: Counts | None = None
+        self._has_started = False
         self._has_stopped = False
-        self._has_ended = False
+        self._is_over = False
 
     def read(self, event: sse.Event) -> list[Step]:
         """What an event says; never raises."""
-        if not event.data:
+        if self._is_over:
             return []
+        if not event.data:
+            return self._silence(event)
         try:
             told = _event.decode(event.data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -109,7 +116,18 @@ class StreamReader:
             if isinstance(mended, list):
                 return mended
             told = mended
-        match told.type or event.name:
+        steps = self._steps(told, event.name)
+        if self._has_started or not steps or isinstance(steps[0], Pinged | Broke):
+            return steps
+        self._has_started = True
+        return steps if isinstance(steps[0], Started) else [Started(), *steps]
+
+    def finish(self) -> list[Step]:
+        """Ended, when the answer was whole and that was not told yet; nothing when it was cut off."""
+        return self._ended() if self._has_stopped and not self._is_over else []
+
+    def _steps(self, told: _Event, name: str) -> list[Step]:
+        match told.type or name:
             case "content_block_delta":
                 return self._delta(told)
             case "content_block_start":
@@ -121,7 +139,7 @@ class StreamReader:
             case "message_delta":
                 return self._stopped(told)
             case "message_stop":
-                return self.finish() if self._has_stopped else self._ended()
+                return self._ended()
             case "ping":
                 return [Pinged()]
             case "error":
@@ -129,9 +147,15 @@ class StreamReader:
             case _:
                 return []
 
-    def finish(self) -> list[Step]:
-        """Ended, when the answer was whole and that was not told yet; nothing when it was cut off."""
-        return self._ended() if self._has_stopped else []
+    def _silence(self, event: sse.Event) -> list[Step]:
+        """A comment is a sign of life. An event beyond the parser's limit has lost its data, and the answer with it."""
+        if event.raw.startswith(b":"):
+            return [Pinged()]
+        return self._unreadable("is too long") if len(event.raw) > _LONGEST_BYTES else []
+
+    def _unreadable(self, why: str) -> list[Step]:
+        self._is_over = True
+        return [Broke(message=f"the upstream sent an event that {why}", code="upstream_bad_answer")]
 
     def _mended(self, data: bytes) -> _Event | list[Step]:
         try:
@@ -139,12 +163,10 @@ class StreamReader:
         except msgspec.ValidationError:
             return []
         except lenient.UNREADABLE:
-            return [Broke(message="the upstream sent an event that is no JSON", code="upstream_bad_answer")]
+            return self._unreadable("is no JSON")
 
     def _ended(self) -> list[Step]:
-        if self._has_ended:
-            return []
-        self._has_ended = True
+        self._is_over = True
         return [Ended()]
 
     def _delta(self, event: _Event) -> list[Step]:
@@ -209,6 +231,8 @@ class StreamReader:
         return [CallDelta(index=call.index, arguments=call.begun_with)]
 
     def _message(self, event: _Event) -> list[Step]:
+        if self._has_started:
+            return []
         message = event.message or _Message()
         self._usage = counts(message.usage)
         return [Started(id=message.id or "", model=message.model or "", usage=self._usage)]
@@ -224,12 +248,13 @@ class StreamReader:
             stop = STOPS.get(delta.stop_reason, "end")
             steps.append(Stopped(stop=stop, stop_sequence=delta.stop_sequence or ""))
         usage = counts(event.usage, self._usage)
-        if usage is not None:
+        if usage is not None and usage is not self._usage:
             self._usage = usage
             steps.append(Counted(usage=usage))
         return steps
 
     def _broke(self, error: Failure | None) -> list[Step]:
+        self._is_over = True
         code = (error.type if error else None) or "api_error"
         message = (error.message if error else None) or "the upstream broke off without saying why"
         return [Broke(message=message, code=code, status=_STATUSES.get(code, 0))]

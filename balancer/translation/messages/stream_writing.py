@@ -194,6 +194,8 @@ class StreamWriter:
             return
         block = self._last()
         if block is None or block.kind != "thinking" or block.is_over:
+            if not step.signature:
+                return
             block = self._begin("thinking", _NO_THOUGHT, out)
         block.is_signed = block.is_over = True
         self._tell(block, _SIGNATURE, _encode(sealed), out)

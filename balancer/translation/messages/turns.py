@@ -228,11 +228,13 @@ def arguments(text: str) -> object:
     """A call's arguments as an object. What is no object, though it should be, becomes the `input` of one."""
     if not text.strip():
         return {}
+    data = text.encode("utf-8", "replace")
     try:
-        lenient.decode(_OBJECT, text.encode("utf-8", "replace"))
+        fields = lenient.decode(_OBJECT, data)
     except lenient.UNREADABLE:
         return {"input": text}
-    return msgspec.Raw(text.encode())
+    # Half a pair of surrogates, which nobody else may take, is replaced in the fields; what needs no mending stays.
+    return fields if rb"\u" in data else msgspec.Raw(data)
 
 
 def _image_source(part: Media) -> Block:

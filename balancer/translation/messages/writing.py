@@ -180,6 +180,10 @@ class _Request:
             return
         written: Block = {"type": "auto"}
         if choice is not None:
+            if self._is_forced() and not self._traits.can_be_forced:
+                raise UntranslatableError(
+                    f"`{choice.at}`: {self._target.model} cannot be told to call a tool", param=choice.at
+                )
             match choice.mode:
                 case "named":
                     written = {"type": "tool", "name": choice.name}

@@ -43,8 +43,9 @@ def an_event(data: object, name: str = "") -> sse.Event:
 
 
 def read(*events: dict[str, Any]) -> list[Step]:
-    """What a new reader makes of the events."""
+    """What a reader makes of the events of a message that has begun."""
     reader = StreamReader(TARGET)
+    assert reader.read(an_event(started())) == [Started(id="msg_1", model="claude", usage=Counts())]
     return [step for event in events for step in reader.read(an_event(event))]
 
 
@@ -93,7 +94,7 @@ def an_input(number: int) -> str:
 
 
 def test_a_whole_stream_is_read_into_steps() -> None:
-    steps = read(
+    events = [
         started(input_tokens=3, cache_read_input_tokens=4, cache_creation_input_tokens=5, output_tokens=1),
         block(0, type="thinking", thinking="", signature=""),
         {"type": "ping"},
@@ -115,8 +116,9 @@ def test_a_whole_stream_is_read_into_steps() -> None:
         delta(4, type="text_delta", text=" still"),
         stop(4),
         *ended("tool_use", output_tokens=20),
-    )
-    assert steps == [
+    ]
+    reader = StreamReader(TARGET)
+    assert [step for event in events for step in reader.read(an_event(event))] == [
         Started(id="msg_1", model="claude", usage=Counts(input=12, output=1, cached=4, cache_creation=5)),
         Pinged(),
         ThinkingDelta(text="hm"),
@@ -299,25 +301,49 @@ def test_what_is_no_json_breaks_the_stream(data: bytes) -> None:
     ],
 )
 def test_odd_and_unknown_events_are_skipped(event: object) -> None:
+    assert read(*([event] if isinstance(event, dict) else [])) == []
     reader = StreamReader(TARGET)
     assert reader.read(an_event(event)) == []
-    assert reader.read(an_event(delta(0, type="text_delta", text="x"))) in ([TextDelta(text="x")], [])
+    assert reader.read(an_event(started())) == [Started(id="msg_1", model="claude", usage=Counts())]
+    assert read(delta(0, type="text_delta", text="x")) == [TextDelta(text="x")]
 
 
 def test_a_start_with_an_odd_usage_is_a_start() -> None:
-    assert read({"type": "message_start", "message": {"id": "m", "usage": {"input_tokens": "many"}}}) == [
-        Started(id="m")
-    ]
-    assert read({"type": "message_start"}) == [Started()]
+    odd = {"type": "message_start", "message": {"id": "m", "usage": {"input_tokens": "many"}}}
+    assert StreamReader(TARGET).read(an_event(odd)) == [Started(id="m")]
+    assert StreamReader(TARGET).read(an_event({"type": "message_start"})) == [Started()]
+
+
+def test_an_answer_starts_once_whatever_the_upstream_does() -> None:
+    reader = StreamReader(TARGET)
+    assert reader.read(an_event(delta(0, type="text_delta", text="x"))) == [Started(), TextDelta(text="x")]
+    assert reader.read(an_event(started())) == []
+
+
+def test_nothing_comes_behind_an_end_or_a_break() -> None:
+    for last in ({"type": "message_stop"}, {"type": "error"}):
+        reader = StreamReader(TARGET)
+        assert reader.read(an_event(last)) != []
+        assert reader.read(an_event(delta(0, type="text_delta", text="x"))) == []
+        assert reader.finish() == []
 
 
 def test_half_a_pair_of_surrogates_is_replaced() -> None:
     raw = rb'{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"a\ud83d"}}'
-    assert StreamReader(TARGET).read(an_event(raw)) == [TextDelta(text="a�")]
+    assert StreamReader(TARGET).read(an_event(raw)) == [Started(), TextDelta(text="a�")]
 
 
-def test_an_event_without_data_says_nothing() -> None:
-    assert StreamReader(TARGET).read(sse.Event(raw=b": hi\n\n", name="", data=b"")) == []
+def test_an_event_without_data_says_nothing_but_for_a_comment() -> None:
+    assert StreamReader(TARGET).read(sse.Event(raw=b"event: ping\n\n", name="ping", data=b"")) == []
+    assert StreamReader(TARGET).read(sse.Event(raw=b": alive\n\n", name="", data=b"")) == [Pinged()]
+
+
+def test_an_event_that_the_parser_did_not_hold_breaks_the_stream() -> None:
+    parser, reader = sse.Parser(limit_bytes=2_000_000), StreamReader(TARGET)
+    big = b"event: content_block_delta\ndata: {" + b" " * 3_000_000
+    (step,) = [step for event in parser.feed(big) for step in reader.read(event)]
+    assert isinstance(step, Broke)
+    assert step.code == "upstream_bad_answer"
 
 
 def test_a_type_may_stand_in_the_event_s_name_alone() -> None:
@@ -525,6 +551,13 @@ def test_thoughts_are_sealed_for_the_vendor_that_gave_them() -> None:
         {"type": "text", "text": "x"},
         {"type": "thinking", "thinking": "", "signature": "balancer:google:s3"},
         {"type": "text", "text": "y"},
+    ]
+
+
+def test_an_empty_signature_of_no_thought_is_nothing() -> None:
+    assert contents(Signed(signature="", vendor="google"), TextDelta(text="x")) == [{"type": "text", "text": "x"}]
+    assert contents(ThinkingDelta(text="t"), Signed(signature="", vendor="google")) == [
+        {"type": "thinking", "thinking": "t", "signature": "balancer:google:"}
     ]
 
 
