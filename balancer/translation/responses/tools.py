@@ -6,6 +6,7 @@ with the two apart.
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 import msgspec
@@ -15,6 +16,7 @@ from balancer.translation.conversation import NO_SCHEMA, Choice, Tool
 from balancer.translation.responses.fields import Fields, named, unsupported
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_LONGEST = 64
 _DIRECTLY: tuple[object, ...] = (None, [], ["direct"])
 
 
@@ -42,7 +44,7 @@ class Tools:
             return
         tool.skip("type")
         name, description = tool_name(tool), tool.maybe_text("description")
-        for path, inner in tool.list("tools"):
+        for path, inner in tool.each("tools"):
             self._add(Fields(inner, path), name, description)
         tool.done()
 
@@ -64,7 +66,7 @@ class Tools:
         if chosen.peek("type") == "allowed_tools":
             chosen.skip("type")
             mode = chosen.word("mode", ("auto", "required"), "auto")
-            among = tuple(self._chosen(Fields(entry, path)) for path, entry in chosen.list("tools"))
+            among = tuple(self._chosen(Fields(entry, path)) for path, entry in chosen.each("tools"))
             chosen.done()
             if not among:
                 raise RequestError(f"`{at}.tools` allows no tool", param=f"{at}.tools")
@@ -132,11 +134,13 @@ def tool_name(fields: Fields) -> str:
 
 
 def qualified(namespace: str, name: str, at: str) -> str:
-    """The name under which the model knows a namespace's tool."""
+    """The name under which the model knows a namespace's tool: 64 characters at most, as most APIs have it."""
     whole = f"{namespace}__{name}"
-    if not _NAME.fullmatch(whole):
-        raise RequestError(f"`{at}`: with its namespace this is more than 128 letters, digits, dashes", param=at)
-    return whole
+    if not _NAME.fullmatch(namespace):
+        raise RequestError(f"`{at}`: its namespace must be letters, digits, dashes and underscores", param=at)
+    if len(whole) <= _LONGEST:
+        return whole
+    return f"{whole[: _LONGEST - 9]}_{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def _schema(tool: Fields) -> msgspec.Raw:
@@ -147,7 +151,7 @@ def _schema(tool: Fields) -> msgspec.Raw:
 
 def _grammar(tool: Fields) -> msgspec.Raw | None:
     """What a custom tool's input must look like, as the client gave it; None for any text."""
-    given = tool.object("format")
+    given = tool.inner("format")
     if given is None:
         return None
     kind = given.word("type", ("text", "grammar"), "text")

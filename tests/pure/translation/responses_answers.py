@@ -110,7 +110,7 @@ ANSWERS: dict[str, Answer] = {
 def steps_of(answer: Answer, draw: random.Random) -> Iterator[Step]:
     """The steps of a stream that brings this answer, its texts cut anywhere."""
     yield Started(id=answer.id, model=answer.model)
-    if draw.random() < 0.5:
+    if answer.usage is not None and draw.random() < 0.5:
         yield Counted(usage=Counts(input=1))
     calls = 0
     for part in answer.parts:
@@ -119,8 +119,6 @@ def steps_of(answer: Answer, draw: random.Random) -> Iterator[Step]:
     ending: list[Step] = [Stopped(stop=answer.stop, stop_sequence=answer.stop_sequence)]
     if answer.usage is not None:
         ending.insert(draw.randrange(2), Counted(usage=answer.usage))
-    elif calls == 0:
-        ending.insert(0, Counted(usage=Counts()))
     yield from ending
     yield Ended()
 

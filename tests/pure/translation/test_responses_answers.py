@@ -93,7 +93,7 @@ def test_thoughts_are_sealed_items_of_their_own() -> None:
     ]
     assert [(item["summary"], item.get("encrypted_content")) for item in output[:4]] == [
         ([{"type": "summary_text", "text": "First."}], "balancer:anthropic:Eq1"),
-        ([], "balancer:anthropic:Eq2"),
+        ([], "balancer:anthropic:redacted:Eq2"),
         ([], "balancer:google:Cg3"),
         ([{"type": "summary_text", "text": "Second."}], None),
     ]
