@@ -21,7 +21,7 @@ from balancer.translation.conversation import (
 )
 from balancer.translation.responses import seals
 from balancer.translation.responses.fields import Fields, entries, malformed, named, unsupported
-from balancer.translation.responses.tools import Tools, qualified, tool_name
+from balancer.translation.responses.tools import Tools, called_name
 
 _BOOKKEEPING = ("id", "status", "created_by", "encrypted_function_args")
 _PASSED_THROUGH = "internal_chat_message_metadata_passthrough"
@@ -138,9 +138,7 @@ class Input:
 
     def _call(self, item: Fields, kind: Literal["function", "custom"]) -> None:
         call_id = item.text("call_id")
-        name, namespace = tool_name(item), item.maybe_text("namespace")
-        if namespace:
-            name = qualified(namespace, name, item.path("name"))
+        name = called_name(item)
         arguments = item.text("arguments" if kind == "function" else "input")
         self._called_directly(item)
         self._done(item)

@@ -1,7 +1,7 @@
 """The tools of a request, and which of them may be called.
 
-A namespace is a group of tools; other APIs have none, so its tools go as `namespace__name`, and their calls come back
-with the two apart.
+A namespace is a group of tools; other APIs have none, so its tools go as `namespace__name`, the first with what the
+namespace says of itself, and their calls come back with the two apart.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from balancer.translation.conversation import NO_SCHEMA, Choice, Tool
 from balancer.translation.responses.fields import Fields, named, unsupported
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_ODD = re.compile(r"[^A-Za-z0-9_-]")
+_LONGEST_OF_ALL = 128
 _LONGEST = 64
+"""What most APIs take."""
 _DIRECTLY: tuple[object, ...] = (None, [], ["direct"])
 
 
@@ -46,6 +49,7 @@ class Tools:
         name, description = tool_name(tool), tool.maybe_text("description")
         for path, inner in tool.each("tools"):
             self._add(Fields(inner, path), name, description)
+            description = ""  # Told once: it may be long, and there may be many tools.
         tool.done()
 
     def choice(self, fields: Fields) -> Choice | None:
@@ -133,8 +137,15 @@ def tool_name(fields: Fields) -> str:
     return name
 
 
+def called_name(fields: Fields) -> str:
+    """The member `name` of a call that a model has made: models make names up, and no API takes those back."""
+    name, namespace = fields.text("name"), fields.maybe_text("namespace")
+    name = _ODD.sub("_", name)[:_LONGEST_OF_ALL] or "_"
+    return qualified(namespace, name, fields.path("name")) if namespace else name
+
+
 def qualified(namespace: str, name: str, at: str) -> str:
-    """The name under which the model knows a namespace's tool: 64 characters at most, as most APIs have it."""
+    """The name under which the model knows a namespace's tool."""
     whole = f"{namespace}__{name}"
     if not _NAME.fullmatch(namespace):
         raise RequestError(f"`{at}`: its namespace must be letters, digits, dashes and underscores", param=at)

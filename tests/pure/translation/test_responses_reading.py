@@ -201,6 +201,11 @@ def test_a_request_of_opencode_is_read_whole() -> None:
             id="call in a namespace",
         ),
         pytest.param(
+            {**CALL, "name": "functions.f:0"},
+            Call(id="c", name="functions_f_0", arguments="{}", at="input[0]"),
+            id="call of a tool that the model made up",
+        ),
+        pytest.param(
             {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAA"},
             Thinking(signature="gAAA", vendor="openai", is_redacted=True, at="input[0]"),
             id="OpenAI's reasoning",
@@ -324,6 +329,12 @@ def test_a_tool_is_read(tool: dict[str, Any], expected: Tool) -> None:
 )
 def test_a_choice_is_read(choice: object, expected: Choice | None) -> None:
     assert read(tools=[F, {"type": "custom", "name": "c"}], tool_choice=choice).choice == expected
+
+
+def test_a_namespace_is_told_once() -> None:
+    inner = [{"type": "function", "name": name, "description": name} for name in "ab"]
+    tools = read(tools=[{"type": "namespace", "name": "n", "description": "N.", "tools": inner}]).tools
+    assert [(tool.name, tool.description) for tool in tools] == [("n__a", "N.\n\na"), ("n__b", "b")]
 
 
 def test_a_long_name_in_a_namespace_is_shortened_and_still_itself() -> None:
