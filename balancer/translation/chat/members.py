@@ -13,6 +13,8 @@ from balancer.translation.conversation import UntranslatableError
 T = TypeVar("T")
 
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
+# One pass for a list and its objects: each costs a look at every byte.
+_objects = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
 _NULL = b"null"
 _NOTHING = frozenset((b"null", b"[]", b"{}", b'""'))
 _LONGEST = max(map(len, _NOTHING))
@@ -21,16 +23,15 @@ text = msgspec.json.Decoder(str)
 whole = msgspec.json.Decoder(int)
 number = msgspec.json.Decoder(float)
 flag = msgspec.json.Decoder(bool)
-_items = msgspec.json.Decoder(list[msgspec.Raw])
 anything: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
 
 class Members:
     """An object at `path`, which is empty for the request itself. Raises RequestError for anything but an object."""
 
-    def __init__(self, raw: bytes | msgspec.Raw, path: str = "") -> None:
+    def __init__(self, given: bytes | msgspec.Raw | dict[str, msgspec.Raw], path: str = "") -> None:
         self.path = path
-        self._members = decoded(_object, raw, path)
+        self._members = given if isinstance(given, dict) else decoded(_object, given, path)
 
     def at(self, name: str) -> str:
         """The path of a member."""
@@ -58,10 +59,10 @@ class Members:
         value = self.raw(name)
         return None if value is None else Members(value, self.at(name))
 
-    def list(self, name: str) -> tuple[tuple[str, msgspec.Raw], ...]:
-        """The items of a member with their paths; none where it is absent or null."""
+    def objects(self, name: str) -> tuple[Members, ...]:
+        """The objects in a member that is a list; none where it is absent or null."""
         value = self.raw(name)
-        return () if value is None else items(value, self.at(name))
+        return () if value is None else objects(value, self.at(name))
 
     def names(self) -> tuple[str, ...]:
         """What was not taken yet and asks for something."""
@@ -83,10 +84,10 @@ def is_text(raw: msgspec.Raw) -> bool:
     return bytes(memoryview(raw)[:1]) == b'"'
 
 
-def items(raw: msgspec.Raw, path: str) -> tuple[tuple[str, msgspec.Raw], ...]:
-    """The items of a list with their paths. Raises RequestError for anything but a list."""
-    found = decoded(_items, raw, path)
-    return tuple((f"{path}[{number}]", item) for number, item in enumerate(found))
+def objects(raw: msgspec.Raw, path: str) -> tuple[Members, ...]:
+    """The objects of a list. Raises RequestError for anything but a list of objects."""
+    found = decoded(_objects, raw, path)
+    return tuple(Members(each, f"{path}[{number}]") for number, each in enumerate(found))
 
 
 def decoded(decoder: msgspec.json.Decoder[T], raw: bytes | msgspec.Raw, path: str) -> T:

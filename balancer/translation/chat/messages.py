@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -48,7 +48,7 @@ def read(raw: msgspec.Raw | None) -> Said:
     """The messages. Leading ones of the system or developer are its text; neighbouring results are one turn."""
     if raw is None:
         raise members.missing("messages")
-    messages = [Members(each, path) for path, each in members.items(raw, "messages")]
+    messages = members.objects(raw, "messages")
     if not messages:
         raise RequestError("messages: is empty", param="messages")
     reader = _Reader(messages)
@@ -56,7 +56,7 @@ def read(raw: msgspec.Raw | None) -> Said:
 
 
 class _Reader:
-    def __init__(self, messages: list[Members]) -> None:
+    def __init__(self, messages: Sequence[Members]) -> None:
         self.system: list[Text] = []
         self.turns: list[Turn] = []
         self.hints: list[str] = []
@@ -163,7 +163,7 @@ class _Reader:
         refusal = message.take("refusal", members.text)
         if refusal:
             parts.append(Refusal(text=refusal, at=message.at("refusal")))
-        parts += [self._call(Members(raw, path)) for path, raw in message.list("tool_calls")]
+        parts += [self._call(each) for each in message.objects("tool_calls")]
         if message.raw("function_call") is not None:
             raise refused(message.at("function_call"), "deprecated, and not carried; send `tool_calls`")
         if message.raw("audio") is not None:
@@ -230,8 +230,7 @@ def _parts(raw: msgspec.Raw | None, path: str) -> Iterable[Text | Media | Refusa
     if members.is_text(raw):
         yield Text(text=decoded(members.text, raw, path), at=path)
         return
-    for at, each in members.items(raw, path):
-        part = Members(each, at)
+    for part in members.objects(raw, path):
         yield _part(part)
         part.finish()
 
@@ -335,13 +334,13 @@ def _thoughts(message: Members) -> Iterable[Thinking]:
     """What the client was given of the model's thoughts, and gives back: details with whose they are, or text alone."""
     plain = message.take("reasoning_content", members.text) or ""
     routed = message.take("reasoning", members.text) or ""
-    listed = message.list("reasoning_details")
+    listed = message.objects("reasoning_details")
     if not listed:
         if plain or routed:
             name = "reasoning_content" if plain else "reasoning"
             yield Thinking(text=plain or routed, at=message.at(name))
         return
-    details = [_detail(Members(raw, path)) for path, raw in listed]
+    details = [_detail(each) for each in listed]
     thoughts = _joined(details)
     if (plain or routed) and not any(thought.text for thought in thoughts):
         # Of a stream some keep the text from the one field, and the signature from the other.

@@ -159,7 +159,7 @@ def _wants_usage(request: Members, stream: bool) -> bool:
 
 
 def _tools(request: Members) -> tuple[Tool, ...]:
-    tools = tuple(_tool(Members(raw, path)) for path, raw in request.list("tools"))
+    tools = tuple(_tool(each) for each in request.objects("tools"))
     seen: set[str] = set()
     for tool in tools:
         if tool.name in seen:
@@ -269,8 +269,7 @@ def _choice(raw: msgspec.Raw | None) -> Choice | None:
 def _allowed(allowed: Members) -> Choice:
     mode = allowed.take("mode", _mode) or "auto"
     names = []
-    for path, raw in allowed.list("tools"):
-        tool = Members(raw, path)
+    for tool in allowed.objects("tools"):
         kind = tool.need("type", members.text)
         if kind not in ("function", "custom"):
             raise refused(tool.path, f"a tool of the type {kind!r} is not there at the services of this rule")

@@ -257,15 +257,16 @@ def citations_of(annotations: list[Annotation]) -> tuple[Citation, ...]:
             url=found.url,
             title=found.title or "",
             quote=found.content or "",
-            start=_place(found.start_index),
-            end=_place(found.end_index),
+            start=place_of(found.start_index),
+            end=place_of(found.end_index),
         )
         for found in (each.url_citation for each in annotations)
         if found is not None and found.url
     )
 
 
-def _place(value: Number) -> int:
+def place_of(value: Number) -> int:
+    """An index, -1 where there is none."""
     return int(value) if value is not None and 0 <= value < 2**53 else -1
 
 

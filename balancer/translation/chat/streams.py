@@ -81,8 +81,11 @@ class StreamReader:
         failure = shapes.failure_of(body)
         if failure is not None:
             return self._broke(Broke(message=failure.message, code=failure.code, status=failure.status))
-        steps: list[Step] = []
         choices = body.choices
+        if event.name == "error" and not choices:
+            message = body.message if isinstance(body.message, str) else "the upstream tells of an error without a word"
+            return self._broke(Broke(message=message))
+        steps: list[Step] = []
         if not self._has_started and (choices or body.id):
             # Azure's first chunk tells of its filters, and has neither.
             self._start(body, data, steps)
@@ -98,7 +101,9 @@ class StreamReader:
                     steps += self._broke(Broke(message="the upstream ended its answer with an error", code=BAD_ANSWER))
                     return steps
                 self._stop = shapes.stop_of(
-                    choice.finish_reason, has_calls=bool(self._calls), has_refusal=self._has_refused
+                    choice.finish_reason,
+                    has_calls=any(call.name for call in self._calls),
+                    has_refusal=self._has_refused,
                 )
                 self._count(usage or choice.usage, steps)
                 steps.append(Stopped(stop=self._stop))
@@ -221,8 +226,8 @@ class StreamReader:
         By the book its index tells. Some servers give all calls the index 0, each with an id and a name of its own, or
         give none at all; then what has a name begins a call, and what has none goes on with the last.
         """
-        index = None if piece.index is None else int(piece.index)
-        if index is None:
+        index = shapes.place_of(piece.index)
+        if index < 0:
             known = next((call for call in self._calls if piece.id and call.id == piece.id), None)
             if known is None and not name and self._calls:
                 known = self._calls[-1]
@@ -234,7 +239,7 @@ class StreamReader:
                 return known
         call = _Call(len(self._calls))
         self._calls.append(call)
-        if index is not None:
+        if index >= 0:
             self._by_index[index] = call
         return call
 
@@ -253,6 +258,7 @@ class StreamWriter:
         conversation = echo.conversation
         self._echo = echo
         self._wants_usage = conversation.wants_usage
+        self._is_shown = answers.shows_thoughts(conversation)
         self._custom = answers.custom_tools(conversation)
         self._head = b""
         self._tail = (
@@ -331,7 +337,7 @@ class StreamWriter:
         if step.begins or not self._is_thinking:
             self._thought += 1
             self._is_thinking = True
-        if not step.text:
+        if not step.text or not self._is_shown:
             return b""
         text = _encode(step.text)
         return self._delta(
@@ -388,7 +394,7 @@ class StreamWriter:
     def _ended(self) -> bytes:
         written = b"" if self._head else self._started(Started())
         if not self._has_stopped:
-            written += self._stopped("end")
+            written += self._stopped("tool" if self._kinds else "end")
         if self._wants_usage:
             usage = msgspec.json.encode(answers.usage_of(self._usage or Counts()))
             head = self._head.partition(b'"choices":')[0]

@@ -94,7 +94,9 @@ class _Writer:
             self._uncached(turn.parts)
             match turn.role:
                 case "system":
-                    messages.append({"role": "system", "content": _BREAK.join(_texts(turn.parts))})
+                    texts = _texts(turn.parts)
+                    if texts:
+                        messages.append({"role": "system", "content": _BREAK.join(texts)})
                 case "user":
                     messages += self._user_turn(turn)
                 case "assistant":
@@ -129,9 +131,9 @@ class _Writer:
                     raise UntranslatableError(
                         f"{part.at or turn.at}: a user's turn cannot hold what a model says", param=part.at or turn.at
                     )
-        if behind:
-            messages.append({"role": "user", "content": behind})
-        if spoken or not turn.parts:
+        if behind:  # One message, not two: templates of open models want the roles to alternate.
+            messages.append({"role": "user", "content": [*behind, *self._pieces(spoken)]})
+        elif spoken or not turn.parts:
             messages.append({"role": "user", "content": self._content(spoken)})
         return messages
 
@@ -158,6 +160,9 @@ class _Writer:
         """Text alone is a string, which every server takes; with media it is parts."""
         if all(isinstance(part, Text) or _is_text(part) for part in parts):
             return _BREAK.join(part.text if isinstance(part, Text) else _document(part) for part in parts)
+        return self._pieces(parts)
+
+    def _pieces(self, parts: Sequence[Text | Media]) -> list[dict[str, Any]]:
         return [
             {"type": "text", "text": part.text} if isinstance(part, Text) else self._media(part)
             for part in parts
@@ -195,6 +200,8 @@ class _Writer:
             raise UntranslatableError(
                 f"{media.at}: the services of this rule take no document by its URL; send its bytes", param=media.at
             )
+        if media.context:
+            self._leave(f"{media.at}.context")
         kind = media.media_type or "application/pdf"
         name = media.title or ("document.pdf" if kind == "application/pdf" else "document")
         return {"type": "file", "file": {"filename": name, "file_data": f"data:{kind};base64,{media.data}"}}
@@ -419,7 +426,7 @@ def _format(form: Format) -> dict[str, Any]:
 class _Grammar(msgspec.Struct):
     """A grammar as chat completions have it (nested), or as responses do (flat)."""
 
-    grammar: msgspec.Raw | None = None
+    grammar: _Grammar | None = None
     definition: str | None = None
     syntax: str | None = None
 
@@ -427,30 +434,24 @@ class _Grammar(msgspec.Struct):
 _grammar_decoder = msgspec.json.Decoder(_Grammar)
 
 
-def _grammar(raw: msgspec.Raw | None) -> object:
+def _grammar(raw: msgspec.Raw | None) -> dict[str, str] | None:
+    """The grammar of a custom tool, None where there is none that we can read."""
     if raw is None:
         return None
     try:
         found = lenient.decode(_grammar_decoder, raw)
     except lenient.UNREADABLE:
         return None
-    if found.grammar is not None:
-        return found.grammar
-    return {"definition": found.definition, "syntax": found.syntax} if found.definition is not None else None
+    found = found.grammar or found
+    if found.definition is None:
+        return None
+    return {"definition": found.definition, "syntax": found.syntax or "lark"}
 
 
 def _told(tool: Tool) -> str:
     """The description of a custom tool as a function's, with the grammar that its input has to follow."""
-    grammar = tool.grammar
+    grammar = _grammar(tool.grammar)
     if grammar is None:
         return tool.description
-    try:
-        found = lenient.decode(_grammar_decoder, grammar)
-        found = lenient.decode(_grammar_decoder, found.grammar) if found.grammar is not None else found
-    except lenient.UNREADABLE:
-        return tool.description
-    if found.definition is None:
-        return tool.description
-    syntax = f" ({found.syntax})" if found.syntax else ""
-    lines = (tool.description, f"`input` must follow this grammar{syntax}:", found.definition)
-    return "\n\n".join(line for line in lines if line)
+    heading = f"`input` must follow this grammar ({grammar['syntax']}):"
+    return _BREAK.join(line for line in (tool.description, heading, grammar["definition"]) if line)
