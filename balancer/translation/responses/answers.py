@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
-from balancer.translation import marks
 from balancer.translation.answer import Answer, Echo
 from balancer.translation.chat import inputs
 from balancer.translation.conversation import Call, Conversation, Refusal, Text, Thinking
-from balancer.translation.responses import objects
+from balancer.translation.responses import objects, seals
 from balancer.translation.responses.kept import Kept, kept_of
 from balancer.translation.responses.objects import (
     CustomCall,
@@ -19,6 +18,7 @@ from balancer.translation.responses.objects import (
     OutputText,
     ReasoningItem,
     Status,
+    Summary,
 )
 
 
@@ -77,13 +77,15 @@ def _close(content: list[OutputText | OutputRefusal], items: list[Item], echo: E
 
 
 def _thought(part: Thinking, echo: Echo, kept: Kept, index: int) -> list[Item]:
-    sealed = marks.sealed(part.vendor, part.signature) if kept.is_sealed and part.vendor else ""
+    sealed = ""
+    if kept.is_sealed and part.vendor:
+        sealed = seals.sealed(part.vendor, part.signature, is_redacted=part.is_redacted)
     if not (part.text or (sealed and part.signature)):
         return []
     return [
         ReasoningItem(
             id=objects.item_id(ReasoningItem, echo, index),
-            summary=objects.summary(part.text, part.vendor, part.is_redacted),
+            summary=(Summary(text=part.text),) if part.text else (),
             encrypted_content=sealed or msgspec.UNSET,
         )
     ]

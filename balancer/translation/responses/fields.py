@@ -88,7 +88,7 @@ class Fields:
             raise malformed(self.path(name), "a whole number")
         return value
 
-    def list(self, name: str) -> Iterator[tuple[str, object]]:
+    def each(self, name: str) -> Iterator[tuple[str, object]]:
         """The path and value of each entry; none where the list is absent."""
         value = self.take(name)
         if value is None:
@@ -97,7 +97,7 @@ class Fields:
             raise malformed(self.path(name), "a list")
         return entries(value, self.path(name))
 
-    def object(self, name: str) -> Fields | None:
+    def inner(self, name: str) -> Fields | None:
         """An object, or None."""
         value = self.take(name)
         return None if value is None else Fields(value, self.path(name))
@@ -109,7 +109,10 @@ class Fields:
             return None
         if not isinstance(value, dict):
             raise malformed(self.path(name), "an object")
-        return msgspec.Raw(msgspec.json.encode(value))
+        try:
+            return msgspec.Raw(msgspec.json.encode(value))
+        except RecursionError as exc:
+            raise RequestError(f"`{self.path(name)}` is nested too deep", param=self.path(name)) from exc
 
     def refuse(self, name: str, why: str) -> None:
         """Refuses the member if it asks for something."""

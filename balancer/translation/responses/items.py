@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from balancer.errors import RequestError
-from balancer.translation import marks
 from balancer.translation.conversation import (
     Cache,
     Call,
@@ -20,8 +19,9 @@ from balancer.translation.conversation import (
     Thinking,
     Turn,
 )
+from balancer.translation.responses import seals
 from balancer.translation.responses.fields import Fields, entries, malformed, named, unsupported
-from balancer.translation.responses.tools import Tools, qualified, tool_name
+from balancer.translation.responses.tools import Tools, called_name
 
 _BOOKKEEPING = ("id", "status", "created_by", "encrypted_function_args")
 _PASSED_THROUGH = "internal_chat_message_metadata_passthrough"
@@ -81,7 +81,7 @@ class Input:
                 self._result(item)
             case "additional_tools":
                 item.skip("role", "id")
-                for at, tool in item.list("tools"):
+                for at, tool in item.each("tools"):
                     self._tools.read(tool, at)
                 item.done()
             case "web_search_call":
@@ -125,22 +125,20 @@ class Input:
         self._done(item)
         if not (summary or content or encrypted):
             return
-        vendor, signature = marks.opened(encrypted, "openai") if encrypted else ("", "")
+        text = "\n\n".join(summary or content)
+        vendor, signature, is_redacted = seals.opened(encrypted) if encrypted else ("", "", False)
         thought = Thinking(
-            text="\n\n".join(summary or content),
+            text=text,
             signature=signature,
             vendor=vendor,
-            # Writing has left out the summary of what is redacted, and of Google's signatures without a thought.
-            is_redacted=bool(signature) and not (summary or content) and vendor != "google",
+            is_redacted=is_redacted and not text,
             at=item.at,
         )
         self._say("assistant", item.at, [thought])
 
     def _call(self, item: Fields, kind: Literal["function", "custom"]) -> None:
         call_id = item.text("call_id")
-        name, namespace = tool_name(item), item.maybe_text("namespace")
-        if namespace:
-            name = qualified(namespace, name, item.path("name"))
+        name = called_name(item)
         arguments = item.text("arguments" if kind == "function" else "input")
         self._called_directly(item)
         self._done(item)
@@ -162,7 +160,7 @@ class Input:
         self._say("user", item.at, [Result(call_id=call_id, content=tuple(content), at=item.at)])
 
     def _called_directly(self, item: Fields) -> None:
-        caller = item.object("caller")
+        caller = item.inner("caller")
         if caller is not None and caller.take("type") != "direct":
             raise unsupported(item.path("caller"), "only the model itself calls tools")
         if item.flag("async"):
@@ -282,7 +280,7 @@ def _file(part: Fields) -> Media:
 
 
 def _sound(part: Fields) -> Media:
-    sound = part.object("input_audio")
+    sound = part.inner("input_audio")
     if sound is None:
         raise malformed(part.path("input_audio"), "an object")
     data, encoding = sound.text("data"), sound.word("format", tuple(_SOUNDS), "wav")
@@ -315,7 +313,7 @@ def _plain(data: str) -> str:
 
 def _cache(part: Fields) -> Cache:
     """How long what stands up to here is to be cached: OpenAI's half an hour and more is Anthropic's hour."""
-    point = part.object("prompt_cache_breakpoint")
+    point = part.inner("prompt_cache_breakpoint")
     if point is None:
         return ""
     point.skip("mode")
@@ -325,7 +323,7 @@ def _cache(part: Fields) -> Cache:
 
 
 def _thoughts(item: Fields, name: str, kind: str) -> Iterator[str]:
-    for path, value in item.list(name):
+    for path, value in item.each(name):
         part = Fields(value, path)
         if part.text("type") != kind:
             raise unsupported(path, f"only `{kind}` parts stand here")

@@ -124,11 +124,6 @@ def annotated(citations: Sequence[Citation], length: int) -> list[UrlCitation | 
     ]
 
 
-def summary(text: str, vendor: str, is_redacted: bool) -> list[Summary]:
-    """A thought's summary. An empty thought has an empty one; what is redacted, or no thought, has none."""
-    return [Summary(text=text)] if text or not (is_redacted or vendor == "google") else []
-
-
 def ending(stop: Stop, has_refusal: bool) -> tuple[Status, str]:
     """The answer's status, and why it is incomplete. A refusal in words is complete."""
     reason = "" if stop == "refused" and has_refusal else _REASONS.get(stop, "")
@@ -182,7 +177,10 @@ def response(
     output: Sequence[Item] = (),
     usage: Counts | None = None,
 ) -> bytes:
-    """The response object. `answer_id` is the upstream's, empty where it gave none."""
+    """The response object. `answer_id` is the upstream's, empty where it gave none.
+
+    Whoever reads an answer to its end finds tokens there, though they be none: clients do not look for less.
+    """
     own = _Response(
         id=answer_id or f"resp_{echo.id}",
         created_at=echo.created,
@@ -190,7 +188,7 @@ def response(
         incomplete_details=_Incomplete(reason) if reason else None,
         model=echo.model or model,
         output=output,
-        usage=None if usage is None else _usage(usage),
+        usage=None if status == "in_progress" else _usage(usage or Counts()),
     )
     return b"%b,%b" % (encode(own)[:-1], bytes(kept.repeated)[1:])
 

@@ -26,7 +26,6 @@ _HINTS = (
     "context_management",
     "image",
     "prompt_cache_retention",
-    "service_tier",
     "stream_options",
 )
 """Fields that only cost, speed, bookkeeping or the tools of OpenAI's own servers depend on."""
@@ -70,6 +69,7 @@ _REPEATED = (
     "user",
 )
 
+_ORDINARY_TIERS = ("", "auto", "default")
 _EMPTY = msgspec.Raw(b"{}")
 _decoder = msgspec.json.Decoder(dict[str, object])
 
@@ -85,7 +85,7 @@ def read_request(body: bytes) -> Conversation:
         raise RequestError(f"the request's body is no JSON object: {exc}") from exc
     fields = Fields(members)
     tools = Tools()
-    for at, tool in fields.list("tools"):
+    for at, tool in fields.each("tools"):
         tools.read(tool, at)
     given = Input(tools)
     instructions = fields.maybe_text("instructions")
@@ -125,20 +125,24 @@ def _hints(fields: Fields) -> set[str]:
         hints.add("metadata")
     if fields.count("max_tool_calls") is not None:
         hints.add("max_tool_calls")
+    if fields.maybe_text("service_tier") not in _ORDINARY_TIERS:
+        hints.add("service_tier")
     if fields.flag("store"):
         hints.add("store")
-    options = fields.object("prompt_cache_options")
+    options = fields.inner("prompt_cache_options")
     if options is not None:
         if options.flag("prewarm"):
             raise unsupported(options.path("prewarm"), "there is no request here that has no answer")
         hints.add("prompt_cache_options")
+    if fields.peek("safety_identifier") and fields.peek("user"):
+        hints.add("user")
     return hints
 
 
 def _is_sealed(fields: Fields, hints: set[str]) -> bool:
     """True when the client wants the signatures; what else it wants included is refused, or can never come up."""
     wants = False
-    for path, value in fields.list("include"):
+    for path, value in fields.each("include"):
         if value == _ENCRYPTED:
             wants = True
         elif value in _OF_TOOLS:
@@ -151,12 +155,12 @@ def _is_sealed(fields: Fields, hints: set[str]) -> bool:
 
 
 def _format(fields: Fields, hints: set[str]) -> Format | None:
-    text = fields.object("text")
+    text = fields.inner("text")
     if text is None:
         return None
     if text.word("verbosity", ("low", "medium", "high"), "medium") != "medium":
         hints.add("text.verbosity")
-    given = text.object("format")
+    given = text.inner("format")
     text.done()
     if given is None:
         return None
@@ -185,7 +189,7 @@ def _format(fields: Fields, hints: set[str]) -> Format | None:
 
 
 def _reasoning(fields: Fields, hints: set[str]) -> Reasoning | None:
-    given = fields.object("reasoning")
+    given = fields.inner("reasoning")
     if given is None:
         return None
     effort = given.maybe_text("effort")

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import msgspec
 
-from balancer.translation import marks
 from balancer.translation.answer import (
     Broke,
     CallBegan,
@@ -26,7 +25,7 @@ from balancer.translation.answer import (
     ThinkingDelta,
 )
 from balancer.translation.chat.inputs import Unwrapping
-from balancer.translation.responses import objects
+from balancer.translation.responses import objects, seals
 from balancer.translation.responses.answers import custom_tools
 from balancer.translation.responses.events import Events, OpenCall, OpenItem, OpenMessage, OpenReasoning
 from balancer.translation.responses.kept import kept_of
@@ -135,12 +134,13 @@ class StreamWriter:
 
     def _signed(self, step: Signed) -> bytes:
         written = self._close() if step.is_redacted or self._reasoning is None else b""
-        sealed = marks.sealed(step.vendor, step.signature) if self._kept.is_sealed else ""
+        sealed = ""
+        if self._kept.is_sealed:
+            sealed = seals.sealed(step.vendor, step.signature, is_redacted=step.is_redacted)
         if self._reasoning is None:
             if not (sealed and step.signature):
                 return written
-            has_summary = bool(objects.summary("", step.vendor, step.is_redacted))
-            self._reasoning = self._new_reasoning(has_summary=has_summary)
+            self._reasoning = self._new_reasoning(has_summary=False)
             written += self._reasoning.opened()
         self._reasoning.sealed = sealed
         return written + self._close()

@@ -1,11 +1,12 @@
 """The tools of a request, and which of them may be called.
 
-A namespace is a group of tools; other APIs have none, so its tools go as `namespace__name`, and their calls come back
-with the two apart.
+A namespace is a group of tools; other APIs have none, so its tools go as `namespace__name`, the first with what the
+namespace says of itself, and their calls come back with the two apart.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 
 import msgspec
@@ -15,6 +16,10 @@ from balancer.translation.conversation import NO_SCHEMA, Choice, Tool
 from balancer.translation.responses.fields import Fields, named, unsupported
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_ODD = re.compile(r"[^A-Za-z0-9_-]")
+_LONGEST_OF_ALL = 128
+_LONGEST = 64
+"""What most APIs take."""
 _DIRECTLY: tuple[object, ...] = (None, [], ["direct"])
 
 
@@ -42,8 +47,9 @@ class Tools:
             return
         tool.skip("type")
         name, description = tool_name(tool), tool.maybe_text("description")
-        for path, inner in tool.list("tools"):
+        for path, inner in tool.each("tools"):
             self._add(Fields(inner, path), name, description)
+            description = ""  # Told once: it may be long, and there may be many tools.
         tool.done()
 
     def choice(self, fields: Fields) -> Choice | None:
@@ -64,7 +70,7 @@ class Tools:
         if chosen.peek("type") == "allowed_tools":
             chosen.skip("type")
             mode = chosen.word("mode", ("auto", "required"), "auto")
-            among = tuple(self._chosen(Fields(entry, path)) for path, entry in chosen.list("tools"))
+            among = tuple(self._chosen(Fields(entry, path)) for path, entry in chosen.each("tools"))
             chosen.done()
             if not among:
                 raise RequestError(f"`{at}.tools` allows no tool", param=f"{at}.tools")
@@ -131,12 +137,21 @@ def tool_name(fields: Fields) -> str:
     return name
 
 
+def called_name(fields: Fields) -> str:
+    """The member `name` of a call that a model has made: models make names up, and no API takes those back."""
+    name, namespace = fields.text("name"), fields.maybe_text("namespace")
+    name = _ODD.sub("_", name)[:_LONGEST_OF_ALL] or "_"
+    return qualified(namespace, name, fields.path("name")) if namespace else name
+
+
 def qualified(namespace: str, name: str, at: str) -> str:
     """The name under which the model knows a namespace's tool."""
     whole = f"{namespace}__{name}"
-    if not _NAME.fullmatch(whole):
-        raise RequestError(f"`{at}`: with its namespace this is more than 128 letters, digits, dashes", param=at)
-    return whole
+    if not _NAME.fullmatch(namespace):
+        raise RequestError(f"`{at}`: its namespace must be letters, digits, dashes and underscores", param=at)
+    if len(whole) <= _LONGEST:
+        return whole
+    return f"{whole[: _LONGEST - 9]}_{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def _schema(tool: Fields) -> msgspec.Raw:
@@ -147,7 +162,7 @@ def _schema(tool: Fields) -> msgspec.Raw:
 
 def _grammar(tool: Fields) -> msgspec.Raw | None:
     """What a custom tool's input must look like, as the client gave it; None for any text."""
-    given = tool.object("format")
+    given = tool.inner("format")
     if given is None:
         return None
     kind = given.word("type", ("text", "grammar"), "text")

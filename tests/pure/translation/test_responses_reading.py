@@ -201,21 +201,22 @@ def test_a_request_of_opencode_is_read_whole() -> None:
             id="call in a namespace",
         ),
         pytest.param(
+            {**CALL, "name": "functions.f:0"},
+            Call(id="c", name="functions_f_0", arguments="{}", at="input[0]"),
+            id="call of a tool that the model made up",
+        ),
+        pytest.param(
             {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAA"},
             Thinking(signature="gAAA", vendor="openai", is_redacted=True, at="input[0]"),
             id="OpenAI's reasoning",
         ),
         pytest.param(
-            {"type": "reasoning", "summary": [], "encrypted_content": "balancer:anthropic:Eo"},
+            {"type": "reasoning", "summary": [], "encrypted_content": "balancer:anthropic:redacted:Eo"},
             Thinking(signature="Eo", vendor="anthropic", is_redacted=True, at="input[0]"),
             id="redacted reasoning",
         ),
         pytest.param(
-            {
-                "type": "reasoning",
-                "summary": [{"type": "summary_text", "text": ""}],
-                "encrypted_content": "balancer:anthropic:Eo",
-            },
+            {"type": "reasoning", "summary": [], "encrypted_content": "balancer:anthropic:Eo"},
             Thinking(signature="Eo", vendor="anthropic", at="input[0]"),
             id="reasoning that was not shown",
         ),
@@ -330,6 +331,27 @@ def test_a_choice_is_read(choice: object, expected: Choice | None) -> None:
     assert read(tools=[F, {"type": "custom", "name": "c"}], tool_choice=choice).choice == expected
 
 
+def test_a_namespace_is_told_once() -> None:
+    inner = [{"type": "function", "name": name, "description": name} for name in "ab"]
+    tools = read(tools=[{"type": "namespace", "name": "n", "description": "N.", "tools": inner}]).tools
+    assert [(tool.name, tool.description) for tool in tools] == [("n__a", "N.\n\na"), ("n__b", "b")]
+
+
+def test_a_long_name_in_a_namespace_is_shortened_and_still_itself() -> None:
+    namespace, name = "mcp__a_server_with_a_long_name", "and_a_tool_with_a_name_that_is_longer_still"
+    tool = {"type": "namespace", "name": namespace, "description": "d", "tools": [{"type": "function", "name": name}]}
+    conversation = read(
+        tools=[tool],
+        tool_choice={"type": "function", "name": name, "namespace": namespace},
+        input=[{**CALL, "name": name, "namespace": namespace}],
+    )
+    short = conversation.tools[0].name
+    assert len(short) == 64
+    assert short.startswith("mcp__a_server_with_a_long_name__and_a_tool")
+    assert conversation.choice == Choice(mode="named", name=short)
+    assert conversation.turns[0].parts == (Call(id="c", name=short, arguments="{}", at="input[0]"),)
+
+
 def test_no_tools_leave_nothing_to_choose() -> None:
     assert read(tools=[], tool_choice="none").choice is None
     assert read(tool_choice="auto").choice is None
@@ -383,7 +405,14 @@ def test_who_asks_is_carried() -> None:
     "members",
     [
         {"background": False, "conversation": None, "prompt": None, "previous_response_id": None},
-        {"top_logprobs": 0, "truncation": "disabled", "include": [], "tools": None, "metadata": {}, "store": False},
+        {
+            "top_logprobs": 0,
+            "truncation": "disabled",
+            "include": [],
+            "tools": None,
+            "metadata": {},
+            "service_tier": "auto",
+        },
         {"temperature": None, "text": {}, "context_management": [], "unheard_of": None, "also_unheard_of": []},
         {"text": {"verbosity": "medium"}, "reasoning": {"mode": "standard", "context": "auto"}, "stream": False},
     ],
@@ -400,6 +429,7 @@ def test_what_asks_for_nothing_is_neither_refused_nor_named(members: dict[str, A
         ({"store": True}, "store"),
         ({"metadata": {"a": "b"}}, "metadata"),
         ({"service_tier": "flex"}, "service_tier"),
+        ({"user": "u", "safety_identifier": "s"}, "user"),
         ({"prompt_cache_retention": "24h"}, "prompt_cache_retention"),
         ({"prompt_cache_options": {"mode": "explicit", "ttl": "30m"}}, "prompt_cache_options"),
         ({"context_management": [{"type": "compaction", "compact_threshold": 1}]}, "context_management"),
@@ -516,6 +546,7 @@ def test_what_no_service_can_do_is_refused_by_its_path(members: dict[str, Any], 
         ({"tools": [F, F]}, "tools[1].name"),
         ({"tools": [{"type": "function", "name": "no good"}]}, "tools[0].name"),
         ({"tools": [{**F, "parameters": "x"}]}, "tools[0].parameters"),
+        ({"input": [{**CALL, "namespace": "no good"}]}, "input[0].name"),
         ({"tools": [F], "tool_choice": {"type": "function", "name": "g"}}, "tool_choice.name"),
         ({"tools": [F], "tool_choice": {"type": "allowed_tools", "tools": []}}, "tool_choice.tools"),
         ({"tool_choice": "required"}, "tool_choice"),
