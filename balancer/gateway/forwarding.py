@@ -381,7 +381,7 @@ class Forwarder:
             if begun is not None and begun.outgoing is not None:
                 outgoing = begun.outgoing
             else:
-                outgoing = self._outgoing(errand, pick)
+                outgoing = self._outgoing(errand, attempt)
             clock.limit(stream, outgoing.request.timeout_s)
             with clock.until_first_byte(most_s=opening_s(outgoing.request.timeouts)):
                 if begun is not None and begun.answer is not None:
@@ -425,11 +425,12 @@ class Forwarder:
             attempt.log(errand.request.request_id)
         return attempt.outcome or Outcome.FAILED
 
-    def _outgoing(self, errand: _Errand, pick: Pick) -> Outgoing:
-        elapsed_s, course = errand.clock.elapsed_s, errand.course
+    def _outgoing(self, errand: _Errand, attempt: Attempt) -> Outgoing:
+        elapsed_s, course, pick = errand.clock.elapsed_s, errand.course, attempt.pick
         translated = errand.translation.to(self.preparer.provider(pick.service), pick.service.partition(":")[2])
         if translated is not None:
             outgoing = self.preparer.translated(errand.request, translated, elapsed_s=elapsed_s)
+            attempt.api = translated.service_api
             self._metrics.translated(pick, translated.client_api, translated.service_api)
         else:
             body, peek = errand.translation.native(self._plans.of(course.rule), errand.peek)
