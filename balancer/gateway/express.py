@@ -23,8 +23,9 @@ from balancer.domain import Outcome
 from balancer.encoding import Decoder
 from balancer.errors import BalancerError
 from balancer.gateway.attempts import Attempt
+from balancer.gateway.clock import CLIENT_MARGIN_S
 from balancer.gateway.events import EventRelay, takes_none
-from balancer.gateway.forwarding import CLIENT_MARGIN_S, Begun, Forwarder, reserved
+from balancer.gateway.forwarding import Begun, Forwarder, reserved
 from balancer.gateway.handlers import Handlers
 from balancer.gateway.lane import Lane, request_of
 from balancer.gateway.lane_head import Head
