@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
-from balancer.domain import Outcome
+from balancer.domain import Outcome, Provider
+from balancer.translation import pairs
+from balancer.translation.conversation import Conversation, Target, UntranslatableError, Written
 from tests.actors import OPENAI_JSON, Upstream
 from tests.gateway.conftest import KEY, Serve, decoded
 from tests.gateway.pairs import counted, settled
@@ -108,6 +111,27 @@ async def test_an_answer_that_is_none_goes_on_to_the_next_service(
     status, headers, _ = await ask(gateway, CHAT)
     assert (status, headers["x-balancer-service"]) == (200, "ant1:up-model")
     assert (await settled(gateway))["ant0:up-model", Outcome.FAILED] == 1
+
+
+async def test_what_only_one_model_cannot_be_asked_is_another_service_s_chance(
+    serve: Serve, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each API is tried with one of its services: with another it may turn out that it cannot be asked."""
+    side = pairs.SERVICES["messages"]
+
+    def write(conversation: Conversation, target: Target, provider: Provider) -> Written:
+        if target.model == "odd":
+            raise UntranslatableError("too odd", param="messages[0]")
+        return side.write_request(conversation, target, provider)
+
+    upstream.answers(body=MESSAGE)
+    odd = {"provider": "ant0", "model": "odd"}
+    rules = {"m": {"services": [odd | {"model": "up-model"}, odd]}}
+    gateway = await serve(a_mixed_document(upstream, rules=rules))
+    monkeypatch.setitem(pairs.SERVICES, "messages", msgspec.structs.replace(side, write_request=write))
+    answers = [await ask(gateway, CHAT) for _ in range(2)]
+    assert [headers["x-balancer-service"] for _, headers, _ in answers] == ["ant0:up-model"] * 2
+    assert await settled(gateway) == {("ant0:up-model", "success"): 2, ("ant0:odd", "cancelled"): 1}
 
 
 async def test_a_session_stays_with_its_service_of_another_api(
