@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -270,6 +271,7 @@ class StreamWriter:
         self._is_thinking = False
         self._said = 0
         self._part = 0
+        self._notes: list[dict[str, Any]] = []
         self._kinds: dict[int, ToolKind] = {}
         self._silent: set[int] = set()
         self._inputs: dict[int, Unwrapping] = {}
@@ -323,15 +325,10 @@ class StreamWriter:
         self._is_thinking = False
         if step.begins:
             self._part = self._said
-        written = b""
-        if step.text:
-            self._said += len(step.text)
-            written = self._delta(b'{"content":%b}' % _encode(step.text))
+        self._said += len(step.text)
         if step.citations:
-            annotations = answers.url_citations(step.citations, self._part, self._said)
-            if annotations:
-                written += self._delta(_encode({"annotations": annotations}))
-        return written
+            self._notes += answers.url_citations(step.citations, self._part, self._said)
+        return self._delta(b'{"content":%b}' % _encode(step.text)) if step.text else b""
 
     def _thinking(self, step: ThinkingDelta) -> bytes:
         if step.begins or not self._is_thinking:
@@ -388,6 +385,9 @@ class StreamWriter:
             rest = unwrapping.finish()
             if rest:
                 written.append(self._call_piece(index, rest))
+        if self._notes:
+            # All at once, as OpenAI tells them: its SDK cannot add to a list whose entries have no index.
+            written.append(self._delta(_encode({"annotations": self._notes})))
         reason = b"{}%b" % self._tail.replace(b"null", b'"%b"' % shapes.FINISHES[stop].encode(), 1)
         return b"".join((*written, self._head, reason))
 

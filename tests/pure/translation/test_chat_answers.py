@@ -83,7 +83,7 @@ MESSAGES: list[tuple[dict[str, object], tuple[Said, ...]]] = [
     (
         {
             "content": [
-                {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                {"type": "thinking", "thinking": "hm", "text": "no"},
                 {"type": "text", "text": "x"},
             ]
         },
@@ -110,6 +110,13 @@ MESSAGES: list[tuple[dict[str, object], tuple[Said, ...]]] = [
         (Call(id="a", name="f", arguments='{"x":1}'),),
     ),
     ({"tool_calls": [{"id": "a", "function": {"name": "f"}}]}, (Call(id="a", name="f", arguments="{}"),)),
+    (
+        {"content": "x", "tool_calls": [5, {"id": "a", "function": {"name": "f", "arguments": "{}"}}]},
+        (
+            Text(text="x"),
+            Call(id="a", name="f", arguments="{}"),
+        ),
+    ),
     ({"content": "x", "tool_calls": "odd", "annotations": 5, "refusal": []}, (Text(text="x"),)),
 ]
 
@@ -148,6 +155,7 @@ STOPS: list[tuple[dict[str, object], Stop]] = [
     ({"finish_reason": None}, "end"),
     ({}, "end"),
     ({"finish_reason": "stop", "message": {"refusal": "No."}}, "refused"),
+    ({"finish_reason": "length", "message": {"refusal": "No"}}, "length"),
     ({"finish_reason": "stop", "message": {"tool_calls": [{"function": {"name": "f"}}]}}, "tool"),
 ]
 
@@ -163,6 +171,7 @@ USAGES: list[tuple[dict[str, object], Counts]] = [
     ({"prompt_tokens": 5.0, "cached_tokens": 3}, Counts(input=5, cached=3)),
     ({"prompt_tokens": -5, "completion_tokens": None, "prompt_tokens_details": "odd"}, Counts()),
     ({"prompt_tokens": "5", "completion_tokens": 2}, Counts(output=2)),
+    ({"prompt_tokens": 1e300, "completion_tokens": 2}, Counts(output=2)),
 ]
 
 

@@ -144,6 +144,7 @@ FIELDS: list[tuple[dict[str, object], dict[str, object]]] = [
     ({"user": "u"}, {"user": "u"}),
     ({"safety_identifier": "s", "user": "u"}, {"user": "s", "fields": {"user": "safety_identifier"}}),
     ({"stream": True}, {"stream": True, "wants_usage": False}),
+    ({"stream_options": {"include_usage": False}}, {"stream": False, "wants_usage": True}),
     ({"stream": True, "stream_options": {"include_obfuscation": False}}, {"wants_usage": False}),
     ({}, {"stream": False, "wants_usage": True, "choice": None, "reasoning": None, "format": None}),
     ({"tool_choice": "auto"}, {"choice": Choice()}),

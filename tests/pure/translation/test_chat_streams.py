@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.lib.streaming.chat import ChatCompletionStreamState
+from openai.types.chat import ChatCompletionChunk
 
 from balancer.sse import Event, Parser
 from balancer.translation.answer import (
@@ -346,6 +348,35 @@ def test_a_whole_stream_is_written() -> None:
             "completion_tokens_details": {"reasoning_tokens": 0},
         },
     }
+
+
+def test_the_sdk_makes_an_answer_of_a_stream() -> None:
+    steps: list[Step] = [
+        Started(id="msg_1"),
+        ThinkingDelta(text="h"),
+        ThinkingDelta(text="m"),
+        Signed(signature="s", vendor="anthropic"),
+        Signed(signature="e", vendor="anthropic", is_redacted=True),
+        TextDelta(text="a", citations=(Citation(url="https://x", title="X"),)),
+        TextDelta(text="b", citations=(Citation(url="https://y", title="Y"),), begins=True),
+        *CALLS,
+        Stopped(stop="tool"),
+        Counted(usage=Counts(input=5, output=2)),
+        Ended(),
+    ]
+    state: ChatCompletionStreamState[None] = ChatCompletionStreamState()
+    for each in told(steps):
+        state.handle_chunk(ChatCompletionChunk.model_validate(each))
+    completion = state.get_final_completion().model_dump(mode="json")
+    (choice,) = completion["choices"]
+    message = choice["message"]
+    assert (message["content"], message["reasoning_content"], choice["finish_reason"]) == ("ab", "hm", "tool_calls")
+    assert [each["function"]["arguments"] for each in message["tool_calls"]] == ["{}", "[]"]
+    assert [each["url_citation"]["start_index"] for each in message["annotations"]] == [0, 1]
+    first, second = message["reasoning_details"]
+    assert (first["text"], first["signature"], first["format"]) == ("hm", "balancer:anthropic:s", "anthropic")
+    assert (second["type"], second["data"]) == ("reasoning.encrypted", "balancer:anthropic:e")
+    assert completion["usage"]["total_tokens"] == 7
 
 
 def test_usage_is_told_only_to_who_asked() -> None:
