@@ -19,6 +19,7 @@ from balancer.translation.conversation import (
     Part,
     Reasoning,
     Result,
+    Target,
     Text,
     Thinking,
     Tool,
@@ -26,6 +27,8 @@ from balancer.translation.conversation import (
     UntranslatableError,
 )
 from balancer.translation.messages.reading import read_count_tokens, read_request
+from balancer.translation.messages.writing import write_request
+from tests.pure.translation.anthropic_sdk import request_of
 
 HELLO = [{"role": "user", "content": "Hi"}]
 CACHE = {"type": "ephemeral"}
@@ -511,3 +514,132 @@ def test_no_message_quotes_the_prompt() -> None:
         with pytest.raises(RequestError) as refused:
             part(block)
         assert secret not in refused.value.message
+
+
+# -- Claude Code -------------------------------------------------------------------------------------------------------
+
+REMINDER = "<system-reminder>\nThe task tools haven't been used recently.\n</system-reminder>"
+TOOLS = (
+    *("Agent", "Bash", "Edit", "Glob", "Grep", "NotebookEdit", "Read", "Skill", "Task", "TaskOutput", "TodoWrite"),
+    *("ToolSearch", "WebFetch", "WebSearch", "Write", "mcp__github__create_issue", "mcp__ide__getDiagnostics"),
+)
+PICTURE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
+
+
+def of_claude_code(**fields: object) -> bytes:
+    """A turn in the middle of a session, as Claude Code 2.1 sends it."""
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "type": "object",
+        "properties": {"path": {"type": "string"}},
+        "required": ["path"],
+        "additionalProperties": False,
+    }
+    hour = {"type": "ephemeral", "ttl": "1h"}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": REMINDER}, {"type": "text", "text": "Look at it."}]},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "", "signature": "EqQB"},
+                {"type": "text", "text": "I will."},
+                {
+                    "type": "tool_use",
+                    "id": "toolu_1",
+                    "name": "Read",
+                    "input": {"path": "a.png"},
+                    "caller": {"type": "direct"},
+                },
+                {"type": "tool_use", "id": "toolu_2", "name": "Bash", "input": {"command": "false"}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {
+                    "type": "tool_result",
+                    "tool_use_id": "toolu_1",
+                    "content": [PICTURE],
+                },
+                {
+                    "type": "tool_result",
+                    "tool_use_id": "toolu_2",
+                    "content": "Exit code 1",
+                    "is_error": True,
+                    "cache_control": hour,
+                },
+                {"type": "text", "text": REMINDER},
+            ],
+        },
+        {"role": "system", "content": "You are in plan mode."},
+    ]
+    request = {
+        "model": "claude-opus-4-8",
+        "messages": messages,
+        "system": [
+            {
+                "type": "text",
+                "text": "x-anthropic-billing-header: cc_version=2.1.177.01c; cc_entrypoint=cli; cch=36ee5;",
+            },
+            {"type": "text", "text": "You are Claude Code.", "cache_control": hour | {"scope": "global"}},
+            {"type": "text", "text": "Rules.", "cache_control": hour},
+        ],
+        "tools": [
+            {
+                "name": name,
+                "description": f"Use {name}.",
+                "input_schema": schema,
+                "eager_input_streaming": True,
+                **({"defer_loading": True} if name.startswith("mcp__") else {}),
+                **({"strict": True} if name == "Bash" else {}),
+            }
+            for name in TOOLS
+        ],
+        "metadata": {"user_id": '{"device_id":"d","account_uuid":"","session_id":"s"}'},
+        "max_tokens": 64000,
+        "thinking": {"type": "adaptive"},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "output_config": {"effort": "high"},
+        "stream": True,
+    }
+    return msgspec.json.encode(request | fields)
+
+
+def test_a_turn_of_claude_code_is_read_with_nothing_lost_but_bookkeeping() -> None:
+    conversation = read_request(of_claude_code())
+    assert [text.text for text in conversation.system] == ["You are Claude Code.", "Rules."]
+    assert [turn.role for turn in conversation.turns] == ["user", "assistant", "user", "system"]
+    assert [type(part).__name__ for turn in conversation.turns for part in turn.parts] == [
+        "Text", "Text", "Thinking", "Text", "Call", "Call", "Result", "Result", "Text", "Text",
+    ]  # fmt: skip
+    assert [tool.name for tool in conversation.tools] == list(TOOLS)
+    assert [tool.name for tool in conversation.tools if tool.is_strict] == ["Bash"]
+    assert conversation.reasoning == Reasoning(effort="high", is_adaptive=True, at="output_config.effort")
+    assert conversation.hints == (
+        "context_management",
+        "system[0]",
+        "tools[].eager_input_streaming",
+        "tools[].defer_loading",
+    )
+
+
+def test_a_warm_up_and_a_count_of_claude_code_are_read() -> None:
+    warm_up = read_request(of_claude_code(max_tokens=1, messages=[{"role": "user", "content": "quota"}]))
+    assert warm_up.max_tokens == 1
+    body = msgspec.json.decode(of_claude_code())
+    for name in ("max_tokens", "stream", "metadata"):
+        del body[name]
+    assert len(read_count_tokens(msgspec.json.encode(body)).tools) == len(TOOLS)
+
+
+def test_claude_code_may_look_for_tools_and_choose_one() -> None:
+    conversation = read_request(
+        of_claude_code(tool_choice={"type": "tool", "name": "Read"}, temperature=1, stop_sequences=["</block>"])
+    )
+    assert conversation.choice == Choice(mode="named", name="Read")
+    assert conversation.stop == ("</block>",)
+
+
+@pytest.mark.parametrize("model", ["claude-opus-4-8", "claude-sonnet-4-5", "kimi-k2"])
+def test_a_turn_of_claude_code_can_be_written_for_every_service_of_its_own_api(model: str) -> None:
+    request_of(write_request(read_request(of_claude_code()), Target(model=model, vendor="anthropic")).body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -491,6 +492,38 @@ def test_calls_that_interleave_come_one_behind_the_other(steps: Sequence[Step]) 
     assert contents(*steps) == [
         {"type": "tool_use", "id": "abc"[i], "name": "fgh"[i], "input": {"n": i}} for i in range(3)
     ]
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_whatever_interleaves_the_client_gets_whole_blocks_in_the_order_in_which_they_began(seed: int) -> None:
+    draw = random.Random(seed)
+    calls = [{"n": i, "s": draw.choice(["", "}", '"}', "x{", "ä\\"])} for i in range(draw.randrange(1, 5))]
+    rest = [msgspec.json.encode(arguments).decode() for arguments in calls]
+    begun: list[int] = []
+    expected: list[dict[str, Any]] = []
+    steps: list[Step] = []
+    while any(rest) or len(begun) < len(calls):
+        running = [i for i in begun if rest[i]]
+        match draw.choice(["begin", "argue", "argue", "argue", "say"]):
+            case "begin" if len(begun) < len(calls):
+                index = len(begun)
+                begun.append(index)
+                steps.append(CallBegan(index=index, id=f"id{index}", name="f"))
+                expected.append({"type": "tool_use", "id": f"id{index}", "name": "f", "input": calls[index]})
+            case "argue" if running:
+                index = draw.choice(running)
+                cut = draw.randrange(1, len(rest[index]) + 1)
+                steps.append(CallDelta(index=index, arguments=rest[index][:cut]))
+                rest[index] = rest[index][cut:]
+            case "say":
+                steps.append(TextDelta(text="x"))
+                if expected and expected[-1]["type"] == "text":
+                    expected[-1]["text"] += "x"
+                else:
+                    expected.append({"type": "text", "text": "x"})
+            case _:
+                pass
+    assert contents(*steps) == expected
 
 
 def test_a_brace_within_a_string_does_not_make_a_call_whole() -> None:
