@@ -6,7 +6,8 @@ import msgspec
 
 from balancer.translation.answer import Answer, Echo
 from balancer.translation.chat import inputs
-from balancer.translation.conversation import Call, Conversation, Refusal, Text, Thinking
+from balancer.translation.chat.answers import custom_tools
+from balancer.translation.conversation import Call, Refusal, Text, Thinking
 from balancer.translation.responses import objects, seals
 from balancer.translation.responses.kept import Kept, kept_of
 from balancer.translation.responses.objects import (
@@ -37,11 +38,6 @@ def write_answer(answer: Answer, echo: Echo) -> bytes:
         output=_items(answer, echo, kept, status),
         usage=answer.usage,
     )
-
-
-def custom_tools(conversation: Conversation) -> frozenset[str]:
-    """The names of the tools that are called with bare text, though a model may know them as functions."""
-    return frozenset(tool.name for tool in conversation.tools if tool.kind == "custom")
 
 
 def _items(answer: Answer, echo: Echo, kept: Kept, status: Status) -> list[Item]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import msgspec
 
 from balancer.translation.chat.inputs import Unwrapping
@@ -22,15 +24,15 @@ from balancer.translation.responses.objects import (
 
 
 class Events:
-    """Numbers the events of one stream."""
+    """Numbers the events of one stream; `count` is how many there have been."""
 
     def __init__(self) -> None:
-        self._count = 0
+        self.count = 0
 
     def event(self, kind: bytes, members: bytes) -> bytes:
         """One event: its members follow its type and number."""
-        number = self._count
-        self._count += 1
+        number = self.count
+        self.count += 1
         return b'event: %b\ndata: {"type":"%b","sequence_number":%d,%b}\n\n' % (kind, kind, number, members)
 
 
@@ -46,8 +48,8 @@ class Deltas:
         """The event of a piece."""
         self._pieces.append(piece)
         events = self._events
-        number = events._count
-        events._count = number + 1
+        number = events.count
+        events.count = number + 1
         return b'%b%d,"delta":%b}\n\n' % (self._head, number, encode(piece))
 
     @property
@@ -56,7 +58,7 @@ class Deltas:
         return "".join(self._pieces)
 
 
-class OpenItem:
+class OpenItem(ABC):
     """An item that is not finished. `opened` and `closed` are to be called once, and give its first and last events."""
 
     def __init__(self, events: Events, index: int, item: Item) -> None:
@@ -69,9 +71,9 @@ class OpenItem:
         """The item is there."""
         return self._event(b"output_item.added", b'"output_index":%d,"item":%b' % (self.index, encode(self.item)))
 
+    @abstractmethod
     def closed(self, status: Status) -> bytes:
         """The item is whole, and will not change."""
-        raise NotImplementedError
 
     def _finished(self, item: Item) -> bytes:
         self.item = item

@@ -50,13 +50,14 @@ class Input:
 
     def read(self, value: object) -> None:
         """Adds all items; a string is what the user says."""
+        instructions = len(self.system)
         if isinstance(value, str):
             self._say("user", "input", [Text(text=value, at="input")])
         elif isinstance(value, list):
             for at, item in entries(value, "input"):
                 self._item(Fields(item, at))
             self._check()
-            if not (self._turns or self.system):
+            if not self._turns and len(self.system) == instructions:
                 raise RequestError("`input` has nothing that the model could answer", param="input")
         else:
             raise malformed("input", "a string or a list of items")
@@ -147,12 +148,10 @@ class Input:
 
     def _result(self, item: Fields) -> None:
         call_id = item.text("call_id")
-        content = []
-        for part in self._content(item, "output"):
-            if part.kind == "audio" if isinstance(part, Media) else not isinstance(part, Text):
+        content = self._content(item, "output")
+        for part in content:
+            if isinstance(part, Media) and part.kind == "audio":
                 raise unsupported(part.at, "tools give text, images and files")
-            assert isinstance(part, Text | Media)
-            content.append(part)
         item.skip("name", "namespace")
         self._called_directly(item)
         self._done(item)

@@ -24,9 +24,9 @@ from balancer.translation.answer import (
     TextDelta,
     ThinkingDelta,
 )
+from balancer.translation.chat.answers import custom_tools
 from balancer.translation.chat.inputs import Unwrapping
 from balancer.translation.responses import objects, seals
-from balancer.translation.responses.answers import custom_tools
 from balancer.translation.responses.events import Events, OpenCall, OpenItem, OpenMessage, OpenReasoning
 from balancer.translation.responses.kept import kept_of
 from balancer.translation.responses.objects import CustomCall, FunctionCall, Message, ReasoningItem, Status

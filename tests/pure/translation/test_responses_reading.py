@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 from typing import Any
 
 import msgspec
@@ -522,6 +523,7 @@ def test_what_no_service_can_do_is_refused_by_its_path(members: dict[str, Any], 
         ({"model": None}, "model"),
         ({"input": None}, "input"),
         ({"input": []}, "input"),
+        ({"input": [], "instructions": "be"}, "input"),
         ({"input": 5}, "input"),
         ({"input": ["a"]}, "input[0]"),
         ({"input": [{"role": "user"}]}, "input[0].content"),
@@ -577,3 +579,32 @@ def test_refusals_do_not_tell_what_was_said() -> None:
     with pytest.raises(UntranslatableError) as caught:
         read(input=[{"type": "a secret, in the wrong place", "text": "another"}])
     assert "secret" not in caught.value.message
+
+
+def test_whatever_stands_anywhere_is_read_or_refused_by_its_path() -> None:
+    draw = random.Random(7)
+    refusals = [refusal for request in (CODEX, OPENCODE) for _ in range(500) if (refusal := refused(request, draw))]
+    assert len(refusals) > 200
+    assert all(f"`{refusal.param}`" in refusal.message for refusal in refusals)
+
+
+def refused(request: dict[str, Any], draw: random.Random) -> RequestError | None:
+    body = json.loads(json.dumps(request))
+    spoil(body, draw)
+    try:
+        read_request(json.dumps(body).encode())
+    except RequestError as error:
+        return error
+    return None
+
+
+def spoil(value: Any, draw: random.Random) -> None:
+    """Puts something else into one place of it."""
+    members = [*value] if isinstance(value, dict) else [*range(len(value))]
+    place = draw.choice([*members, "more"] if isinstance(value, dict) else members)
+    inner = value[place] if place in members else None
+    if isinstance(inner, dict | list) and inner and draw.random() < 0.8:
+        spoil(inner, draw)
+    else:
+        other: list[Any] = [None, True, False, 0, -1, 1.5, "", "a", "none", [], {}, [[]], [None], ["a"], {"type": "a"}]
+        value[place] = draw.choice(other)
