@@ -79,6 +79,18 @@ async def test_an_error_says_when_to_ask_again_and_shows_no_credential(serve: Se
     assert "anthropic-ratelimit-requests-reset" not in headers
 
 
+async def test_a_wait_that_a_vendor_tells_in_headers_of_its_own_is_told_in_the_one_that_clients_read(
+    serve: Serve, upstream: Upstream
+) -> None:
+    gateway = await serve(a_mixed_document(upstream, rules=OAI))
+    limits = (("x-ratelimit-remaining-requests", "0"), ("x-ratelimit-reset-requests", "8s"))
+    upstream.answers(429, a_fault("rate_limit_exceeded"), headers=limits)
+    _, headers, _ = await ask(gateway, MESSAGES)
+    assert (headers["retry-after"], "x-ratelimit-remaining-requests" in headers) == ("8", False)
+    upstream.answers(400, a_fault("invalid_request_error"), headers=(("x-ratelimit-remaining-requests", "9"),))
+    assert "retry-after" not in (await ask(gateway, MESSAGES))[1]
+
+
 async def test_google_s_wait_is_told_in_the_header_that_clients_read(serve: Serve, upstream: Upstream) -> None:
     gateway = await serve(a_mixed_document(upstream, rules=GOO))
     detail = b'{"@type":"type.googleapis.com/google.rpc.RetryInfo","retryDelay":"12s"}'
