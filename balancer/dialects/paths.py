@@ -14,6 +14,7 @@ from balancer.dialects import Dialect, google
 from balancer.dialects.anthropic import ANTHROPIC
 from balancer.dialects.openai import OPENAI
 from balancer.domain import Provider, ScenarioName
+from balancer.translation.apis import ClientApi, client_api
 
 AZURE_API_VERSION = "2024-10-21"
 _VERSION_SEGMENT = re.compile(r"/v\d+[a-z0-9]*(?:/|$)")
@@ -58,6 +59,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     dialect: Dialect
     path: str
     kind: Kind
+    api: ClientApi = "other"
+    """What is spoken there, where a model answers."""
 
 
 @functools.lru_cache(maxsize=512)
@@ -81,7 +84,7 @@ def route(method: str, path: str, *, speaks_anthropic: bool) -> Route | None:
     if method != "POST" or not _PLAIN.fullmatch(rest):
         return None
     kind: Kind = "count_tokens" if rest == "/v1/messages/count_tokens" else "generation"
-    return Route(scenario=scenario, dialect=dialect, path=rest, kind=kind)
+    return Route(scenario=scenario, dialect=dialect, path=rest, kind=kind, api=client_api(rest))
 
 
 @functools.lru_cache(maxsize=512)
