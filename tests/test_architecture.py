@@ -45,7 +45,6 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
                 "tactics",
                 "translation",
                 "usage",
-                "usage_google",
             }
         ),
     ),
