@@ -226,10 +226,17 @@ async def test_the_attempt_is_settled_before_the_last_byte_is_sent(serve: Serve,
 
 
 async def test_a_connection_is_used_again_behind_a_translated_stream(serve: Serve, upstream: Upstream) -> None:
+    """Its last event comes before the end of the connection's answer: who closes it then has to connect anew."""
     gateway = await serve(a_mixed_document(upstream, rules=ANT))
-    upstream.streams(anthropic_events())
+    whole = anthropic_events()
     for _ in range(3):
-        await ask(gateway, CHAT, stream=True)
+        gate = asyncio.Event()
+        upstream.streams([*whole, b": bye\n\n"], gates={len(whole): gate})
+        body = {"model": "m", "stream": True} | ASKS[CHAT]
+        async with gateway.session.post(f"{gateway.url}/openai{CHAT}", json=body) as answer:
+            await until(answer, lambda seen: b"[DONE]" in seen)
+            gate.set()
+            assert await answer.content.read() == b""
     assert upstream.connections == 1
 
 
