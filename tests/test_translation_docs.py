@@ -22,6 +22,8 @@ from balancer.translation.chat import models as chat_models
 from balancer.translation.chat import reading as chat_reading
 from balancer.translation.chat import shapes as chat_shapes
 from balancer.translation.conversation import Conversation
+from balancer.translation.google import ending as google_ending
+from balancer.translation.google import models as google_models
 from balancer.translation.messages import ending as messages_ending
 from balancer.translation.messages import fields as messages_fields
 from balancer.translation.messages import models as messages_models
@@ -122,16 +124,11 @@ def test_every_field_of_the_official_sdk_is_told(api: ClientApi, params: Iterabl
 
 
 def test_the_reasons_to_stop_are_those_of_readers_and_writers() -> None:
-    read: dict[str, tuple[set[str], set[str]]] = {
-        stop: (
-            {word for word, meant in chat_shapes.STOPS.items() if meant == stop},
-            {word for word, meant in messages_ending.STOPS.items() if meant == stop},
-        )
-        for stop in get_args(Stop)
-    }
     table = rows("## Why the model stopped")
     assert [row[0] for row in table] == list(get_args(Stop))
-    assert {row[0]: (set(code(row[1])), set(code(row[2]))) for row in table} == read
+    for column, stops in enumerate((chat_shapes.STOPS, messages_ending.STOPS, google_ending.STOPS), start=1):
+        assert {word: row[0] for row in table for word in code(row[column])} == dict(stops)
+    assert [reason for reason in google_ending.SPOILED if f"`{reason}`" not in PAGE] == []
     for row in table:
         stop: Stop = msgspec.convert(row[0], Stop)
         status, reason = responses_objects.ending(stop, False)
@@ -145,6 +142,7 @@ def test_efforts_are_as_many_tokens_as_the_page_says() -> None:
     efforts = dict(zip(code(head), (int(cell) for cell in line.split("|")), strict=True))
     assert efforts == dict(chat_models.EFFORT_TOKENS)
     assert efforts == {"none": 0, **messages_models.BUDGETS}
+    assert efforts | {"max": google_models.BUDGETS["max"]} == dict(google_models.BUDGETS)
 
 
 def test_which_api_reaches_which_service_is_as_the_page_says() -> None:
