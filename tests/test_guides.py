@@ -12,7 +12,7 @@ from balancer.__main__ import main
 from balancer.metrics import BY_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDES = ("docs/operations.md", "docs/migration.md", "docs/observability.md")
+GUIDES = ("docs/operations.md", "docs/migration.md", "docs/observability.md", "docs/translation.md")
 VARIABLES = {setting.variable for setting in config.SETTINGS}
 
 

@@ -84,12 +84,17 @@ def test_every_file_that_it_names_exists() -> None:
 
 def test_the_configuration_it_shows_is_valid() -> None:
     parts = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    assert len(parts) == 2
-    reading = document.read(document.parse("".join(parts)), door="strict")
+    assert len(parts) == 3
+    one, mixed, other = parts
+    reading = document.read(document.parse(one + other), door="strict")
     assert [pool.record for pool in reading.configuration.pools] == ["full"]
     assert reading.warnings == ()
     styles = sorted(provider.api_style for provider in reading.configuration.providers)
     assert styles == ["anthropic", "openai", "openai"]
+    reading = document.read(document.parse(mixed), door="strict")
+    assert reading.warnings == ()
+    styles = sorted(provider.api_style for provider in reading.configuration.providers)
+    assert styles == ["anthropic", "google", "openai"]
 
 
 def test_the_packages_with_a_reason_are_those_required() -> None:
