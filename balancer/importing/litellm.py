@@ -20,24 +20,23 @@ from balancer.importing.values import as_table, variables, whole_weights
 
 _WEIGHED_BY = ("weight", "rpm", "tpm")
 _MOST_TIERS = 10
-_NO_TRANSLATION = (
-    "is served in the dialect of its upstream alone: clients must ask for it with Anthropic's Messages API "
-    "(POST /v1/messages); through /v1/chat/completions it is an unknown model, there is no translation yet"
+_SCENARIO = "openai"
+_OF_ANTHROPIC = (
+    "is served to clients of OpenAI's API; those that ask for it with Anthropic's (POST /v1/messages) need the base "
+    "URL http://HOST/openai, for the rule is one of scenario openai"
 )
 
 
 class _Group(msgspec.Struct, kw_only=True):
-    """The deployments of one model name that speak one dialect."""
+    """The deployments of one model name, of whatever dialect."""
 
     name: str
-    scenario: str
-    path: str
     deployments: list[Deployment] = []
 
     @property
     def uuid(self) -> str:
         """The uuid that a rule has if it names none."""
-        return f"{self.scenario}/{self.name}"
+        return f"{_SCENARIO}/{self.name}"
 
 
 def litellm(raw: Any, *, is_literal: bool = False) -> Imported:
@@ -64,7 +63,7 @@ def litellm(raw: Any, *, is_literal: bool = False) -> Imported:
 
 def _groups(models: Sequence[Any], accounts: Accounts, notes: Notes) -> list[_Group]:
     """The groups in the order in which their first deployments stand."""
-    groups: dict[tuple[str, str], _Group] = {}
+    groups: dict[str, _Group] = {}
     for i, row in enumerate(models):
         path = f"model_list[{i}]"
         table = as_table(row)
@@ -78,17 +77,10 @@ def _groups(models: Sequence[Any], accounts: Accounts, notes: Notes) -> list[_Gr
             )
             continue
         for deployment in accounts.deployments(table, path):
-            scenario = "anthropic" if deployment.is_anthropic else "openai"
-            group = groups.setdefault((name, scenario), _Group(name=name, scenario=scenario, path=path))
-            if scenario == "anthropic" and not group.deployments:
-                notes.warn(f"{path}.model_name", f"{name} {_NO_TRANSLATION}")
+            group = groups.setdefault(name, _Group(name=name))
+            if deployment.is_anthropic and not any(other.is_anthropic for other in group.deployments):
+                notes.warn(f"{path}.model_name", f"{name} {_OF_ANTHROPIC}")
             group.deployments.append(deployment)
-    for (name, scenario), group in groups.items():
-        if scenario == "anthropic" and (name, "openai") in groups:
-            notes.warn(
-                f"{group.path}.model_name",
-                f"{name} has deployments of both dialects: two rules, of which neither stands in for the other",
-            )
     return list(groups.values())
 
 
@@ -113,7 +105,7 @@ def _rule(group: _Group, router: Router, notes: Notes) -> dict[str, Any]:
             service["limits"] = {name: value for name, value in deployment.limits.items() if value}
         services[id_] = service
     rule: dict[str, Any] = {
-        "scenario": group.scenario,
+        "scenario": _SCENARIO,
         "request_model": group.name,
         "lb_tactic": router.tactic,
         "services": list(services.values()),
@@ -187,7 +179,7 @@ def _aliases(
         if not meant:
             notes.warn(path, f"there is no model {target!r} left; the alias is left out")
         for group in meant:
-            uuid = f"{group.scenario}/{alias}"
+            uuid = f"{_SCENARIO}/{alias}"
             if uuid in rules:
                 notes.warn(path, f"{alias!r} is a model of its own too; the alias is left out")
                 continue
@@ -242,17 +234,9 @@ def _add(
     is_default: bool,
 ) -> None:
     """Adds a link to the group of that name, if it can stand in; a warning says why not."""
-    named = [group for group in groups if group.name == target]
-    found = [group for group in named if group.scenario == source.scenario]
-    uuid = f"{source.scenario}/{target}"
-    if not named:
+    uuid = f"{_SCENARIO}/{target}"
+    if not any(group.name == target for group in groups):
         notes.warn(path, f"there is no model {target!r} left; left out")
-    elif not found:
-        notes.warn(
-            path,
-            f"{target} speaks {named[0].scenario}'s dialect, and {source.name} {source.scenario}'s: without a "
-            "translation, which is not there yet, neither stands in for the other; left out",
-        )
     elif uuid == source.uuid:
         if not is_default:
             notes.warn(path, "a rule cannot stand in for itself; left out")

@@ -180,7 +180,7 @@ def test_a_prefix_says_where_a_model_is_served(asked: str, base: str, style: str
 
     (provider,), (rule,) = imported.document["providers"], imported.document["rules"]
     assert (provider["api_base"], provider["api_style"]) == (base, style)
-    assert (rule["scenario"], rule["services"][0]["model"]) == (style, model_asked)
+    assert (rule["scenario"], rule["services"][0]["model"]) == ("openai", model_asked)
 
 
 def test_gemini_is_asked_through_its_own_api() -> None:
@@ -323,16 +323,14 @@ def test_deployments_that_are_one_service_are_merged() -> None:
     assert "once more" in warned(imported, "model_list[1]")
 
 
-def test_models_of_anthropic_are_rules_of_their_own_dialect_and_that_is_told() -> None:
+def test_a_model_that_several_vendors_serve_is_one_rule_and_where_anthropic_s_clients_find_it_is_told() -> None:
     imported = litellm(example("balanced"))
 
     mixed = [rule for rule in imported.document["rules"] if rule["request_model"] == "mixed"]
     assert [(rule["scenario"], [s["provider"] for s in rule["services"]]) for rule in mixed] == [
-        ("openai", ["openai"]),
-        ("anthropic", ["anthropic"]),
+        ("openai", ["openai", "anthropic"])
     ]
-    assert "no translation yet" in warned(imported, "model_list[4].model_name")
-    assert "neither stands in for the other" in warned(imported, "model_list[4].model_name")
+    assert "http://HOST/openai" in warned(imported, "model_list[4].model_name")
 
 
 # -- what models say of each other -------------------------------------------------------------------------------------
@@ -362,13 +360,13 @@ def test_defaults_stand_in_where_a_model_names_none() -> None:
     assert faults(imported) == ()
 
 
-def test_a_fallback_to_the_other_dialect_is_left_out_and_told() -> None:
+def test_a_fallback_may_lead_to_another_vendor() -> None:
     imported = of(
         model("one"), model("claude", model="anthropic/claude"), router_settings={"fallbacks": [{"one": ["claude"]}]}
     )
 
-    assert "fallback" not in imported.document["rules"][0]
-    assert "neither stands in for the other" in warned(imported, "router_settings.fallbacks[0].one")
+    assert imported.document["rules"][0]["fallback"] == ["openai/claude"]
+    assert faults(imported) == ()
 
 
 def test_the_routers_settings_win_over_the_modules() -> None:
