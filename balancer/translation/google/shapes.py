@@ -115,7 +115,8 @@ def read_body(data: bytes) -> Body:
         return _body.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError):
         if data.lstrip().startswith(b"["):
-            return next(iter(lenient.decode(_bodies, data)), Body())
+            bodies = lenient.decode(_bodies, data)
+            return bodies[0] if bodies else Body()
         return lenient.decode(_body, data)
 
 
