@@ -79,7 +79,7 @@ def answered(*parts: dict[str, Any], finish: str = "STOP", **rest: Any) -> Answe
 
 THOUGHT = {"text": "hm", "thought": True}
 CALLS = (
-    {"functionCall": {"id": "g1", "name": "weather", "args": {"city": "Bonn"}}, "thoughtSignature": "S1"},
+    {"functionCall": {"id": "g1", "name": "weather", "args": {"city": "Bonn"}}, "thoughtSignature": "UzE="},
     {"functionCall": {"id": "g2", "name": "now"}},
 )
 
@@ -90,17 +90,17 @@ CALLS = (
         (({"text": "a"}, {"text": "b"}), (Text(text="ab"),)),
         ((THOUGHT, {"text": "a"}), (Thinking(text="hm", vendor="google"), Text(text="a"))),
         (
-            (THOUGHT, {"text": "a", "thoughtSignature": "S1"}),
-            (Thinking(text="hm", signature="S1", vendor="google"), Text(text="a")),
+            (THOUGHT, {"text": "a", "thoughtSignature": "UzE="}),
+            (Thinking(text="hm", signature="UzE=", vendor="google"), Text(text="a")),
         ),
         (
-            ({"text": "a"}, {"text": "", "thoughtSignature": "S1"}),
-            (Text(text="a"), Thinking(signature="S1", vendor="google")),
+            ({"text": "a"}, {"text": "", "thoughtSignature": "UzE="}),
+            (Text(text="a"), Thinking(signature="UzE=", vendor="google")),
         ),
         (
             (THOUGHT, *CALLS),
             (
-                Thinking(text="hm", signature="S1", vendor="google"),
+                Thinking(text="hm", signature="UzE=", vendor="google"),
                 Call(id="g1", name="weather", arguments='{"city": "Bonn"}'),
                 Call(id="g2", name="now", arguments="{}"),
             ),
@@ -236,7 +236,7 @@ def test_a_stream_is_read_chunk_by_chunk() -> None:
         Started(id="r1", model="g", usage=Counts(input=9)),
         ThinkingDelta(text="hm"),
         TextDelta(text="a"),
-        Signed(signature="S1", vendor="google"),
+        Signed(signature="UzE=", vendor="google"),
         CallBegan(index=0, id="g1", name="weather"),
         CallDelta(index=0, arguments='{"city": "Bonn"}'),
         CallBegan(index=1, id="g2", name="now"),

@@ -304,16 +304,16 @@ def thought(signature: str = "", text: str = "") -> Thinking:
     ("parts", "sent"),
     [
         (
-            (thought("S1", "hm"), Text(text="a"), CALL),
+            (thought("UzE=", "hm"), Text(text="a"), CALL),
             [
                 {"text": "hm", "thought": True},
-                {"text": "a", "thoughtSignature": "S1"},
+                {"text": "a", "thoughtSignature": "UzE="},
                 {"functionCall": {}, "thoughtSignature": "skip_thought_signature_validator"},
             ],
         ),
-        ((thought("S1"), CALL), [{"functionCall": {}, "thoughtSignature": "S1"}]),
-        ((Text(text="a"), thought("S1")), [{"text": "a"}, {"text": "", "thoughtSignature": "S1"}]),
-        ((thought("S1"), CALL, CALL), [{"functionCall": {}, "thoughtSignature": "S1"}, {"functionCall": {}}]),
+        ((thought("UzE="), CALL), [{"functionCall": {}, "thoughtSignature": "UzE="}]),
+        ((Text(text="a"), thought("UzE=")), [{"text": "a"}, {"text": "", "thoughtSignature": "UzE="}]),
+        ((thought("UzE="), CALL, CALL), [{"functionCall": {}, "thoughtSignature": "UzE="}, {"functionCall": {}}]),
     ],
 )
 def test_a_signature_stands_on_the_part_behind_its_thought(parts: tuple[Part, ...], sent: list[Any]) -> None:
@@ -323,9 +323,9 @@ def test_a_signature_stands_on_the_part_behind_its_thought(parts: tuple[Part, ..
 
 
 def test_a_signature_waits_for_what_the_same_side_says_in_its_next_turn() -> None:
-    contents = written(ASKED, model(thought("S1")), model(CALL))["contents"]
+    contents = written(ASKED, model(thought("UzE=")), model(CALL))["contents"]
 
-    assert [part["thoughtSignature"] for part in contents[1]["parts"]] == ["S1"]
+    assert [part["thoughtSignature"] for part in contents[1]["parts"]] == ["UzE="]
 
 
 def test_a_call_of_another_vendor_needs_no_signature_before_gemini_3() -> None:
