@@ -29,7 +29,7 @@ Block = dict[str, object]
 OPENING = "(The conversation begins.)"
 """What the user says where a conversation begins with the model, or says nothing at all."""
 UNSIGNED = "skip_thought_signature_validator"
-"""What stands for the signature of a call that another model made (ai.google.dev/gemini-api/docs/thought-signatures)."""
+"""What stands for the signature of a call that another model made (ai.google.dev, Thought signatures)."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,127}")
 _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _MAGIC = {
@@ -75,6 +75,8 @@ class Contents:
         """Puts the turns into `contents`. Raises UntranslatableError for a part that none can hold."""
         for turn in turns:
             role = "model" if turn.role == "assistant" else "user"
+            if role == "user":
+                self._flush()
             parts = self._reminder(turn) if turn.role == "system" else self._parts(turn)
             if not parts:
                 continue
@@ -82,6 +84,7 @@ class Contents:
                 self.contents[-1][1].extend(parts)
             else:
                 self.contents.append((role, parts))
+        self._flush()
         for role, parts in self.contents:
             if role == "user":
                 parts.sort(key=self._place)
@@ -106,10 +109,17 @@ class Contents:
         parts: list[Block] = []
         for part in turn.parts:
             self._part(part, parts)
-        if self._signature:
-            # Nothing follows that it could stand on.
-            parts.append(self._signed({"text": ""}))
         return parts
+
+    def _flush(self) -> None:
+        """Puts a signature behind which the model said no more on a part of its own."""
+        if not self._signature:
+            return
+        part = self._signed({"text": ""})
+        if self.contents and self.contents[-1][0] == "model":
+            self.contents[-1][1].append(part)
+        else:
+            self.contents.append(("model", [part]))
 
     def _part(self, part: Part, parts: list[Block]) -> None:
         match part:
@@ -222,8 +232,7 @@ def name(name: str, at: str) -> str:
     if _NAME.fullmatch(name):
         return name
     raise UntranslatableError(
-        f"`{at}`: Google's models take names of tools of up to 128 letters, digits, `_`, `.`, `:` and `-`, of which the "
-        "first is a letter or `_`",
+        f"`{at}`: Google's models take names of tools of up to 128 letters, digits and `_.:-`, no digit first",
         param=at,
     )
 
