@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from balancer import bodies
+import msgspec
+
+from balancer import bodies, lenient
 from balancer.bodies import Peek
 from balancer.dialects.google import GENERATE, STREAM
 from balancer.dialects.paths import Route
@@ -20,6 +22,7 @@ from balancer.translation.pairs import CLIENTS, SERVICES, ClientSide, ServiceSid
 from balancer.translation.responses.unmarked import without_foreign as unmarked_responses
 
 _NAMES_SHOWN = 20
+_members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _UNMARK: dict[ClientApi, Callable[[bytes], bytes]] = {"messages": unmarked_messages, "responses": unmarked_responses}
 
 
@@ -46,9 +49,10 @@ class Translation:
         """`find` gives the provider of a uuid."""
         self._request = request
         self._api = route.api
+        self._is_for_count = route.kind == "count_tokens"
         self._find = find
         self._read: Conversation | RequestError | None = None
-        self._written: dict[tuple[str, Target], Written] = {}
+        self._written: dict[Target, Written] = {}
         self._refusals: dict[ServiceApi, RequestError | None] = {}
         self._plain: tuple[bytes, Peek] | None = None
 
@@ -86,9 +90,9 @@ class Translation:
             return None
         if self._api == "other":
             raise _untranslated(self._request.path, ())
-        api, conversation = service_api(provider), self._conversation()
-        target = Target(model=model, vendor=marks.vendor(provider.api_style, provider.uuid))
-        written = self._write(api, provider, target, conversation)
+        api, conversation, target = service_api(provider), self._conversation(), _target(provider, model)
+        written = self._written.get(target) or SERVICES[api].write_request(conversation, target, provider)
+        self._written.clear()  # Bodies may be long, and an answer may take its time: another try writes its own.
         return Translated(
             client=CLIENTS[self._api],
             service=SERVICES[api],
@@ -112,29 +116,38 @@ class Translation:
         api = service_api(provider)
         if api not in self._refusals:
             self._refusals[api] = None
+            target = _target(provider, service.model)
             try:
-                self.to(provider, service.model)
+                self._written[target] = SERVICES[api].write_request(self._conversation(), target, provider)
             except RequestError as exc:
                 self._refusals[api] = exc
         return self._refusals[api]
+
+    def _body(self) -> bytes:
+        """The request's body, as one for an answer has it: a request for a count says not how long that may get."""
+        body = self._request.body
+        if not self._is_for_count or b'"max_tokens"' in body:
+            return body
+        try:
+            members = _members.decode(body)
+        except lenient.UNREADABLE:
+            return body
+        return msgspec.json.encode({"max_tokens": 1} | members)
 
     def _conversation(self) -> Conversation:
         assert self._api != "other", "it is refused"
         if self._read is None:
             try:
-                self._read = CLIENTS[self._api].read_request(self._request.body)
+                self._read = CLIENTS[self._api].read_request(self._body())
             except RequestError as exc:
                 self._read = exc
         if isinstance(self._read, RequestError):
             raise self._read
         return self._read
 
-    def _write(self, api: ServiceApi, provider: Provider, target: Target, conversation: Conversation) -> Written:
-        key = provider.uuid if api == "chat" else api, target
-        written = self._written.get(key)
-        if written is None:
-            written = self._written[key] = SERVICES[api].write_request(conversation, target, provider)
-        return written
+
+def _target(provider: Provider, model: str) -> Target:
+    return Target(model=model, vendor=marks.vendor(provider.api_style, provider.uuid))
 
 
 def _path(api: ServiceApi, conversation: Conversation) -> str:
