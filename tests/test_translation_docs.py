@@ -21,7 +21,7 @@ from balancer.translation.chat import members
 from balancer.translation.chat import models as chat_models
 from balancer.translation.chat import reading as chat_reading
 from balancer.translation.chat import shapes as chat_shapes
-from balancer.translation.conversation import Conversation
+from balancer.translation.conversation import Conversation, UntranslatableError
 from balancer.translation.google import ending as google_ending
 from balancer.translation.google import models as google_models
 from balancer.translation.messages import ending as messages_ending
@@ -121,6 +121,89 @@ def test_every_field_of_the_official_sdk_is_told(api: ClientApi, params: Iterabl
     )
     asked = {name for each in params for base in each.__mro__ for name in getattr(base, "__annotations__", {})}
     assert asked - named == set()
+
+
+ASKED: Mapping[ClientApi, Mapping[str, object]] = {
+    "chat": {
+        "audio": {"voice": "a", "format": "mp3"},
+        "cache_control": {"type": "ephemeral"},
+        "function_call": {"name": "f"},
+        "functions": [{"name": "f"}],
+        "logit_bias": {"1": 1},
+        "logprobs": True,
+        "metadata": {"a": "b"},
+        "min_p": 0.1,
+        "modalities": ["text", "audio"],
+        "moderation": {"model": "m"},
+        "n": 2,
+        "prediction": {"type": "content", "content": "a"},
+        "prompt_cache_key": "a",
+        "prompt_cache_options": {"mode": "explicit"},
+        "prompt_cache_retention": "24h",
+        "repetition_penalty": 1.1,
+        "service_tier": "flex",
+        "store": True,
+        "top_a": 0.1,
+        "top_logprobs": 2,
+        "usage": {"include": True},
+        "verbosity": "low",
+        "web_search_options": {},
+    },
+    "messages": {
+        "anthropic_beta": ["a"],
+        "anthropic_version": "a",
+        "betas": ["a"],
+        "billing_policy": "a",
+        "cache_control": {"type": "ephemeral"},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015"}]},
+        "diagnostics": {"a": 1},
+        "fallback_credit_token": "a",
+        "fallbacks": ["a"],
+        "service_tier": "auto",
+        "speed": "fast",
+        "user_profile_id": "a",
+        "workspace_id": "a",
+    },
+    "responses": {
+        "access_programs": ["a"],
+        "background": True,
+        "background_options": {"a": 1},
+        "client_metadata": {"a": "b"},
+        "context_management": [{"type": "compaction"}],
+        "conversation": "a",
+        "image": {"a": 1},
+        "max_tool_calls": 1,
+        "metadata": {"a": "b"},
+        "moderation": {"model": "m"},
+        "previous_response_id": "a",
+        "prompt": {"id": "a"},
+        "prompt_cache_key": "a",
+        "prompt_cache_options": {"mode": "explicit"},
+        "prompt_cache_retention": "24h",
+        "service_tier": "flex",
+        "stream_options": {"include_obfuscation": True},
+        "top_logprobs": 2,
+    },
+}
+
+
+def everywhere(api: ClientApi) -> list[list[str]]:
+    """The rows of fields that no API carries."""
+    nowhere = ("left out", "refused")
+    table = [row for row in rows(HEADINGS[api]) if row[1].startswith(nowhere)]
+    return [row for row in table if all(cell.startswith((*nowhere, "the same")) for cell in row[2:])]
+
+
+@pytest.mark.parametrize(("api", "row"), [(api, row) for api in READERS for row in everywhere(api)])
+def test_what_the_page_calls_refused_or_left_out_is(api: ClientApi, row: list[str]) -> None:
+    for name in code(row[0]):
+        body = msgspec.json.encode({**LEAST[api], name: ASKED[api][name]})
+        if row[1].startswith("left out"):
+            assert READERS[api](body).hints == (name,)
+        else:
+            with pytest.raises(UntranslatableError) as refused:
+                READERS[api](body)
+            assert refused.value.param == name
 
 
 def test_the_reasons_to_stop_are_those_of_readers_and_writers() -> None:
