@@ -190,7 +190,8 @@ MESSAGES: Mapping[str, dict[str, Any]] = {
     "system midway": {"messages": [HI, {"role": "assistant", "content": "a"}, {"role": "system", "content": "S"}, HI]},
     "one role in a row": {"messages": [HI, HI, {"role": "assistant", "content": "a"}, HI]},
     "numbers": {"temperature": 0.3, "stop_sequences": ["a", "b"], "max_tokens": 50},
-    "bookkeeping": {"metadata": {"user_id": "u1"}, "service_tier": "auto", "inference_geo": "us"},
+    "bookkeeping": {"metadata": {"user_id": "u1"}, "service_tier": "auto"},
+    "geography": {"inference_geo": "us"},
     "images": {
         "messages": [
             _user(IMAGE, {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}, _text())
@@ -393,5 +394,7 @@ ALL: Mapping[str, Mapping[str, dict[str, Any]]] = {"chat": CHAT, "messages": MES
 
 REFUSED: Mapping[tuple[str, str, str], str] = {
     ("chat", "sound", "messages"): "messages[0].content[0]",
+    ("messages", "geography", "chat"): "inference_geo",
+    ("messages", "geography", "google"): "inference_geo",
 }
 """By the client's API, what is particular, and the service's API: the path."""

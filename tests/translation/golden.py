@@ -13,7 +13,7 @@ import msgspec
 
 from balancer import sse
 from balancer.translation.answer import Broke, Echo, Step
-from balancer.translation.conversation import Conversation, Target, Tool
+from balancer.translation.conversation import Target
 
 RECORDINGS = Path(__file__).resolve().parent.parent / "recordings"
 GOLDEN = RECORDINGS / "golden"
@@ -25,12 +25,12 @@ UPSTREAMS = {
     "openai": ("chat", "openai/openai"),
 }
 CLIENTS = ("chat", "messages", "responses")
-ECHO = Echo(
-    conversation=Conversation(model="asked", tools=(Tool(name="weather"),), stream=True, stop=("three",)),
-    model="told",
-    id="0123456789abcdef",
-    created=1_795_000_009,
-)
+ASKED: dict[str, dict[str, Any]] = {
+    "chat": {"messages": [], "stream_options": {"include_usage": True}},
+    "messages": {"messages": [], "max_tokens": 999, "stop_sequences": ["three"]},
+    "responses": {"input": [], "include": ["reasoning.encrypted_content"], "store": False},
+}
+"""What else the clients asked, as far as the answer depends on it."""
 
 
 def streams() -> list[Path]:
@@ -62,7 +62,7 @@ def steps_of(path: Path, *, chunk_bytes: int = 1 << 20) -> list[list[Step]]:
 
 def translated(path: Path, client: str, *, chunk_bytes: int = 1 << 20) -> bytes:
     """What the client gets of a recorded stream; a line tells where the upstream broke off."""
-    writer = _module(client, "streams").StreamWriter(ECHO)
+    writer = _module(client, "streams").StreamWriter(_echo(client, upstream_of(path)[1]))
     out = b""
     for steps in steps_of(path, chunk_bytes=chunk_bytes):
         broke = [step for step in steps if isinstance(step, Broke)]
@@ -70,6 +70,12 @@ def translated(path: Path, client: str, *, chunk_bytes: int = 1 << 20) -> bytes:
         if broke:
             return out + b"# broke off: %b\n" % msgspec.json.encode(broke[0])
     return out
+
+
+def _echo(client: str, vendor: str) -> Echo:
+    asked = msgspec.json.encode({"model": "asked", "stream": True} | ASKED[client])
+    conversation = _module(client, "reading").read_request(asked)
+    return Echo(conversation=conversation, model="told", id="0123456789abcdef", created=1_795_000_009, vendor=vendor)
 
 
 def golden(path: Path, client: str) -> Path:

@@ -2,7 +2,8 @@
 
 developers.openai.com/api/docs: api-reference/chat, guides/reasoning, …/function-calling, …/structured-outputs.
 With `thinks` it is one of those that speak the same API and show their reasoning, as DeepSeek's documentation has it
-(api-docs.deepseek.com/guides/thinking_mode): `reasoning_content`, which a client gives back in a running tool loop.
+(api-docs.deepseek.com/guides/thinking_mode): `reasoning_content`, which it wants back beside every call of a tool. That
+it may be empty there is what other models' calls need (deepseek-ai/deepseek-harness, discussion 739).
 """
 
 from __future__ import annotations
@@ -76,13 +77,17 @@ class Chat(Vendor):
         if self.thinks:
             shaped = body | {"messages": [self._without_thoughts(m, i) for i, m in enumerate(body["messages"])]}
         _require(fault(shaped, _Base))
+        if body.get("reasoning_effort") is not None and not (self.thinks or _REASONS.match(body["model"])):
+            raise RefusedError("Unrecognized request argument supplied: reasoning_effort")
         for rule in (_check_numbers, _check_tools, _check_format, _check_turns):
             _require(rule(body))
 
     def _without_thoughts(self, message: Any, number: int) -> Any:
         thought = message.get("reasoning_content")
-        if thought is not None and (message["role"] != "assistant" or thought not in self.thoughts):
+        if thought and (message["role"] != "assistant" or thought not in self.thoughts):
             raise RefusedError(f"messages[{number}].reasoning_content: not what this model thought")
+        if thought is None and message.get("tool_calls"):
+            raise RefusedError(f"Missing reasoning_content field in the assistant message at message index {number}.")
         return {name: value for name, value in message.items() if name != "reasoning_content"}
 
     # -- what it says --------------------------------------------------------------------------------------------------
@@ -107,7 +112,7 @@ class Chat(Vendor):
         customs = {tool["custom"]["name"] for tool in body.get("tools") or () if tool["type"] == "custom"}
         calls = []
         for i, part in enumerate(part for part in said.parts if isinstance(part, Use)):
-            call: dict[str, Any] = {"id": f"call_{len(self.bodies):021d}_{i:02d}"}
+            call: dict[str, Any] = {"id": f"call_{'d' if self.thinks else 'o'}{len(self.bodies):020d}_{i:02d}"}
             if part.name in customs:
                 calls.append(call | {"type": "custom", "custom": {"name": part.name, "input": part.text}})
             else:
@@ -204,8 +209,6 @@ def _check_numbers(body: Any) -> str:
         for name in ("temperature", "top_p"):
             if body.get(name) not in (None, 1):
                 return f"Unsupported value: '{name}' does not support {body[name]} with this model."
-    elif body.get("reasoning_effort") is not None:
-        return "Unrecognized request argument supplied: reasoning_effort"
     stop = body.get("stop")
     if isinstance(stop, list) and len(stop) > _MOST_STOPS:
         return "Invalid 'stop': array too long."
