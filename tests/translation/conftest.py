@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import anthropic
 import openai
 import pytest
+import pytest_asyncio
+import redis
 
-from tests.gateway.conftest import Served, serving, store, store_url
+from tests.gateway.conftest import Served, serving, store
 from tests.store.conftest import eventually
 from tests.vendors.chat import Chat
 from tests.vendors.google import Google
@@ -19,7 +20,7 @@ from tests.vendors.messages import Messages
 from tests.vendors.replies import Play, Reply, Tokens, reply
 from tests.vendors.serving import KEY, Vendor
 
-__all__ = ["store", "store_url"]
+__all__ = ["store"]
 
 MODELS = {
     "claude": "claude-opus-4-5-20251101",
@@ -33,9 +34,10 @@ TOKEN = "team-token"
 
 
 class World:
-    """Rules `claude`, `gpt`, `gemini` and `deepseek` with one service each, and `hop`: another vendor at each request.
+    """Rules `claude`, `gpt`, `gemini` and `deepseek` with one service each, and some whose vendors take turns.
 
-    `rounds` has more rules, by their names, each with the vendors that take turns. What the vendors say is one play.
+    It lives for a module; what a test sees of it is what has happened since the test began. What the vendors say is one
+    play.
     """
 
     def __init__(self, served: Served, play: Play, vendors: dict[str, Vendor]) -> None:
@@ -43,6 +45,20 @@ class World:
         self.play = play
         self.vendors = vendors
         self.url = served.url
+        self._before: dict[str, Tokens] = {}
+        self._clients: dict[str, Any] = {}
+
+    async def begin(self) -> None:
+        """Forgets what has happened so far."""
+        self._before = await self._counted()
+        self.play.says(reply())
+        for vendor in self.vendors.values():
+            vendor.forgets()
+
+    async def close(self) -> None:
+        """Closes the SDKs' connections."""
+        for client in self._clients.values():
+            await client.close()
 
     def says(self, *replies: Reply) -> None:
         """What is said from now on, one a request, whoever is asked."""
@@ -57,18 +73,30 @@ class World:
         """What a vendor was asked."""
         return self.vendors[name].bodies
 
-    def openai(self, scenario: str = "", **more: Any) -> openai.AsyncOpenAI:
+    @property
+    def openai(self) -> openai.AsyncOpenAI:
         """OpenAI's SDK."""
-        base = f"{self.url}/{scenario}/v1" if scenario else f"{self.url}/v1"
-        return openai.AsyncOpenAI(base_url=base, api_key=TOKEN, **{"max_retries": 0} | more)
+        if "openai" not in self._clients:
+            self._clients["openai"] = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=TOKEN, max_retries=0)
+        client: openai.AsyncOpenAI = self._clients["openai"]
+        return client
 
-    def anthropic(self, scenario: str = "", **more: Any) -> anthropic.AsyncAnthropic:
+    @property
+    def anthropic(self) -> anthropic.AsyncAnthropic:
         """Anthropic's SDK."""
-        base = f"{self.url}/{scenario}" if scenario else self.url
-        return anthropic.AsyncAnthropic(base_url=base, api_key=TOKEN, **{"max_retries": 0} | more)
+        if "anthropic" not in self._clients:
+            self._clients["anthropic"] = anthropic.AsyncAnthropic(base_url=self.url, api_key=TOKEN, max_retries=0)
+        client: anthropic.AsyncAnthropic = self._clients["anthropic"]
+        return client
 
     async def assert_books_agree(self) -> None:
         """Every service's counters in Redis are the vendor's own account, to the token."""
+        counted = await self._counted()
+        for name, vendor in self.vendors.items():
+            assert counted[name].less(self._before[name]) == vendor.account, name
+
+    async def _counted(self) -> dict[str, Tokens]:
+        """The counters, once nothing is under way."""
 
         async def are_settled() -> bool:
             services = (await self.served.view()).services
@@ -76,15 +104,19 @@ class World:
 
         await eventually(are_settled)
         services = (await self.served.view()).services
-        for name, vendor in self.vendors.items():
+        counted = {}
+        for name in self.vendors:
             state = services.get(f"{name}:{MODELS[name]}")
-            ours = Tokens() if state is None else Tokens(**{f: getattr(state, f) for f in Tokens.__struct_fields__})
-            assert ours == vendor.account, name
+            fields = Tokens.__struct_fields__
+            counted[name] = Tokens() if state is None else Tokens(**{field: getattr(state, field) for field in fields})
+        return counted
 
 
-@pytest.fixture
-async def world(store_url: str, tmp_path: Path) -> AsyncIterator[World]:
-    """The gateway and its vendors."""
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def a_world(store: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    """The gateway and its vendors, for a module."""
+    with redis.Redis.from_url(store) as client:
+        client.flushall()
     play = Play(reply())
     vendors: dict[str, Vendor] = {
         "claude": Messages(play),
@@ -92,11 +124,21 @@ async def world(store_url: str, tmp_path: Path) -> AsyncIterator[World]:
         "gemini": Google(play),
         "deepseek": Chat(play, thinks=True),
     }
+    folder = tmp_path_factory.mktemp("world")
     async with contextlib.AsyncExitStack() as stack:
         for vendor in vendors.values():
             await stack.enter_async_context(vendor.running())
-        served = await stack.enter_async_context(serving(store_url, tmp_path, _document(vendors), client_tokens=TOKEN))
-        yield World(served, play, vendors)
+        served = await stack.enter_async_context(serving(store, folder, _document(vendors), client_tokens=TOKEN))
+        world = World(served, play, vendors)
+        yield world
+        await world.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def world(a_world: World) -> World:
+    """The same, for a test."""
+    await a_world.begin()
+    return a_world
 
 
 def _document(vendors: dict[str, Vendor]) -> dict[str, Any]:
@@ -106,6 +148,7 @@ def _document(vendors: dict[str, Vendor]) -> dict[str, Any]:
             "api_style": STYLES[name],
             "api_base": f"{vendor.url}/v1" if STYLES[name] == "openai" else vendor.url,
             "token": KEY,
+            "breaker": {"failures": 1000, "min_requests": 1000},
         }
         | ({"responses": False} if STYLES[name] == "openai" else {})
         for name, vendor in vendors.items()

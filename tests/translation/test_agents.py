@@ -1,17 +1,20 @@
-"""Claude Code, Codex and OpenCode with every vendor: their requests as they send them, in the scenarios made for them."""
+"""Claude Code, Codex and OpenCode with every vendor: their requests as they send them, in their scenarios."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 import msgspec
 import pytest
+import pytest_asyncio
 
 from tests.translation.conftest import TOKEN, World
 from tests.translation.golden import RECORDINGS
 from tests.vendors.replies import Reply, Say, Think, Use, reply
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 VENDORS = pytest.mark.parametrize("rule", ["claude", "gpt", "gemini", "deepseek"])
 CLAUDE_CODE = {
     "accept": "application/json",
@@ -79,8 +82,8 @@ def recorded(name: str) -> dict[str, Any]:
     return request
 
 
-@pytest.fixture
-async def agent(world: World) -> Any:
+@pytest_asyncio.fixture(loop_scope="module")
+async def agent(world: World) -> AsyncIterator[Agent]:
     async with aiohttp.ClientSession() as session:
         yield Agent(world, session)
 

@@ -13,6 +13,7 @@ from tests.translation.asked import CITY, PDF, PNG
 from tests.translation.conftest import World
 from tests.vendors.replies import Reply, Say, Think, Use, reply
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 FOREIGN = pytest.mark.parametrize("rule", ["gpt", "deepseek", "gemini"])
 ASKED: list[Any] = [{"role": "user", "content": "Hello"}]
 TOOL: Any = {"name": "weather", "description": "The weather.", "input_schema": CITY}
@@ -33,8 +34,8 @@ class Report(BaseModel):
 @pytest.mark.parametrize("streams", [True, False], ids=["stream", "whole"])
 async def test_a_message_and_its_tokens(world: World, rule: str, streams: bool) -> None:
     world.says(reply(Say("Grüezi 🌦"), **COUNTED))
-    async with world.anthropic() as client:
-        answer = await _asked(client, streams, model=rule, system="Be brief.", **BASE)
+    client = world.anthropic
+    answer = await _asked(client, streams, model=rule, system="Be brief.", **BASE)
     assert [(block.type, getattr(block, "text", "")) for block in answer.content] == [("text", "Grüezi 🌦")]
     assert (answer.stop_reason, answer.type, answer.role) == ("end_turn", "message", "assistant")
     assert (answer.usage.input_tokens, answer.usage.cache_read_input_tokens) == (136, 64)
@@ -55,8 +56,8 @@ async def _asked(client: anthropic.AsyncAnthropic, streams: bool, **asked: Any) 
 @pytest.mark.parametrize("streams", [True, False], ids=["stream", "whole"])
 async def test_thoughts_are_shown_and_signed(world: World, rule: str, streams: bool) -> None:
     world.says(reply(Think("Hm, two."), Say("Two.")))
-    async with world.anthropic() as client:
-        answer = await _asked(client, streams, model=rule, **BASE, **THINKS)
+    client = world.anthropic
+    answer = await _asked(client, streams, model=rule, **BASE, **THINKS)
     thought: Any = answer.content[0]
     assert [block.type for block in answer.content] == ["thinking", "text"]
     assert thought.thinking == "Hm, two."
@@ -70,9 +71,9 @@ async def test_a_stream_has_the_events_of_the_api_in_their_order(world: World, r
             Think("Hm."), Say("Both."), Use("weather", {"city": "Zürich"}), Use("weather", {"city": "Bern"}), **COUNTED
         )
     )
-    async with world.anthropic() as client:
-        stream = await client.messages.create(model=rule, tools=[TOOL], stream=True, **BASE, **THINKS)
-        events: list[Any] = [event async for event in stream]
+    client = world.anthropic
+    stream = await client.messages.create(model=rule, tools=[TOOL], stream=True, **BASE, **THINKS)
+    events: list[Any] = [event async for event in stream]
     kinds = [event.type for event in events]
     assert kinds[0] == "message_start"
     assert events[0].message.content == []
@@ -108,8 +109,8 @@ async def test_a_stream_has_the_events_of_the_api_in_their_order(world: World, r
 async def test_why_a_model_stopped(world: World, rule: str, streams: bool, stop: str, told: str) -> None:
     part = Use("weather", {"city": "Bern"}) if stop == "tool" else Say("Hello")
     world.says(reply(part, stop=stop))
-    async with world.anthropic() as client:
-        answer = await _asked(client, streams, model=rule, tools=[TOOL], **BASE)
+    client = world.anthropic
+    answer = await _asked(client, streams, model=rule, tools=[TOOL], **BASE)
     assert answer.stop_reason == told
 
 
@@ -117,19 +118,19 @@ async def test_why_a_model_stopped(world: World, rule: str, streams: bool, stop:
 async def test_a_tool_without_arguments_is_called_with_an_empty_object(world: World, rule: str) -> None:
     world.says(reply(Use("now")))
     tool: Any = {"name": "now", "description": "d", "input_schema": {"type": "object", "properties": {}}}
-    async with world.anthropic() as client:
-        for streams in (True, False):
-            answer = await _asked(client, streams, model=rule, tools=[tool], **BASE)
-            block: Any = answer.content[0]
-            assert block.input == {}
+    client = world.anthropic
+    for streams in (True, False):
+        answer = await _asked(client, streams, model=rule, tools=[tool], **BASE)
+        block: Any = answer.content[0]
+        assert block.input == {}
     assert world.refusals == []
 
 
 @FOREIGN
 async def test_structured_output_is_parsed(world: World, rule: str) -> None:
     world.says(reply(Say('{"rain": true, "degrees": [3, 4]}')))
-    async with world.anthropic() as client:
-        answer = await client.messages.parse(model=rule, output_format=Report, **BASE)
+    client = world.anthropic
+    answer = await client.messages.parse(model=rule, output_format=Report, **BASE)
     assert answer.parsed_output == Report(rain=True, degrees=[3, 4])
     assert world.refusals == []
     (body,) = world.bodies(rule)
@@ -151,8 +152,8 @@ async def test_images_documents_and_results_with_images_arrive(world: World, rul
         {"role": "assistant", "content": [call]},
         {"role": "user", "content": [gave, {"type": "text", "text": "And?"}]},
     ]
-    async with world.anthropic() as client:
-        await client.messages.create(model=rule, max_tokens=99, messages=said, tools=[TOOL])
+    client = world.anthropic
+    await client.messages.create(model=rule, max_tokens=99, messages=said, tools=[TOOL])
     assert world.refusals == []
     (body,) = world.bodies(rule)
     assert str(body).count(PNG) == 2
@@ -161,8 +162,8 @@ async def test_images_documents_and_results_with_images_arrive(world: World, rul
 
 @FOREIGN
 async def test_tokens_are_counted_before_they_are_used(world: World, rule: str) -> None:
-    async with world.anthropic() as client:
-        counted = await client.messages.count_tokens(model=rule, messages=ASKED, system="Be brief.", tools=[TOOL])
+    client = world.anthropic
+    counted = await client.messages.count_tokens(model=rule, messages=ASKED, system="Be brief.", tools=[TOOL])
     assert counted.input_tokens > 0
     if rule == "gemini":
         assert counted.input_tokens == 100
@@ -199,12 +200,12 @@ async def test_a_vendor_s_error_is_the_sdk_s_exception(
     world: World, rule: str, status: int, error: type[anthropic.APIStatusError]
 ) -> None:
     world.says(Reply(status=status, message="Words of the vendor.", headers=(("Retry-After", "7"),)))
-    async with world.anthropic() as client:
-        for streams in (False, True):
-            with pytest.raises(error, match=r"Words of the vendor\.") as told:
-                await _asked(client, streams, model=rule, **BASE)
-            body: Any = told.value.body
-            assert body["type"] == "error"
+    client = world.anthropic
+    for streams in (False, True):
+        with pytest.raises(error, match=r"Words of the vendor\.") as told:
+            await _asked(client, streams, model=rule, **BASE)
+        body: Any = told.value.body
+        assert body["type"] == "error"
     if status == 429:
         assert told.value.response.headers["retry-after"] == "7"
     await world.assert_books_agree()
@@ -213,18 +214,18 @@ async def test_a_vendor_s_error_is_the_sdk_s_exception(
 @FOREIGN
 async def test_a_stream_that_breaks_is_an_exception(world: World, rule: str) -> None:
     world.says(reply(Say("A text of several pieces, all of them short."), broken_after=4, message="Overloaded."))
-    async with world.anthropic() as client:
-        with pytest.raises(anthropic.APIStatusError, match=r"Overloaded\."):
-            await _asked(client, True, model=rule, **BASE)
+    client = world.anthropic
+    with pytest.raises(anthropic.APIStatusError, match=r"Overloaded\."):
+        await _asked(client, True, model=rule, **BASE)
     await world.assert_books_agree()
 
 
 @FOREIGN
 async def test_a_stream_that_is_cut_never_looks_whole(world: World, rule: str) -> None:
     world.says(reply(Say("A text of several pieces, all of them short."), cut_after=4))
-    async with world.anthropic() as client:
-        with pytest.raises(anthropic.APIError):
-            await _asked(client, True, model=rule, **BASE)
+    client = world.anthropic
+    with pytest.raises(anthropic.APIError):
+        await _asked(client, True, model=rule, **BASE)
     await world.assert_books_agree()
 
 
@@ -232,7 +233,7 @@ async def test_a_stream_that_is_cut_never_looks_whole(world: World, rule: str) -
 async def test_a_client_that_hangs_up_is_counted_as_the_vendor_counts(world: World, rule: str) -> None:
     gate = asyncio.Event()
     world.says(reply(Say("A text of several pieces."), gate=gate, gate_before=3))
-    async with world.anthropic() as client, client.messages.stream(model=rule, **BASE) as stream:
+    async with world.anthropic.messages.stream(model=rule, **BASE) as stream:
         async for _ in stream.text_stream:
             break
     async with asyncio.timeout(5):
@@ -263,8 +264,8 @@ async def test_a_client_that_hangs_up_is_counted_as_the_vendor_counts(world: Wor
 async def test_what_no_service_can_do_is_refused_with_its_field(
     world: World, asked: dict[str, Any], param: str
 ) -> None:
-    async with world.anthropic() as client:
-        with pytest.raises(anthropic.BadRequestError) as told:
-            await client.messages.create(**{"model": "gpt"} | BASE | asked)
+    client = world.anthropic
+    with pytest.raises(anthropic.BadRequestError) as told:
+        await client.messages.create(**{"model": "gpt"} | BASE | asked)
     assert param in str(told.value)
     assert world.bodies("gpt") == []

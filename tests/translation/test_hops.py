@@ -15,6 +15,7 @@ from tests.translation.conftest import World
 from tests.vendors.replies import Reply, Say, Think, Use, reply
 
 ROUNDS = 9
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 RULES = pytest.mark.parametrize("rule", ["hop", "pairs", "four"])
 WAYS = pytest.mark.parametrize("streams", [True, False], ids=["streams", "whole"])
 SCHEMA = {
@@ -76,18 +77,18 @@ async def test_chat_clients_go_on_with_every_vendor(world: World, rule: str, str
     tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA, "strict": True}}]
     said: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}]
     heard = []
-    async with world.openai() as client:
-        for _ in a_play():
-            message = await _chat(client, streams, model=rule, messages=said, tools=tools, reasoning_effort="high")
-            calls = [
-                (call["id"], call["function"]["name"], msgspec.json.decode(call["function"]["arguments"]))
-                for call in message.get("tool_calls") or ()
-            ]
-            heard.append((message.get("content") or "", [arguments["city"] for _, _, arguments in calls]))
-            said.append(message)
-            said += ({"role": "tool", "tool_call_id": id_, "content": text} for id_, text in results(calls))
-            if not calls:
-                said.append({"role": "user", "content": "And now?"})
+    client = world.openai
+    for _ in a_play():
+        message = await _chat(client, streams, model=rule, messages=said, tools=tools, reasoning_effort="high")
+        calls = [
+            (call["id"], call["function"]["name"], msgspec.json.decode(call["function"]["arguments"]))
+            for call in message.get("tool_calls") or ()
+        ]
+        heard.append((message.get("content") or "", [arguments["city"] for _, _, arguments in calls]))
+        said.append(message)
+        said += ({"role": "tool", "tool_call_id": id_, "content": text} for id_, text in results(calls))
+        if not calls:
+            said.append({"role": "user", "content": "And now?"})
     assert_play_was_understood(heard)
     assert_all_were_asked(world, rule)
     await world.assert_books_agree()
@@ -137,27 +138,27 @@ async def test_messages_clients_go_on_with_every_vendor(world: World, rule: str,
         more["thinking"] = {"type": "enabled", "budget_tokens": 4000}
     said: list[Any] = [{"role": "user", "content": QUESTION}]
     heard = []
-    async with world.anthropic() as client:
-        for _ in a_play():
-            if streams:
-                async with client.messages.stream(messages=said, **more) as stream:
-                    answer = await stream.get_final_message()
-            else:
-                answer = await client.messages.create(messages=said, **more)
-            blocks = [block.model_dump(exclude_none=True) for block in answer.content]
-            calls = [(block["id"], block["name"], block["input"]) for block in blocks if block["type"] == "tool_use"]
-            heard.append(
-                (
-                    "".join(block["text"] for block in blocks if block["type"] == "text"),
-                    [arguments["city"] for _, _, arguments in calls],
-                )
+    client = world.anthropic
+    for _ in a_play():
+        if streams:
+            async with client.messages.stream(messages=said, **more) as stream:
+                answer = await stream.get_final_message()
+        else:
+            answer = await client.messages.create(messages=said, **more)
+        blocks = [block.model_dump(exclude_none=True) for block in answer.content]
+        calls = [(block["id"], block["name"], block["input"]) for block in blocks if block["type"] == "tool_use"]
+        heard.append(
+            (
+                "".join(block["text"] for block in blocks if block["type"] == "text"),
+                [arguments["city"] for _, _, arguments in calls],
             )
-            assert answer.stop_reason == ("tool_use" if calls else "end_turn")
-            said.append({"role": "assistant", "content": [_sendable(block) for block in blocks]})
-            content: list[Any] = [
-                {"type": "tool_result", "tool_use_id": id_, "content": text} for id_, text in results(calls)
-            ]
-            said.append({"role": "user", "content": content or "And now?"})
+        )
+        assert answer.stop_reason == ("tool_use" if calls else "end_turn")
+        said.append({"role": "assistant", "content": [_sendable(block) for block in blocks]})
+        content: list[Any] = [
+            {"type": "tool_result", "tool_use_id": id_, "content": text} for id_, text in results(calls)
+        ]
+        said.append({"role": "user", "content": content or "And now?"})
     assert_play_was_understood(heard)
     assert_all_were_asked(world, rule)
     await world.assert_books_agree()
@@ -181,25 +182,25 @@ async def test_responses_clients_go_on_with_every_vendor(world: World, rule: str
     }
     said: list[Any] = [{"role": "user", "content": QUESTION}]
     heard = []
-    async with world.openai() as client:
-        for _ in a_play():
-            if streams:
-                async with client.responses.stream(input=said, **more) as stream:
-                    answer = await stream.get_final_response()
-            else:
-                answer = await client.responses.create(input=said, **more)
-            items = [item.model_dump(exclude_none=True) for item in answer.output]
-            calls = [
-                (item["call_id"], item["name"], msgspec.json.decode(item["arguments"]))
-                for item in items
-                if item["type"] == "function_call"
-            ]
-            heard.append((answer.output_text, [arguments["city"] for _, _, arguments in calls]))
-            assert answer.status == "completed"
-            said += ({name: item[name] for name in item if name not in ("parsed_arguments",)} for item in items)
-            said += ({"type": "function_call_output", "call_id": id_, "output": text} for id_, text in results(calls))
-            if not calls:
-                said.append({"role": "user", "content": "And now?"})
+    client = world.openai
+    for _ in a_play():
+        if streams:
+            async with client.responses.stream(input=said, **more) as stream:
+                answer = await stream.get_final_response()
+        else:
+            answer = await client.responses.create(input=said, **more)
+        items = [item.model_dump(exclude_none=True) for item in answer.output]
+        calls = [
+            (item["call_id"], item["name"], msgspec.json.decode(item["arguments"]))
+            for item in items
+            if item["type"] == "function_call"
+        ]
+        heard.append((answer.output_text, [arguments["city"] for _, _, arguments in calls]))
+        assert answer.status == "completed"
+        said += ({name: item[name] for name in item if name not in ("parsed_arguments",)} for item in items)
+        said += ({"type": "function_call_output", "call_id": id_, "output": text} for id_, text in results(calls))
+        if not calls:
+            said.append({"role": "user", "content": "And now?"})
     assert_play_was_understood(heard)
     assert_all_were_asked(world, rule)
     await world.assert_books_agree()

@@ -13,6 +13,7 @@ from tests.translation.asked import CITY, PDF, PNG
 from tests.translation.conftest import World
 from tests.vendors.replies import Reply, Say, Think, Use, reply
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 FOREIGN = pytest.mark.parametrize("rule", ["claude", "gemini"])
 ASKED: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": CITY, "strict": True}}
@@ -35,8 +36,8 @@ REPORT = reply(Say('{"rain": true, "degrees": [3, 4]}'))
 @FOREIGN
 async def test_a_chat_answer_and_its_tokens(world: World, rule: str) -> None:
     world.says(reply(Think("Hm."), Say("Grüezi 🌦"), **COUNTED))
-    async with world.openai() as client:
-        answer = await client.chat.completions.create(model=rule, messages=ASKED, reasoning_effort="low")
+    client = world.openai
+    answer = await client.chat.completions.create(model=rule, messages=ASKED, reasoning_effort="low")
     choice = answer.choices[0]
     assert (choice.message.content, choice.finish_reason, answer.object) == ("Grüezi 🌦", "stop", "chat.completion")
     assert choice.message.reasoning_content == "Hm."  # type: ignore[attr-defined]
@@ -49,11 +50,11 @@ async def test_a_chat_answer_and_its_tokens(world: World, rule: str) -> None:
 async def test_a_chat_stream_and_its_tokens(world: World, rule: str) -> None:
     world.says(reply(Think("Hm."), Say("Grüezi mitenand 🌦"), **COUNTED))
     options: Any = {"include_usage": True}
-    async with world.openai() as client:
-        stream = await client.chat.completions.create(
-            model=rule, messages=ASKED, stream=True, stream_options=options, reasoning_effort="low"
-        )
-        chunks = [chunk async for chunk in stream]
+    client = world.openai
+    stream = await client.chat.completions.create(
+        model=rule, messages=ASKED, stream=True, stream_options=options, reasoning_effort="low"
+    )
+    chunks = [chunk async for chunk in stream]
     deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
     assert "".join(delta.content or "" for delta in deltas) == "Grüezi mitenand 🌦"
     assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "Hm."
@@ -77,9 +78,9 @@ async def test_nobody_who_did_not_ask_gets_a_chunk_of_tokens_and_they_are_counte
     world: World, rule: str
 ) -> None:
     world.says(reply(Say("Hello")))
-    async with world.openai() as client:
-        stream = await client.chat.completions.create(model=rule, messages=ASKED, stream=True)
-        chunks = [chunk async for chunk in stream]
+    client = world.openai
+    stream = await client.chat.completions.create(model=rule, messages=ASKED, stream=True)
+    chunks = [chunk async for chunk in stream]
     assert all(chunk.usage is None for chunk in chunks)
     assert all(chunk.choices for chunk in chunks)
     await world.assert_books_agree()
@@ -90,10 +91,10 @@ async def test_nobody_who_did_not_ask_gets_a_chunk_of_tokens_and_they_are_counte
 async def test_why_a_model_stopped_in_chat(world: World, rule: str, stop: str, told: str) -> None:
     part = Use("weather", {"city": "Bern"}) if stop == "tool" else Say("Hello")
     world.says(reply(part, stop=stop))
-    async with world.openai() as client:
-        answer = await client.chat.completions.create(model=rule, messages=ASKED, tools=[TOOL])
-        stream = await client.chat.completions.create(model=rule, messages=ASKED, tools=[TOOL], stream=True)
-        reasons = [chunk.choices[0].finish_reason async for chunk in stream]
+    client = world.openai
+    answer = await client.chat.completions.create(model=rule, messages=ASKED, tools=[TOOL])
+    stream = await client.chat.completions.create(model=rule, messages=ASKED, tools=[TOOL], stream=True)
+    reasons = [chunk.choices[0].finish_reason async for chunk in stream]
     assert answer.choices[0].finish_reason == told
     assert reasons[-1] == told
 
@@ -101,10 +102,7 @@ async def test_why_a_model_stopped_in_chat(world: World, rule: str, stop: str, t
 @FOREIGN
 async def test_the_stream_helper_gathers_parallel_calls(world: World, rule: str) -> None:
     world.says(reply(Say("Both."), Use("weather", {"city": "Zürich"}), Use("weather", {"city": "Bern"})))
-    async with (
-        world.openai() as client,
-        client.chat.completions.stream(model=rule, messages=ASKED, tools=[TOOL]) as stream,
-    ):
+    async with world.openai.chat.completions.stream(model=rule, messages=ASKED, tools=[TOOL]) as stream:
         events = [event.type async for event in stream]
         final = await stream.get_final_completion()
     calls: Any = final.choices[0].message.tool_calls
@@ -116,9 +114,9 @@ async def test_the_stream_helper_gathers_parallel_calls(world: World, rule: str)
 @FOREIGN
 async def test_structured_output_is_parsed(world: World, rule: str) -> None:
     world.says(REPORT)
-    async with world.openai() as client:
-        chat = await client.chat.completions.parse(model=rule, messages=ASKED, response_format=Report)
-        responses = await client.responses.parse(model=rule, input="Hello", text_format=Report)
+    client = world.openai
+    chat = await client.chat.completions.parse(model=rule, messages=ASKED, response_format=Report)
+    responses = await client.responses.parse(model=rule, input="Hello", text_format=Report)
     assert chat.choices[0].message.parsed == Report(rain=True, degrees=[3, 4])
     assert responses.output_parsed == Report(rain=True, degrees=[3, 4])
     assert world.refusals == []
@@ -139,8 +137,8 @@ async def test_images_and_documents_arrive(world: World, rule: str) -> None:
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}},
         {"type": "file", "file": {"filename": "a.pdf", "file_data": f"data:application/pdf;base64,{PDF}"}},
     ]
-    async with world.openai() as client:
-        await client.chat.completions.create(model=rule, messages=[{"role": "user", "content": content}])
+    client = world.openai
+    await client.chat.completions.create(model=rule, messages=[{"role": "user", "content": content}])
     (body,) = world.bodies(rule)
     if rule == "claude":
         blocks = body["messages"][0]["content"]
@@ -158,10 +156,10 @@ async def test_images_and_documents_arrive(world: World, rule: str) -> None:
 @FOREIGN
 async def test_a_response_and_its_tokens(world: World, rule: str) -> None:
     world.says(reply(Think("Hm."), Say("Grüezi 🌦"), **COUNTED))
-    async with world.openai() as client:
-        answer = await client.responses.create(
-            model=rule, input="Hello", instructions="Be brief.", reasoning={"effort": "low", "summary": "auto"}
-        )
+    client = world.openai
+    answer = await client.responses.create(
+        model=rule, input="Hello", instructions="Be brief.", reasoning={"effort": "low", "summary": "auto"}
+    )
     assert (answer.output_text, answer.status, answer.object) == ("Grüezi 🌦", "completed", "response")
     assert [item.type for item in answer.output] == ["reasoning", "message"]
     usage: Any = answer.usage
@@ -175,11 +173,11 @@ async def test_a_response_and_its_tokens(world: World, rule: str) -> None:
 async def test_a_response_s_stream_has_the_events_of_the_api_in_their_order(world: World, rule: str) -> None:
     world.says(reply(Think("Hm."), Say("Both."), Use("weather", {"city": "Zürich"}), Use("weather", {"city": "Bern"})))
     tool: Any = {"type": "function", "name": "weather", "parameters": CITY, "strict": True}
-    async with world.openai() as client:
-        stream = await client.responses.create(
-            model=rule, input="Hello", tools=[tool], stream=True, reasoning={"effort": "low", "summary": "auto"}
-        )
-        events: list[Any] = [event async for event in stream]
+    client = world.openai
+    stream = await client.responses.create(
+        model=rule, input="Hello", tools=[tool], stream=True, reasoning={"effort": "low", "summary": "auto"}
+    )
+    events: list[Any] = [event async for event in stream]
     kinds = [event.type for event in events]
     assert kinds[:2] == ["response.created", "response.in_progress"]
     assert kinds[-1] == "response.completed"
@@ -219,10 +217,10 @@ async def test_a_response_s_stream_has_the_events_of_the_api_in_their_order(worl
 )
 async def test_why_a_response_ended(world: World, rule: str, stop: str, status: str, reason: str | None) -> None:
     world.says(reply(Say("Hello"), stop=stop))
-    async with world.openai() as client:
-        answers: list[Any] = [await client.responses.create(model=rule, input="Hello")]
-        stream = await client.responses.create(model=rule, input="Hello", stream=True)
-        events: list[Any] = [event async for event in stream]
+    client = world.openai
+    answers: list[Any] = [await client.responses.create(model=rule, input="Hello")]
+    stream = await client.responses.create(model=rule, input="Hello", stream=True)
+    events: list[Any] = [event async for event in stream]
     assert events[-1].type == f"response.{status}"
     for answer in [*answers, events[-1].response]:
         assert answer.status == status
@@ -235,15 +233,15 @@ async def test_a_custom_tool_is_called_with_its_bare_input(world: World, rule: s
     world.says(reply(Use("apply_patch", text=patch)))
     tool: Any = {"type": "custom", "name": "apply_patch", "description": "Edits files.", "format": {"type": "text"}}
     asked: Any = {"model": rule, "input": "Hello", "tools": [tool]}
-    async with world.openai() as client:
-        whole: Any = await client.responses.create(**asked)
-        async with client.responses.stream(**asked) as stream:
-            events: list[Any] = [event async for event in stream]
-            streamed: Any = await stream.get_final_response()
-        said: list[Any] = [{"role": "user", "content": "Hello"}, whole.output[0].model_dump(exclude_none=True)]
-        said.append({"type": "custom_tool_call_output", "call_id": whole.output[0].call_id, "output": "done"})
-        world.says(reply(Say("Done.")))
-        after = await client.responses.create(**asked | {"input": said})
+    client = world.openai
+    whole: Any = await client.responses.create(**asked)
+    async with client.responses.stream(**asked) as stream:
+        events: list[Any] = [event async for event in stream]
+        streamed: Any = await stream.get_final_response()
+    said: list[Any] = [{"role": "user", "content": "Hello"}, whole.output[0].model_dump(exclude_none=True)]
+    said.append({"type": "custom_tool_call_output", "call_id": whole.output[0].call_id, "output": "done"})
+    world.says(reply(Say("Done.")))
+    after = await client.responses.create(**asked | {"input": said})
     assert (whole.output[0].type, whole.output[0].input) == ("custom_tool_call", patch)
     assert streamed.output[0].input == patch
     assert "".join(e.delta for e in events if e.type == "response.custom_tool_call_input.delta") == patch
@@ -285,12 +283,12 @@ async def test_a_vendor_s_error_is_the_sdk_s_exception(
     world: World, rule: str, status: int, error: type[openai.APIStatusError]
 ) -> None:
     world.says(Reply(status=status, message="Words of the vendor.", headers=(("Retry-After", "7"),)))
-    async with world.openai() as client:
-        for _ in range(2):
-            with pytest.raises(error, match=r"Words of the vendor\.") as told:
-                await client.chat.completions.create(model=rule, messages=ASKED)
-            with pytest.raises(error, match=r"Words of the vendor\."):
-                await client.responses.create(model=rule, input="Hello", stream=True)
+    client = world.openai
+    for _ in range(2):
+        with pytest.raises(error, match=r"Words of the vendor\.") as told:
+            await client.chat.completions.create(model=rule, messages=ASKED)
+        with pytest.raises(error, match=r"Words of the vendor\."):
+            await client.responses.create(model=rule, input="Hello", stream=True)
     if status == 429:
         assert told.value.response.headers["retry-after"] == "7"
     await world.assert_books_agree()
@@ -299,11 +297,11 @@ async def test_a_vendor_s_error_is_the_sdk_s_exception(
 @FOREIGN
 async def test_a_stream_that_breaks_tells_why(world: World, rule: str) -> None:
     world.says(reply(Say("A text of several pieces, all of them short."), broken_after=5, message="Overloaded."))
-    async with world.openai() as client:
-        stream = await client.chat.completions.create(model=rule, messages=ASKED, stream=True)
-        with pytest.raises(openai.APIError, match=r"Overloaded\."):
-            [chunk async for chunk in stream]
-        events: list[Any] = [e async for e in await client.responses.create(model=rule, input="Hello", stream=True)]
+    client = world.openai
+    stream = await client.chat.completions.create(model=rule, messages=ASKED, stream=True)
+    with pytest.raises(openai.APIError, match=r"Overloaded\."):
+        [chunk async for chunk in stream]
+    events: list[Any] = [e async for e in await client.responses.create(model=rule, input="Hello", stream=True)]
     assert (events[-1].type, events[-1].message) == ("error", "Overloaded.")
     await world.assert_books_agree()
 
@@ -311,11 +309,11 @@ async def test_a_stream_that_breaks_tells_why(world: World, rule: str) -> None:
 @FOREIGN
 async def test_a_stream_that_is_cut_never_looks_whole(world: World, rule: str) -> None:
     world.says(reply(Say("A text of several pieces, all of them short."), cut_after=5))
-    async with world.openai() as client:
-        stream = await client.chat.completions.create(model=rule, messages=ASKED, stream=True)
-        with pytest.raises(openai.APIError):
-            [chunk async for chunk in stream]
-        events: list[Any] = [e async for e in await client.responses.create(model=rule, input="Hello", stream=True)]
+    client = world.openai
+    stream = await client.chat.completions.create(model=rule, messages=ASKED, stream=True)
+    with pytest.raises(openai.APIError):
+        [chunk async for chunk in stream]
+    events: list[Any] = [e async for e in await client.responses.create(model=rule, input="Hello", stream=True)]
     assert events[-1].type == "error"
     await world.assert_books_agree()
 
@@ -324,12 +322,12 @@ async def test_a_stream_that_is_cut_never_looks_whole(world: World, rule: str) -
 async def test_a_client_that_hangs_up_is_counted_as_the_vendor_counts(world: World, rule: str) -> None:
     gate = asyncio.Event()
     world.says(reply(Say("A text of several pieces."), gate=gate, gate_before=4))
-    async with world.openai() as client:
-        stream = await client.chat.completions.create(model=rule, messages=ASKED, stream=True)
-        async for chunk in stream:
-            if chunk.choices[0].delta.content:
-                break
-        await stream.close()
+    client = world.openai
+    stream = await client.chat.completions.create(model=rule, messages=ASKED, stream=True)
+    async for chunk in stream:
+        if chunk.choices[0].delta.content:
+            break
+    await stream.close()
     async with asyncio.timeout(5):
         await world.vendors[rule].hung_up.wait()
     await world.assert_books_agree()
@@ -351,9 +349,9 @@ async def test_a_client_that_hangs_up_is_counted_as_the_vendor_counts(world: Wor
 async def test_what_no_service_can_do_is_refused_with_its_field(
     world: World, rule: str, asked: dict[str, Any], param: str
 ) -> None:
-    async with world.openai() as client:
-        with pytest.raises(openai.BadRequestError) as told:
-            await client.chat.completions.create(**{"model": rule, "messages": ASKED} | asked)
+    client = world.openai
+    with pytest.raises(openai.BadRequestError) as told:
+        await client.chat.completions.create(**{"model": rule, "messages": ASKED} | asked)
     assert told.value.param is not None
     assert told.value.param.startswith(param)
     assert param in str(told.value)
@@ -373,9 +371,9 @@ async def test_what_no_service_can_do_is_refused_with_its_field(
 async def test_what_no_service_can_respond_to_is_refused_with_its_field(
     world: World, asked: dict[str, Any], param: str
 ) -> None:
-    async with world.openai() as client:
-        with pytest.raises(openai.BadRequestError) as told:
-            await client.responses.create(**{"model": "claude", "input": "Hello"} | asked)
+    client = world.openai
+    with pytest.raises(openai.BadRequestError) as told:
+        await client.responses.create(**{"model": "claude", "input": "Hello"} | asked)
     assert told.value.param is not None
     assert told.value.param.startswith(param)
 
@@ -383,7 +381,7 @@ async def test_what_no_service_can_respond_to_is_refused_with_its_field(
 async def test_a_service_that_can_do_it_is_asked_whoever_is_in_turn(world: World) -> None:
     sound: Any = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
     world.says(reply(Say("A bell.")))
-    async with world.openai() as client:
-        for _ in range(3):
-            await client.chat.completions.create(model="pairs", messages=[{"role": "user", "content": [sound]}])
+    client = world.openai
+    for _ in range(3):
+        await client.chat.completions.create(model="pairs", messages=[{"role": "user", "content": [sound]}])
     assert (len(world.bodies("gemini")), len(world.bodies("claude"))) == (3, 0)

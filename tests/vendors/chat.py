@@ -112,7 +112,7 @@ class Chat(Vendor):
         customs = {tool["custom"]["name"] for tool in body.get("tools") or () if tool["type"] == "custom"}
         calls = []
         for i, part in enumerate(part for part in said.parts if isinstance(part, Use)):
-            call: dict[str, Any] = {"id": f"call_{'d' if self.thinks else 'o'}{len(self.bodies):020d}_{i:02d}"}
+            call: dict[str, Any] = {"id": f"call_{'d' if self.thinks else 'o'}{self.number:020d}_{i:02d}"}
             if part.name in customs:
                 calls.append(call | {"type": "custom", "custom": {"name": part.name, "input": part.text}})
             else:
@@ -141,7 +141,7 @@ class Chat(Vendor):
 
     def _completion(self, body: Any, kind: str, choices: list[Any]) -> dict[str, Any]:
         return {
-            "id": f"chatcmpl-{len(self.bodies):029d}",
+            "id": f"chatcmpl-{self.number:029d}",
             "object": kind,
             "created": 1_795_000_000,
             "model": body["model"],

@@ -262,7 +262,7 @@ class Google(Vendor):
             candidate["finishReason"] = reason
         candidate["index"] = 0
         answer = {"candidates": [candidate], "usageMetadata": usage, "modelVersion": self._model}
-        return msgspec.json.encode(answer | {"responseId": f"resp-{len(self.bodies)}"})
+        return msgspec.json.encode(answer | {"responseId": f"resp-{self.number}"})
 
     @property
     def _model(self) -> str:

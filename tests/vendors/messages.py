@@ -88,7 +88,10 @@ class Messages(Vendor):
         if (request.header("content-type") or "").partition(";")[0] != "application/json":
             raise RefusedError("content-type: application/json is wanted")
         is_old = request.header("anthropic-version") == "2023-06-01"
-        _require(fault(body, MessageCountTokensParams if self.counts(request) else _OldBody if is_old else _Body))
+        shaped = body
+        if "context-management-2025-06-27" in (request.header("anthropic-beta") or ""):
+            shaped = {name: value for name, value in body.items() if name != "context_management"}
+        _require(fault(shaped, MessageCountTokensParams if self.counts(request) else _OldBody if is_old else _Body))
         for rule in (_check_numbers, _check_thinking, _check_tools, _check_format, _check_cache):
             _require(rule(body))
         _require(_first(_text_faults(body.get("system", "x"), "system")))
@@ -144,7 +147,7 @@ class Messages(Vendor):
 
     def _message(self, body: Any, content: list[Any], stop: str | None, said: Reply, usage: Any) -> dict[str, Any]:
         return {
-            "id": f"msg_{len(self.bodies):024d}",
+            "id": f"msg_{self.number:024d}",
             "type": "message",
             "role": "assistant",
             "model": body["model"],
@@ -166,7 +169,7 @@ class Messages(Vendor):
                     content.append({"type": "thinking", "thinking": part.text, "signature": self._sign(part)})
                 case Use():
                     arguments = {"input": part.text} if part.text else part.arguments
-                    id_ = f"toolu_{len(self.bodies):020d}_{i}"
+                    id_ = f"toolu_{self.number:020d}_{i}"
                     content.append({"type": "tool_use", "id": id_, "name": part.name, "input": arguments})
         return content
 

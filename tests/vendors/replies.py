@@ -98,6 +98,10 @@ class Tokens(msgspec.Struct):
         for name in self.__struct_fields__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
+    def less(self, other: Tokens) -> Tokens:
+        """What has come since the other was counted."""
+        return Tokens(**{name: getattr(self, name) - getattr(other, name) for name in self.__struct_fields__})
+
 
 class Event(msgspec.Struct, frozen=True):
     """An event of a stream, and the tokens that are known by then, where it tells them."""

@@ -35,11 +35,23 @@ class Vendor(Upstream):
         self.account = Tokens()
         self.refusals: list[str] = []
         self.bodies: list[Any] = []
+        self.number = 0
+        """Of its answers, for their ids."""
         self.plays()
 
     def plays(self) -> None:
         """Says what its play has next; what it does unless told otherwise."""
         self._behaviour = _plays
+
+    def forgets(self) -> None:
+        """Begins anew, but for what it has signed and the numbers in its ids."""
+        self.account = Tokens()
+        self.refusals = []
+        self.bodies = []
+        self.received = self.received[-1:]
+        self.hung_up.clear()
+        self.stalled.clear()
+        self.plays()
 
     def says(self, *replies: Reply) -> None:
         """Says these, one a request; the last one stays."""
@@ -132,6 +144,7 @@ async def _plays(actor: Upstream, reader: asyncio.StreamReader, writer: asyncio.
         writer.write(actor._json(200, actor.counted(body)))
         return
     said = actor.play.next()
+    actor.number += 1
     actor.account.requests += 1
     if said.status != 200:
         writer.write(actor._json(said.status, actor.error(said.status, said.message), said.headers))
