@@ -164,7 +164,7 @@ def _document(vendors: dict[str, Vendor]) -> dict[str, Any]:
             "request_model": name,
             "lb_tactic": {"type": "round_robin", "params": {"request_threshold": 1}},
             "services": [{"provider": each, "model": MODELS[each]} for each in names],
-            "retry": {"attempts": 1},
+            "retry": {"attempts": 1} if len(names) == 1 else {"attempts": 3, "budget_ratio": 1, "backoff_ms": 1},
         }
         for scenario in SCENARIOS
         for name, names in turns.items()

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from tests.translation.asked import CITY, PDF, PNG
-from tests.translation.conftest import World
+from tests.translation.conftest import MODELS, World
 from tests.vendors.replies import Reply, Say, Think, Use, reply
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -41,6 +41,7 @@ async def test_a_chat_answer_and_its_tokens(world: World, rule: str) -> None:
     choice = answer.choices[0]
     assert (choice.message.content, choice.finish_reason, answer.object) == ("Grüezi 🌦", "stop", "chat.completion")
     assert choice.message.reasoning_content == "Hm."  # type: ignore[attr-defined]
+    assert answer.model == MODELS[rule]
     assert_tokens(answer.usage, rule)
     assert world.refusals == []
     await world.assert_books_agree()
@@ -385,3 +386,10 @@ async def test_a_service_that_can_do_it_is_asked_whoever_is_in_turn(world: World
     for _ in range(3):
         await client.chat.completions.create(model="pairs", messages=[{"role": "user", "content": [sound]}])
     assert (len(world.bodies("gemini")), len(world.bodies("claude"))) == (3, 0)
+
+
+async def test_what_is_left_out_by_rule_is_named(world: World) -> None:
+    more: Any = {"temperature": 1.7, "service_tier": "auto", "metadata": {"a": "b"}}
+    answer = await world.openai.chat.completions.with_raw_response.create(model="claude", messages=ASKED, **more)
+    named = answer.headers["x-balancer-left-out"].split(",")
+    assert set(named) == {"temperature", "service_tier", "metadata"}
