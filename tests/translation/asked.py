@@ -23,6 +23,27 @@ REPORT = {
     "required": ["rain", "degrees"],
     "additionalProperties": False,
 }
+LIMITED = {
+    "type": "object",
+    "properties": {
+        "degrees": {"type": "integer", "minimum": -90, "maximum": 60},
+        "city": {"type": "string", "minLength": 1, "maxLength": 80, "pattern": "^[A-Z]"},
+        "days": {"type": "array", "items": {"type": "string"}, "maxItems": 7},
+    },
+    "required": ["degrees", "city", "days"],
+    "additionalProperties": False,
+}
+LOOSE = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "country": {"type": "object"}},
+    "required": ["city"],
+}
+OPTIONAL = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "country": {"type": "string"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
 HI = {"role": "user", "content": "Hi there"}
 
 # -- chat --------------------------------------------------------------------------------------------------------------
@@ -60,6 +81,7 @@ CHAT: Mapping[str, dict[str, Any]] = {
     "hot": {"temperature": 1.7},
     "completion tokens": {"max_completion_tokens": 50},
     "one stop": {"stop": "END"},
+    "blank stop": {"stop": ["\n\n"]},
     "seed": {"seed": 7},
     "nothing asked": {
         "n": 1, "logprobs": False, "logit_bias": None, "stop": None, "tools": None, "temperature": None,
@@ -137,6 +159,12 @@ CHAT: Mapping[str, dict[str, Any]] = {
     "schema": {
         "response_format": {"type": "json_schema", "json_schema": {"name": "r", "schema": REPORT, "strict": True}}
     },
+    "schema with limits": {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "r", "schema": LIMITED, "strict": True}}
+    },
+    "loose schema": {"response_format": {"type": "json_schema", "json_schema": {"name": "r", "schema": LOOSE}}},
+    "strict tool with limits": {"tools": [_function(parameters=LIMITED, strict=True)]},
+    "loose tool": {"tools": [_function(parameters=LOOSE)]},
     "schema and tools": TOOLS
     | {"response_format": {"type": "json_schema", "json_schema": {"name": "r", "schema": REPORT, "strict": True}}},
     **{f"effort {e}": {"reasoning_effort": e} for e in ("none", "minimal", "low", "medium", "high", "xhigh", "max")},
@@ -145,6 +173,13 @@ CHAT: Mapping[str, dict[str, Any]] = {
     "effort, loop": LOOP | {"reasoning_effort": "high"},
     "effort, required": TOOLS | {"reasoning_effort": "high", "tool_choice": "required"},
     "refusal": {"messages": [HI, {"role": "assistant", "content": None, "refusal": "No."}, HI]},
+    "assistant in parts": {
+        "messages": [
+            HI,
+            {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "refusal", "refusal": "b"}]},
+            HI,
+        ]
+    },
     "foreign thoughts": LOOP
     | {
         "messages": [
@@ -177,7 +212,7 @@ def _text(text: str = "Go on", **more: Any) -> dict[str, Any]:
     return {"type": "text", "text": text} | more
 
 
-EPHEMERAL = {"cache_control": {"type": "ephemeral"}}
+EPHEMERAL: dict[str, Any] = {"cache_control": {"type": "ephemeral"}}
 WEATHER = {"name": "weather", "description": "Weather.", "input_schema": CITY}
 NATIVE_THOUGHT = {"type": "thinking", "thinking": "Hm.", "signature": "EqoBCkgIARABGAIiQA=="}
 USES: dict[str, Any] = {"tools": [WEATHER, {"name": "now", "input_schema": {"type": "object"}}]}
@@ -263,6 +298,23 @@ MESSAGES: Mapping[str, dict[str, Any]] = {
         ],
     },
     "schema": {"output_config": {"format": {"type": "json_schema", "schema": REPORT}}},
+    "schema with an option": {"output_config": {"format": {"type": "json_schema", "schema": OPTIONAL}}},
+    "strict tool with an option": {"tools": [WEATHER | {"strict": True, "input_schema": OPTIONAL}]},
+    "loose tool": {"tools": [WEATHER | {"input_schema": LOOSE}]},
+    "many stops": {"stop_sequences": ["a", "b", "c", "d", "e", "f"]},
+    "document in a result": USES
+    | {
+        "messages": [
+            HI,
+            _used("toolu_1"),
+            _user(
+                _result(
+                    "toolu_1",
+                    [{"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "Once."}}],
+                )
+            ),
+        ]
+    },
     "context management": {
         "context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]},
     },
@@ -354,6 +406,8 @@ RESPONSES: Mapping[str, dict[str, Any]] = {
         ],
     },
     "schema": {"text": {"format": {"type": "json_schema", "name": "r", "schema": REPORT, "strict": True}}},
+    "schema with limits": {"text": {"format": {"type": "json_schema", "name": "r", "schema": LIMITED, "strict": True}}},
+    "system": {"input": [{"role": "system", "content": "S"}, {"role": "assistant", "content": "A"}, ASK]},
     "json": {"text": {"format": {"type": "json_object"}}, "input": "In JSON please"},
     "effort": {"reasoning": {"effort": "high", "summary": "auto"}},
     "thoughts": CALLS
@@ -394,7 +448,12 @@ ALL: Mapping[str, Mapping[str, dict[str, Any]]] = {"chat": CHAT, "messages": MES
 
 REFUSED: Mapping[tuple[str, str, str], str] = {
     ("chat", "sound", "messages"): "messages[0].content[0]",
+    ("chat", "blank stop", "messages"): "stop",
     ("messages", "geography", "chat"): "inference_geo",
+    ("messages", "many stops", "chat"): "stop_sequences",
+    ("messages", "many stops", "google"): "stop_sequences",
     ("messages", "geography", "google"): "inference_geo",
 }
 """By the client's API, what is particular, and the service's API: the path."""
+NEVER_FORCED = {"chat": ("required", "named", "effort, required"), "responses": ("required", "named")}
+"""What Claude's Opus 5.5 refuses: it cannot be told to call a tool."""

@@ -27,14 +27,15 @@ MODELS = {
     "gpt": "gpt-5",
     "gemini": "gemini-3-pro-preview",
     "deepseek": "deepseek-v4",
+    "opus": "claude-opus-5-5",
 }
-STYLES = {"claude": "anthropic", "gpt": "openai", "gemini": "google", "deepseek": "openai"}
+STYLES = {"claude": "anthropic", "gpt": "openai", "gemini": "google", "deepseek": "openai", "opus": "anthropic"}
 SCENARIOS = ("openai", "anthropic", "claude_code", "opencode")
 TOKEN = "team-token"
 
 
 class World:
-    """Rules `claude`, `gpt`, `gemini` and `deepseek` with one service each, and some whose vendors take turns.
+    """Rules `claude`, `gpt`, `gemini`, … with one service each, and some whose vendors take turns.
 
     It lives for a module; what a test sees of it is what has happened since the test began. What the vendors say is one
     play.
@@ -123,6 +124,7 @@ async def a_world(store: str, tmp_path_factory: pytest.TempPathFactory) -> Async
         "gpt": Chat(play),
         "gemini": Google(play),
         "deepseek": Chat(play, thinks=True),
+        "opus": Messages(play),
     }
     folder = tmp_path_factory.mktemp("world")
     async with contextlib.AsyncExitStack() as stack:
@@ -155,7 +157,7 @@ def _document(vendors: dict[str, Vendor]) -> dict[str, Any]:
     ]
     turns = {name: (name,) for name in vendors} | {
         "hop": ("claude", "gpt", "gemini"),
-        "pairs": ("gemini", "claude"),
+        "pairs": ("gemini", "opus"),
         "four": ("deepseek", "gemini", "gpt", "claude"),
     }
     rules = [

@@ -63,7 +63,7 @@ def steps_of(path: Path, *, chunk_bytes: int = 1 << 20) -> list[list[Step]]:
 def translated(path: Path, client: str, *, chunk_bytes: int = 1 << 20) -> bytes:
     """What the client gets of a recorded stream; a line tells where the upstream broke off."""
     writer = _module(client, "streams").StreamWriter(_echo(client, upstream_of(path)[1]))
-    out = b""
+    out: bytes = b""
     for steps in steps_of(path, chunk_bytes=chunk_bytes):
         broke = [step for step in steps if isinstance(step, Broke)]
         out += writer.write([step for step in steps if not isinstance(step, Broke)])

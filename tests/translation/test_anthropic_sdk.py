@@ -85,15 +85,12 @@ async def test_a_stream_has_the_events_of_the_api_in_their_order(world: World, r
     assert [event.index for event in begun] == list(range(len(wanted)))
     open_: list[int] = []
     for event in events:
-        match event.type:
-            case "content_block_start":
-                assert open_ == []
-                open_ = [event.index]
-            case "content_block_delta":
-                assert open_ == [event.index]
-            case "content_block_stop":
-                assert open_ == [event.index]
-                open_ = []
+        if event.type == "content_block_start":
+            assert open_ == []
+            open_ = [event.index]
+        elif event.type in ("content_block_delta", "content_block_stop"):
+            assert open_ == [event.index]
+            open_ = open_ if event.type == "content_block_delta" else []
     assert open_ == []
     assert events[-2].delta.stop_reason == "tool_use"
     assert events[-2].usage.output_tokens == 90

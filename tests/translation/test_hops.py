@@ -15,6 +15,7 @@ from tests.translation.conftest import World
 from tests.vendors.replies import Reply, Say, Think, Use, reply
 
 ROUNDS = 9
+FOUR = ("claude", "gpt", "gemini", "deepseek")
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 RULES = pytest.mark.parametrize("rule", ["hop", "pairs", "four"])
 WAYS = pytest.mark.parametrize("streams", [True, False], ids=["streams", "whole"])
@@ -33,7 +34,16 @@ def step(number: int) -> Reply:
     if number % 2:
         calls.append(Use("weather", {"city": 'Bern "old" \\ 🌦'}))
     said = [Say(f"Step {number}.")] if number % 3 else []
-    return reply(Think(f"I think {number}."), *said, *calls, input=100 + number, cached=10, output=40, reasoning=12)
+    # Claude's later models show nothing of a thought but its signature, unless they are asked to.
+    return reply(
+        Think(f"I think {number}." if number % 4 else ""),
+        *said,
+        *calls,
+        input=100 + number,
+        cached=10,
+        output=40,
+        reasoning=12,
+    )
 
 
 def a_play() -> list[Reply]:
@@ -64,7 +74,7 @@ def assert_play_was_understood(heard: list[tuple[str, list[str]]]) -> None:
 def assert_all_were_asked(world: World, rule: str) -> None:
     """Nobody refused, and each vendor was in turn."""
     assert world.refusals == []
-    names = {"hop": ("claude", "gpt", "gemini"), "pairs": ("gemini", "claude"), "four": tuple(world.vendors)}[rule]
+    names = {"hop": ("claude", "gpt", "gemini"), "pairs": ("gemini", "opus"), "four": FOUR}[rule]
     counts = [len(world.bodies(name)) for name in names]
     assert sum(counts) == len(a_play())
     assert max(counts) - min(counts) <= 1
@@ -135,7 +145,7 @@ async def test_messages_clients_go_on_with_every_vendor(world: World, rule: str,
         "tools": [{"name": "weather", "description": "The weather.", "input_schema": SCHEMA}],
     }
     if thinking == "enabled":
-        more["thinking"] = {"type": "enabled", "budget_tokens": 4000}
+        more["thinking"] = {"type": "adaptive"} if rule == "pairs" else {"type": "enabled", "budget_tokens": 4000}
     said: list[Any] = [{"role": "user", "content": QUESTION}]
     heard = []
     client = world.anthropic

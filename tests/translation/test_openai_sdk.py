@@ -385,7 +385,7 @@ async def test_a_service_that_can_do_it_is_asked_whoever_is_in_turn(world: World
     client = world.openai
     for _ in range(3):
         await client.chat.completions.create(model="pairs", messages=[{"role": "user", "content": [sound]}])
-    assert (len(world.bodies("gemini")), len(world.bodies("claude"))) == (3, 0)
+    assert (len(world.bodies("gemini")), len(world.bodies("opus"))) == (3, 0)
 
 
 async def test_what_is_left_out_by_rule_is_named(world: World) -> None:

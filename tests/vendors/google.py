@@ -227,7 +227,7 @@ class Google(Vendor):
             match part:
                 case Think():
                     has_thought = True
-                    if not part.is_redacted:
+                    if part.text:
                         parts.append({"text": part.text, "thought": True})
                     continue
                 case Say():

@@ -1,7 +1,7 @@
 """Anthropic's Messages API, as its documentation and the types of its SDK 2.12 tell it (November 2026).
 
-platform.claude.com/docs: api/messages, build-with-claude/thinking, …/thinking-tool-workflows, …/structured-outputs,
-…/prompt-caching, api/errors, about-claude/models/migration-guide.
+platform.claude.com/docs: api/messages, …/versioning, …/errors, build-with-claude/thinking, …/thinking-tool-workflows,
+…/preserved-thinking, …/structured-outputs, …/prompt-caching, about-claude/models/migration-guide.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ _ONLY_BUDGETS = re.compile(r"claude-3|claude-(opus|sonnet|haiku)-4(-1|-5)?(-\d{8
 """Models that think by a budget only; those behind them adapt (4.6 takes both)."""
 _TAKES_BOTH = re.compile(r"claude-(opus|sonnet)-4-6")
 _HAS_EFFORT = re.compile(r"claude-opus-4-5")
+_PRESERVES = re.compile(r"claude-(fable|mythos)-5-[1-9]|claude-(opus|sonnet|haiku)-5-5")
+"""Models that take a thought back only behind the very prefix that it was thought behind."""
+_IS_NEVER_FORCED = re.compile(r"claude-(fable|mythos)-5-[1-9]|claude-opus-5-5")
 
 
 class _Body(MessageCreateParamsBase):
@@ -68,6 +71,7 @@ class Messages(Vendor):
     def __init__(self, play: Play | None = None) -> None:
         super().__init__(play)
         self.signed: dict[str, str] = {}
+        self.prefixes: dict[str, bytes] = {}
 
     # -- what it refuses -----------------------------------------------------------------------------------------------
 
@@ -110,6 +114,10 @@ class Messages(Vendor):
                         raise RefusedError(f"{at}: `thinking` blocks cannot be modified")
                 elif block["type"] == "redacted_thinking" and block["data"] not in self.signed:
                     raise RefusedError(f"{at}: Invalid `data` in `redacted_thinking` block")
+                signature = block.get("signature") or block.get("data")
+                is_thought = block["type"] in ("thinking", "redacted_thinking")
+                if is_thought and _PRESERVES.match(body["model"]) and self.prefixes[signature] != _prefix(body, i):
+                    raise RefusedError(f"{at}: The block is bound to a different conversation.")
         if (body.get("thinking") or {}).get("type") != "enabled":
             return
         *_, last = [None, *(m for m in body["messages"] if m["role"] == "assistant")]
@@ -125,6 +133,8 @@ class Messages(Vendor):
     def _sign(self, thought: Think) -> str:
         signature = base64.b64encode(b"anthropic-%d" % len(self.signed)).decode()
         self.signed[signature] = thought.text
+        body = self.bodies[-1]
+        self.prefixes[signature] = _prefix(body, len(body["messages"]))
         return signature
 
     def _told(self, said: Reply, output: int | None = None) -> tuple[dict[str, Any], Tokens]:
@@ -235,6 +245,18 @@ def _block_events(index: int, block: dict[str, Any]) -> Iterator[bytes]:
     yield _event("content_block_stop", index=index)
 
 
+def _prefix(body: Any, count: int) -> bytes:
+    """What stands before a message, in one form, and without marks for the cache."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items() if name != "cache_control"}
+        return [plain(item) for item in value] if isinstance(value, list) else value
+
+    messages = [[message["role"], plain(_blocks(message))] for message in body["messages"][:count]]
+    return msgspec.json.encode([plain(body.get("system")), plain(body.get("tools")), messages], order="deterministic")
+
+
 # -- rules -------------------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +312,11 @@ def _check_thinking(body: Any) -> str:
     effort = (body.get("output_config") or {}).get("effort")
     if effort and _ONLY_BUDGETS.match(model) and not _HAS_EFFORT.match(model):
         return "This model does not support the effort parameter."
+    if (body.get("tool_choice") or {}).get("type") in ("any", "tool") and _IS_NEVER_FORCED.match(model):
+        return "tool_choice: forced tool use is not supported for this model"
     if thinking["type"] == "disabled":
+        if "thinking" in body and (_IS_NEVER_FORCED.match(model) or "fable" in model or "mythos" in model):
+            return '"thinking.type.disabled" is not supported for this model.'
         if "thinking" in body and model.startswith("claude-opus-5") and effort in ("xhigh", "max"):
             return "thinking: may not be disabled at this effort"
         return ""
