@@ -25,10 +25,11 @@ UPSTREAMS = {
     "openai": ("chat", "openai/openai"),
 }
 CLIENTS = ("chat", "messages", "responses")
+HI = {"role": "user", "content": "Hi"}
 ASKED: dict[str, dict[str, Any]] = {
-    "chat": {"messages": [], "stream_options": {"include_usage": True}},
-    "messages": {"messages": [], "max_tokens": 999, "stop_sequences": ["three"]},
-    "responses": {"input": [], "include": ["reasoning.encrypted_content"], "store": False},
+    "chat": {"messages": [HI], "stream_options": {"include_usage": True}},
+    "messages": {"messages": [HI], "max_tokens": 999, "stop_sequences": ["three"]},
+    "responses": {"input": "Hi", "include": ["reasoning.encrypted_content"], "store": False},
 }
 """What else the clients asked, as far as the answer depends on it."""
 
