@@ -152,7 +152,7 @@ class CountBody(TypedDict, total=False):
 
 
 class Google(Vendor):
-    """Gemini. It signs the first part behind what it thought, and takes a signature back only where it stood."""
+    """Gemini. It takes a signature back only where it stood: on that call, or on a text."""
 
     name = "google"
 
@@ -219,26 +219,25 @@ class Google(Vendor):
         return part | {"thoughtSignature": signature}
 
     def _parts(self, said: Reply) -> list[dict[str, Any]]:
-        """The parts, the first behind a thought signed, and the first call too."""
+        """The parts. Gemini 3 signs the first call, or the last text without one; 2.5 what follows a thought."""
         parts: list[dict[str, Any]] = []
-        has_thought = False
-        has_signed_call = False
         for part in said.parts:
             match part:
-                case Think():
-                    has_thought = True
-                    if part.text:
-                        parts.append({"text": part.text, "thought": True})
-                    continue
+                case Think() if part.text:
+                    parts.append({"text": part.text, "thought": True})
                 case Say():
-                    made: dict[str, Any] = {"text": part.text}
+                    parts.append({"text": part.text})
                 case Use():
-                    made = {"functionCall": {"name": part.name, "args": _arguments(part)}}
-            if has_thought or (isinstance(part, Use) and not has_signed_call):
-                has_signed_call |= isinstance(part, Use)
-                has_thought = False
-                made = self._sign(made)
-            parts.append(made)
+                    parts.append({"functionCall": {"name": part.name, "args": _arguments(part)}})
+        calls = [i for i, part in enumerate(parts) if "functionCall" in part]
+        texts = [i for i, part in enumerate(parts) if "thought" not in part]
+        if not _is_third(self._model):
+            thoughts = [i for i, part in enumerate(said.parts) if isinstance(part, Think)]
+            signed = texts[:1] if thoughts else []
+        else:
+            signed = calls[:1] or texts[-1:]
+        for i in signed:
+            parts[i] = self._sign(parts[i])
         return parts
 
     def _usage(self, said: Reply, share: float = 1) -> tuple[dict[str, Any], Tokens]:
@@ -275,22 +274,28 @@ class Google(Vendor):
         return Event(self._answer(self._parts(said), STOPS[said.ending], usage), told)
 
     def events(self, body: Any, said: Reply) -> list[Event]:
+        """The parts, texts in pieces. The signature of a last text comes behind it, with the last event."""
         cut: list[dict[str, Any]] = []
-        for part in self._parts(said):
+        last: dict[str, Any] = {"text": ""}
+        parts = self._parts(said)
+        for part in parts:
             if "text" not in part:
                 cut.append(part)
                 continue
-            texts = list(pieces(part["text"], 12))
-            first, *more = texts or [""]
-            cut.append(part | {"text": first})
-            cut += ({name: value for name, value in part.items() if name == "thought"} | {"text": t} for t in more)
-        # The signature is of the text's beginning as it went out: a client gives the whole text back with it.
+            signature = {name: value for name, value in part.items() if name == "thoughtSignature"}
+            if part is parts[-1] and _is_third(self._model):
+                last |= signature
+                signature = {}
+            thought = {name: value for name, value in part.items() if name == "thought"}
+            texts = [{"text": text} | thought for text in pieces(part["text"], 12)]
+            texts[0] |= signature
+            cut += texts
         events = []
         for i, part in enumerate(cut):
             usage, told = self._usage(said, (i + 1) / (len(cut) + 1))
             events.append(Event(_event(self._answer([part], None, usage)), told))
         usage, told = self._usage(said)
-        return [*events, Event(_event(self._answer([{"text": ""}], STOPS[said.ending], usage)), told)]
+        return [*events, Event(_event(self._answer([last], STOPS[said.ending], usage)), told)]
 
     def counted(self, body: Any) -> bytes:
         inner = body.get("generateContentRequest", body)
