@@ -74,6 +74,12 @@ class Details:
                 self._take(part.id, part.model)
                 self._end(part.stop_reason, part.status)
 
+    def hear(self, id_: str = "", model: str = "", reason: str = "") -> None:
+        """Takes over what others have read in it, where nothing is known yet."""
+        self._take(id_, model)
+        if not self.finish_reasons:
+            self._end(reason)
+
     def _take(self, id_: object, model: object) -> None:
         self.id = self.id or _name(id_)
         self.model = self.model or _name(model)

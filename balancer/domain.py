@@ -21,7 +21,7 @@ DEFAULT_POOL = "default"
 DEFAULT_RECORD_EVENTS = 100_000
 OAUTH_EXPIRY_MARGIN = timedelta(minutes=5)
 
-ApiStyle = Literal["openai", "anthropic"]
+ApiStyle = Literal["openai", "anthropic", "google"]
 AuthType = Literal["api_key", "oauth"]
 ScenarioName = Literal["openai", "anthropic", "claude_code", "opencode"]
 Reserve = Literal["none", "input", "full"]
@@ -120,7 +120,10 @@ class Health(Struct, frozen=True, kw_only=True):
 
 
 class Provider(Struct, frozen=True, kw_only=True):
-    """An account that serves models, and how to reach it."""
+    """An account that serves models, and how to reach it.
+
+    `stream_usage` false: it refuses `stream_options`. `responses` false: it has no /v1/responses.
+    """
 
     uuid: str
     name: str
@@ -138,6 +141,7 @@ class Provider(Struct, frozen=True, kw_only=True):
     headers: dict[str, str] = {}
     query: dict[str, str] = {}
     stream_usage: bool = True
+    responses: bool = True
     limits: Limits = Limits()
     breaker: BreakerSettings = BreakerSettings()
     price: Price = Price()
@@ -489,9 +493,9 @@ class Selection(Struct, frozen=True, kw_only=True, gc=False, array_like=True):
     """One pick asked for: its name within the worker, the partition and the revision it is meant under.
 
     `draw` in [0, 2^32) brings the randomness, `reserved` tokens are held until the settle, `deadline_ms` from now on
-    the attempt counts as lost; `excluded` services were tried before. `session` (a digest, empty for none) is pinned
-    for `affinity_ms` to the service that it gets; `only` (a service id, empty for any) leaves no choice. The script
-    reads them in this order.
+    the attempt counts as lost; `excluded` services were tried before, `barred` ones cannot serve this request.
+    `session` (a digest, empty for none) is pinned for `affinity_ms` to the service that it gets; `only` (a service id,
+    empty for any) leaves no choice. The script reads them in this order.
     """
 
     number: int
@@ -505,6 +509,7 @@ class Selection(Struct, frozen=True, kw_only=True, gc=False, array_like=True):
     only: str = ""
     excluded: tuple[str, ...] = ()
     session: str = ""
+    barred: tuple[str, ...] = ()
 
 
 class Entry(Struct, frozen=True, kw_only=True, gc=False, array_like=True):

@@ -103,6 +103,7 @@ class Tried(msgspec.Struct, frozen=True, kw_only=True):
     first_token_s: float = 0.0
     usage: Usage | None = None
     details: Details | None = None
+    api: str = ""
 
 
 class Told(msgspec.Struct, frozen=True, kw_only=True):
@@ -187,6 +188,8 @@ def attempt_attributes(told: Told, tried: Tried, number: int, peer: Peer | None,
         attributes["http.response.status_code"] = tried.status
     if tried.outcome:
         attributes["balancer.outcome"] = tried.outcome
+    if tried.api:
+        attributes["balancer.translated_to"] = tried.api
     if tried.cooldown_ms:
         attributes["balancer.cooldown_ms"] = tried.cooldown_ms
     if is_attempt_fault(tried):

@@ -27,6 +27,7 @@ class Balance(Protocol):
         only: str = "",
         begun: Asked | None = None,
         variant: Callable[[Rule], Rule] | None = None,
+        barred: tuple[str, ...] = (),
     ) -> tuple[Pick, Rule]:
         """The pick, and the rule as it stood at the pick; `begun` was asked already, and has brought none."""
 
@@ -91,6 +92,8 @@ class Attempt:
     """The code of an error of ours."""
     cooldown_ms = 0
     duration_s = 0.0
+    api = ""
+    """What its service was asked in, where that is not its client's API."""
     details: Details | None = None
     """Listens to what the answer says of itself."""
 

@@ -112,7 +112,7 @@ def write_answer(answer: Answer, echo: Echo) -> bytes:
         "choices": [
             {
                 "index": 0,
-                "message": _message(answer.parts, custom_tools(echo.conversation)),
+                "message": _message(answer.parts, echo.conversation),
                 "logprobs": None,
                 "finish_reason": shapes.FINISHES[answer.stop],
             }
@@ -123,7 +123,9 @@ def write_answer(answer: Answer, echo: Echo) -> bytes:
     return msgspec.json.encode(body)
 
 
-def _message(parts: Iterable[Said], custom: frozenset[str]) -> dict[str, Any]:
+def _message(parts: Iterable[Said], conversation: Conversation) -> dict[str, Any]:
+    custom = custom_tools(conversation)
+    is_shown = shows_thoughts(conversation)
     content = refusal = thought = ""
     has_text = False
     details: list[dict[str, Any]] = []
@@ -136,8 +138,10 @@ def _message(parts: Iterable[Said], custom: frozenset[str]) -> dict[str, Any]:
                 notes += url_citations(part.citations, len(content), len(content) + len(part.text))
                 content += part.text
             case Thinking():
-                thought += part.text
-                details.append(detail_of(part.text, part.signature, part.vendor, part.is_redacted, len(details)))
+                text = part.text if is_shown else ""
+                thought += text
+                if text or part.signature:
+                    details.append(detail_of(text, part.signature, part.vendor, part.is_redacted, len(details)))
             case Refusal():
                 refusal += part.text
             case Call():
@@ -177,6 +181,11 @@ def id_of(given: str, echo: Echo) -> str:
 def custom_tools(conversation: Conversation) -> frozenset[str]:
     """The names of the client's custom tools: calls of them go back bare, however the upstream makes them."""
     return frozenset(tool.name for tool in conversation.tools if tool.kind == "custom")
+
+
+def shows_thoughts(conversation: Conversation) -> bool:
+    """False when the client said that it will not have them: it gets what is signed, and no text."""
+    return conversation.reasoning is None or conversation.reasoning.is_shown is not False
 
 
 def detail_of(text: str, signature: str, vendor: str, is_redacted: bool, index: int) -> dict[str, Any]:

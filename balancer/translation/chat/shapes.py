@@ -1,8 +1,8 @@
 """What chat completions upstreams answer, whole and in chunks, as structs: every field may be absent or null.
 
 One Message serves `message` and `delta`. Vendors' own fields stand beside OpenAI's: `reasoning_content` (DeepSeek,
-vLLM, Moonshot), `reasoning` and `reasoning_details` (OpenRouter), content in parts with `thinking` (Mistral), usage inside of
-a choice (Moonshot), tokens of a cache under names of their own (DeepSeek, Moonshot).
+vLLM, Moonshot), `reasoning` and `reasoning_details` (OpenRouter), content in parts with `thinking` (Mistral), usage
+inside of a choice (Moonshot), tokens of a cache under names of their own (DeepSeek, Moonshot).
 """
 
 from __future__ import annotations
@@ -257,15 +257,16 @@ def citations_of(annotations: list[Annotation]) -> tuple[Citation, ...]:
             url=found.url,
             title=found.title or "",
             quote=found.content or "",
-            start=_place(found.start_index),
-            end=_place(found.end_index),
+            start=place_of(found.start_index),
+            end=place_of(found.end_index),
         )
         for found in (each.url_citation for each in annotations)
         if found is not None and found.url
     )
 
 
-def _place(value: Number) -> int:
+def place_of(value: Number) -> int:
+    """An index, -1 where there is none."""
     return int(value) if value is not None and 0 <= value < 2**53 else -1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -81,8 +82,11 @@ class StreamReader:
         failure = shapes.failure_of(body)
         if failure is not None:
             return self._broke(Broke(message=failure.message, code=failure.code, status=failure.status))
-        steps: list[Step] = []
         choices = body.choices
+        if event.name == "error" and not choices:
+            message = body.message if isinstance(body.message, str) else "the upstream tells of an error without a word"
+            return self._broke(Broke(message=message))
+        steps: list[Step] = []
         if not self._has_started and (choices or body.id):
             # Azure's first chunk tells of its filters, and has neither.
             self._start(body, data, steps)
@@ -98,7 +102,9 @@ class StreamReader:
                     steps += self._broke(Broke(message="the upstream ended its answer with an error", code=BAD_ANSWER))
                     return steps
                 self._stop = shapes.stop_of(
-                    choice.finish_reason, has_calls=bool(self._calls), has_refusal=self._has_refused
+                    choice.finish_reason,
+                    has_calls=any(call.name for call in self._calls),
+                    has_refusal=self._has_refused,
                 )
                 self._count(usage or choice.usage, steps)
                 steps.append(Stopped(stop=self._stop))
@@ -221,8 +227,8 @@ class StreamReader:
         By the book its index tells. Some servers give all calls the index 0, each with an id and a name of its own, or
         give none at all; then what has a name begins a call, and what has none goes on with the last.
         """
-        index = None if piece.index is None else int(piece.index)
-        if index is None:
+        index = shapes.place_of(piece.index)
+        if index < 0:
             known = next((call for call in self._calls if piece.id and call.id == piece.id), None)
             if known is None and not name and self._calls:
                 known = self._calls[-1]
@@ -234,7 +240,7 @@ class StreamReader:
                 return known
         call = _Call(len(self._calls))
         self._calls.append(call)
-        if index is not None:
+        if index >= 0:
             self._by_index[index] = call
         return call
 
@@ -253,6 +259,7 @@ class StreamWriter:
         conversation = echo.conversation
         self._echo = echo
         self._wants_usage = conversation.wants_usage
+        self._is_shown = answers.shows_thoughts(conversation)
         self._custom = answers.custom_tools(conversation)
         self._head = b""
         self._tail = (
@@ -264,6 +271,7 @@ class StreamWriter:
         self._is_thinking = False
         self._said = 0
         self._part = 0
+        self._notes: list[dict[str, Any]] = []
         self._kinds: dict[int, ToolKind] = {}
         self._silent: set[int] = set()
         self._inputs: dict[int, Unwrapping] = {}
@@ -317,21 +325,16 @@ class StreamWriter:
         self._is_thinking = False
         if step.begins:
             self._part = self._said
-        written = b""
-        if step.text:
-            self._said += len(step.text)
-            written = self._delta(b'{"content":%b}' % _encode(step.text))
+        self._said += len(step.text)
         if step.citations:
-            annotations = answers.url_citations(step.citations, self._part, self._said)
-            if annotations:
-                written += self._delta(_encode({"annotations": annotations}))
-        return written
+            self._notes += answers.url_citations(step.citations, self._part, self._said)
+        return self._delta(b'{"content":%b}' % _encode(step.text)) if step.text else b""
 
     def _thinking(self, step: ThinkingDelta) -> bytes:
         if step.begins or not self._is_thinking:
             self._thought += 1
             self._is_thinking = True
-        if not step.text:
+        if not step.text or not self._is_shown:
             return b""
         text = _encode(step.text)
         return self._delta(
@@ -382,13 +385,16 @@ class StreamWriter:
             rest = unwrapping.finish()
             if rest:
                 written.append(self._call_piece(index, rest))
+        if self._notes:
+            # All at once, as OpenAI tells them: its SDK cannot add to a list whose entries have no index.
+            written.append(self._delta(_encode({"annotations": self._notes})))
         reason = b"{}%b" % self._tail.replace(b"null", b'"%b"' % shapes.FINISHES[stop].encode(), 1)
         return b"".join((*written, self._head, reason))
 
     def _ended(self) -> bytes:
         written = b"" if self._head else self._started(Started())
         if not self._has_stopped:
-            written += self._stopped("end")
+            written += self._stopped("tool" if self._kinds else "end")
         if self._wants_usage:
             usage = msgspec.json.encode(answers.usage_of(self._usage or Counts()))
             head = self._head.partition(b'"choices":')[0]
