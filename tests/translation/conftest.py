@@ -126,6 +126,8 @@ async def a_world(store: str, tmp_path_factory: pytest.TempPathFactory) -> Async
         "deepseek": Chat(play, thinks=True),
         "opus": Messages(play),
     }
+    for number, vendor in enumerate(vendors.values()):
+        vendor.number = number * 1000  # No two have an id in common.
     folder = tmp_path_factory.mktemp("world")
     async with contextlib.AsyncExitStack() as stack:
         for vendor in vendors.values():

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from balancer.translation.answer import Echo
@@ -63,6 +63,8 @@ class Talk:
     def __init__(self, client: str) -> None:
         self.client = client
         self.vendors = {name: make() for name, (*_, make) in VENDORS.items()}
+        for number, vendor in enumerate(self.vendors.values()):
+            vendor.number = number * 1000  # No two have an id in common.
         # Both sign as Google or Anthropic: what one of them signed, the other takes.
         for one, other in (("claude", "opus"), ("gemini", "flash")):
             self.vendors[other].signed = self.vendors[one].signed  # type: ignore[attr-defined]
@@ -149,7 +151,7 @@ def _tool(api: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("client", list(NAMES))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, phases=[Phase.generate, Phase.shrink])
 @given(data=st.data())
 def test_whoever_comes_next_takes_what_is_written_for_it(client: str, data: st.DataObject) -> None:
     talk = Talk(client)
