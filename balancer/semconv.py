@@ -131,6 +131,8 @@ def peer_of(provider: Provider) -> Peer:
         vendor = "azure.ai.openai"
     elif provider.api_style == "openai":
         vendor = next((name for end, name in _VENDORS if host.endswith(end)), vendor)
+    elif provider.api_style == "google":
+        vendor = "gcp.vertex_ai" if host.endswith("aiplatform.googleapis.com") else "gcp.gemini"
     return Peer(vendor=vendor, address=host, port=base.port or (443 if base.scheme == "https" else 80))
 
 

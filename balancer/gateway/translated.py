@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from balancer.dialects.paths import Route
 from balancer.domain import Outcome
 from balancer.encoding import DecodeError, Decoder, decoded
 from balancer.errors import UpstreamAnswerError, UpstreamError
-from balancer.failures import Verdict
+from balancer.failures import MOST_COOLDOWN_MS, Verdict, retry_after_ms
 from balancer.gateway.attempts import Attempt
 from balancer.gateway.masking import Mask
 from balancer.gateway.messages import ClientStream
@@ -27,7 +28,7 @@ from balancer.gateway.translated_events import Events, used
 from balancer.gateway.translating import Translated
 from balancer.sse import Parser
 from balancer.translation.answer import Answer, Echo, Pinged, Started
-from balancer.translation.faults import fault
+from balancer.translation.faults import FaultError, fault
 from balancer.translation.folding import Folder, steps_of
 from balancer.translation.pairs import Writer
 from balancer.usage import usage_of
@@ -40,6 +41,7 @@ _JSON: Headers = (("Content-Type", "application/json"),)
 _EVENTS: Headers = (("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-cache"))
 _IDS = ("x-request-id", "request-id")
 _WAITS = ("retry-after", "retry-after-ms")
+_BUSY = (429, 503, 529)
 
 
 class TranslatedRelay:
@@ -103,9 +105,7 @@ class TranslatedRelay:
             body,
             verdict,
         )
-        headers = self._headers(answer, _WAITS)
-        if error.retry_after_s is not None and not any(name.lower() in _WAITS for name, _ in headers):
-            headers = (("Retry-After", str(error.retry_after_s)), *headers)
+        headers = (*_wait(answer, error), *self._headers(answer, _WAITS))
         told = self._route.dialect.error_body(error, self._request_id)
         await self._attempt.settle_before_last_byte(verdict.outcome, verdict.cooldown_ms)
         await self._stream.send(error.status, (*_JSON, *headers), told)
@@ -243,3 +243,12 @@ class TranslatedRelay:
         if not folder.is_over:
             raise events.fault or UpstreamAnswerError("the upstream's stream ended before its answer did")
         await self._send_whole(answer, folder.answer())
+
+
+def _wait(answer: Opening, error: FaultError) -> Headers:
+    """How long to wait, where that is told in no header that the client's SDK knows: in its vendor's, or the body."""
+    if error.status not in _BUSY or any(name.lower() in _WAITS for name, _ in answer.headers):
+        return ()
+    wait_ms = retry_after_ms(answer.headers, round(time.time() * 1000), MOST_COOLDOWN_MS)
+    wait_s = error.retry_after_s if wait_ms is None else math.ceil(wait_ms / 1000)
+    return () if wait_s is None else (("Retry-After", str(max(wait_s, 1))),)

@@ -79,6 +79,18 @@ async def test_an_error_says_when_to_ask_again_and_shows_no_credential(serve: Se
     assert "anthropic-ratelimit-requests-reset" not in headers
 
 
+async def test_a_wait_that_a_vendor_tells_in_headers_of_its_own_is_told_in_the_one_that_clients_read(
+    serve: Serve, upstream: Upstream
+) -> None:
+    gateway = await serve(a_mixed_document(upstream, rules=OAI))
+    limits = (("x-ratelimit-remaining-requests", "0"), ("x-ratelimit-reset-requests", "8s"))
+    upstream.answers(429, a_fault("rate_limit_exceeded"), headers=limits)
+    _, headers, _ = await ask(gateway, MESSAGES)
+    assert (headers["retry-after"], "x-ratelimit-remaining-requests" in headers) == ("8", False)
+    upstream.answers(400, a_fault("invalid_request_error"), headers=(("x-ratelimit-remaining-requests", "9"),))
+    assert "retry-after" not in (await ask(gateway, MESSAGES))[1]
+
+
 async def test_google_s_wait_is_told_in_the_header_that_clients_read(serve: Serve, upstream: Upstream) -> None:
     gateway = await serve(a_mixed_document(upstream, rules=GOO))
     detail = b'{"@type":"type.googleapis.com/google.rpc.RetryInfo","retryDelay":"12s"}'
@@ -214,10 +226,17 @@ async def test_the_attempt_is_settled_before_the_last_byte_is_sent(serve: Serve,
 
 
 async def test_a_connection_is_used_again_behind_a_translated_stream(serve: Serve, upstream: Upstream) -> None:
+    """Its last event comes before the end of the connection's answer: who closes it then has to connect anew."""
     gateway = await serve(a_mixed_document(upstream, rules=ANT))
-    upstream.streams(anthropic_events())
+    whole = anthropic_events()
     for _ in range(3):
-        await ask(gateway, CHAT, stream=True)
+        gate = asyncio.Event()
+        upstream.streams([*whole, b": bye\n\n"], gates={len(whole): gate})
+        body = {"model": "m", "stream": True} | ASKS[CHAT]
+        async with gateway.session.post(f"{gateway.url}/openai{CHAT}", json=body) as answer:
+            await until(answer, lambda seen: b"[DONE]" in seen)
+            gate.set()
+            assert await answer.content.read() == b""
     assert upstream.connections == 1
 
 

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from balancer.domain import Outcome, Provider
+from balancer.gateway.matching import FOREIGN, MARKED, NATIVE
 from balancer.translation import pairs
 from balancer.translation.conversation import Conversation, Target, UntranslatableError, Written
 from tests.actors import OPENAI_JSON, Upstream
@@ -287,6 +288,21 @@ async def test_a_vendor_gets_back_no_signature_that_another_has_made(
     assert b"balancer:" not in other.last.body
     await ask(gateway, MESSAGES, messages=a_thought("its-own"))
     assert b"its-own" in other.last.body
+
+
+async def test_only_a_fleet_of_several_apis_looks_for_marks(serve: Serve, upstream: Upstream) -> None:
+    """A search in each request takes its time."""
+    rules: dict[str, Any] = {"m": {"services": ["ant0"]}, "off": {"services": ["oai0"], "active": False}}
+    gateway = (await serve(a_mixed_document(upstream, rules=rules))).gateway
+    plan = gateway._plans.matching("openai", "m")
+    assert plan is not None
+    assert (plan.apart["messages"], plan.apart["chat"]) == (NATIVE, FOREIGN)
+    rules["off"]["active"] = True
+    mixed = (await serve(a_mixed_document(upstream, rules=rules))).gateway
+    plan = mixed._plans.matching("openai", "m")
+    assert plan is not None
+    assert (plan.apart["messages"], plan.apart["chat"]) == (MARKED, FOREIGN)
+    assert [plan.is_apart("messages", body) for body in (b"{}", b'"balancer:x"')] == [False, True]
 
 
 # -- counting ----------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ _BREAK = "\n\n"
 _BEHIND = "(The next message has it.)"
 _AUDIO = {"audio/wav": "wav", "audio/x-wav": "wav", "audio/wave": "wav", "audio/mp3": "mp3", "audio/mpeg": "mp3"}
 _NAMELESS = "answer"
+_OFF = {"type": "disabled"}
 
 
 def write_request(conversation: Conversation, target: Target, *, asks_usage: bool = True) -> Written:
@@ -234,7 +235,7 @@ class _Writer:
         message: dict[str, Any] = {"role": "assistant", "content": content or None}
         if refusals:
             message["refusal"] = "".join(refusals)
-        self._thoughts(thoughts, message, is_wanted=is_running or bool(calls))
+        self._thoughts(thoughts, message, is_running=is_running, has_calls=bool(calls))
         if calls:
             message["tool_calls"] = calls
         if len(message) == 2 and not content:
@@ -243,7 +244,9 @@ class _Writer:
             message["content"] = ""
         return [message]
 
-    def _thoughts(self, thoughts: Sequence[Thinking], message: dict[str, Any], *, is_wanted: bool) -> None:
+    def _thoughts(
+        self, thoughts: Sequence[Thinking], message: dict[str, Any], *, is_running: bool, has_calls: bool
+    ) -> None:
         """A vendor's own thoughts go back to it, in turns with calls, and in those since the user spoke last.
 
         DeepSeek refuses a turn with calls whose thoughts are missing, whenever it was; thoughts of older turns cost
@@ -252,7 +255,7 @@ class _Writer:
         texts: list[str] = []
         details: list[dict[str, object]] = []
         for thought in thoughts:
-            if thought.vendor != self._vendor or not is_wanted:
+            if thought.vendor != self._vendor or not (is_running or has_calls):
                 self._leave(thought.at)
                 continue
             detail = shapes.unpacked(thought.signature, thought.text, len(details)) if thought.signature else None
@@ -264,6 +267,8 @@ class _Writer:
             message["reasoning_details"] = details
         elif texts:
             message["reasoning_content"] = "".join(texts)
+        elif has_calls and self._family.blank_thought is not None:
+            message["reasoning_content"] = self._family.blank_thought
 
     def _call(self, call: Call) -> dict[str, Any]:
         call_id = _call_id(call.id)
@@ -275,19 +280,32 @@ class _Writer:
     # -- how it is to be answered --------------------------------------------------------------------------------------
 
     def _reasoning(self, body: dict[str, Any]) -> None:
-        reasoning = self._conversation.reasoning
+        reasoning, family = self._conversation.reasoning, self._family
+        is_off = reasoning is not None and reasoning.effort == "none"
+        if family.is_unforced and self._is_forced():
+            body["thinking"] = _OFF
+            if reasoning is not None and not is_off:
+                self._leave(reasoning.at)
+            return
         if reasoning is None:
             return
-        effort = models.effort(reasoning, self._family.efforts)
+        if is_off and family.has_switch:
+            body["thinking"] = _OFF
+            return
+        effort = models.effort(reasoning, family.efforts)
         if effort is not None:
             body["reasoning_effort"] = effort
         elif not (reasoning.is_adaptive and reasoning.effort is None):
             self._leave(reasoning.at)
 
+    def _is_forced(self) -> bool:
+        choice = self._conversation.choice
+        return choice is not None and choice.mode in ("any", "named") and bool(self._conversation.tools)
+
     def _sampling(self, body: dict[str, Any]) -> None:
         conversation = self._conversation
         family = self._family
-        # Models of OpenAI's that think take the defaults of these, and nothing else.
+        # Models that think take the defaults of these, and nothing else.
         asked = body.get("reasoning_effort")
         is_fixed = family.thinks and (family.thinks_by_itself or asked not in (None, "none"))
         for name, value, default in (

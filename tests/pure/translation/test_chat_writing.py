@@ -185,6 +185,9 @@ EFFORTS: list[tuple[str, Reasoning, Effort | None]] = [
     ("gpt-4o", Reasoning(effort="high"), None),
     ("gpt-5-chat-latest", Reasoning(effort="high"), None),
     ("qwen3-32b", Reasoning(effort="max"), "high"),
+    ("deepseek-v4-pro", Reasoning(effort="medium"), "high"),
+    ("deepseek-v4-pro", Reasoning(effort="xhigh"), "max"),
+    ("kimi-k2.6", Reasoning(effort="xhigh"), "high"),
     ("qwen3-32b", Reasoning(effort="none"), None),
     ("gpt-5.2", Reasoning(budget_tokens=1024), "low"),
     ("gpt-5.2", Reasoning(budget_tokens=2049), "medium"),
@@ -217,6 +220,8 @@ SAMPLING: list[tuple[str, Reasoning | None, tuple[str, ...]]] = [
     ("gpt-5.2", None, ("top_k",)),
     ("gpt-4o", None, ("top_k",)),
     ("qwen3-32b", Reasoning(effort="low"), ()),
+    ("kimi-k2.6", None, ("temperature", "top_p")),
+    ("kimi-k2-0905-preview", None, ()),
 ]
 
 
@@ -240,6 +245,38 @@ def test_sampling_that_a_model_refuses_is_left_out_and_named(
 def test_what_a_model_takes_by_default_is_not_missed() -> None:
     conversation = Conversation(model="m", turns=(HELLO,), temperature=1, top_p=1, presence_penalty=0)
     assert left_out(conversation, Target(model="o3", vendor="openai/x")) == ()
+
+
+@pytest.mark.parametrize("model", ["deepseek-v4-pro", "moonshotai/kimi-k2.6", "glm-5"])
+def test_thinking_is_switched_off_where_there_is_a_switch(model: str) -> None:
+    conversation = Conversation(model="m", turns=(HELLO,), reasoning=Reasoning(effort="none", at="thinking"))
+    found = write_request(conversation, Target(model=model, vendor="openai/x"))
+    assert (json.loads(found.body)["thinking"], found.left_out) == ({"type": "disabled"}, ())
+
+
+@pytest.mark.parametrize(("model", "is_off"), [("deepseek-v4-pro", True), ("kimi-k2.6", True), ("qwen3-32b", False)])
+def test_a_forced_tool_goes_before_thinking_where_both_are_refused(model: str, is_off: bool) -> None:
+    conversation = Conversation(
+        model="m",
+        turns=(HELLO,),
+        tools=(Tool(name="f"),),
+        choice=Choice(mode="any"),
+        reasoning=Reasoning(effort="high"),
+    )
+    found = write_request(conversation, Target(model=model, vendor="openai/x"))
+    body = json.loads(found.body)
+    assert (body["tool_choice"], "thinking" in body, "reasoning_effort" in body) == ("required", is_off, not is_off)
+    assert found.left_out == (("reasoning_effort",) if is_off else ())
+    free = msgspec.structs.replace(conversation, choice=Choice())
+    assert "thinking" not in written(free, Target(model=model, vendor="openai/x"))
+
+
+@pytest.mark.parametrize(("model", "blank"), [("deepseek-v4-pro", ""), ("kimi-k2.6", " "), ("qwen3-32b", None)])
+def test_calls_that_another_vendor_thought_of_have_a_blank_thought(model: str, blank: str | None) -> None:
+    """DeepSeek and Moonshot refused conversations that had begun elsewhere."""
+    turns = (HELLO, turn("assistant", FOREIGN, CALL), turn("user", RESULT), turn("assistant", Text(text="Done.")))
+    messages = messages_of(*turns, HELLO, target=Target(model=model, vendor="openai/x"))
+    assert [message.get("reasoning_content") for message in messages] == [None, blank, None, None, None]
 
 
 def test_more_stops_than_openai_takes_are_refused() -> None:
