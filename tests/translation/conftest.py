@@ -55,6 +55,8 @@ class World:
         self.play.says(reply())
         for vendor in self.vendors.values():
             vendor.forgets()
+            if isinstance(vendor, Messages):
+                vendor.dropped.clear()
 
     async def close(self) -> None:
         """Closes the SDKs' connections."""
@@ -67,8 +69,10 @@ class World:
 
     @property
     def refusals(self) -> list[str]:
-        """What any vendor has refused."""
-        return [f"{name}: {refusal}" for name, vendor in self.vendors.items() for refusal in vendor.refusals]
+        """What any vendor has refused, or left out."""
+        refused = [f"{name}: {refusal}" for name, vendor in self.vendors.items() for refusal in vendor.refusals]
+        makers = [vendor for vendor in self.vendors.values() if isinstance(vendor, Messages)]
+        return refused + [f"left out: {at}" for vendor in makers for at in vendor.dropped]
 
     def bodies(self, name: str) -> list[Any]:
         """What a vendor was asked."""

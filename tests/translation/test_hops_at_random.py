@@ -71,6 +71,11 @@ class Talk:
         self.vendors["opus"].prefixes = self.vendors["claude"].prefixes  # type: ignore[attr-defined]
         self.said: list[Any] = [{"role": "user", "content": "Hi"}]
 
+    @property
+    def dropped(self) -> list[str]:
+        """The thoughts that a vendor has left out, because they were changed, or what stands before them."""
+        return [at for vendor in self.vendors.values() if isinstance(vendor, Messages) for at in vendor.dropped]
+
     def asks(self, name: str, reply: Reply) -> None:
         """Asks a vendor, which says this; and goes on with what it understood."""
         api, signer, model, _ = VENDORS[name]
@@ -107,6 +112,7 @@ class Talk:
         headers = (
             ("authorization", f"Bearer {KEY}"),
             ("anthropic-version", "2023-06-01"),
+            ("anthropic-beta", "thinking-binding-controls-2026-08-01"),
             ("content-type", "application/json"),
         )
         vendor.received.append(Received(method="POST", target=path, headers=headers, body=body))
@@ -157,3 +163,4 @@ def test_whoever_comes_next_takes_what_is_written_for_it(client: str, data: st.D
     talk = Talk(client)
     for name, reply in data.draw(st.lists(st.tuples(st.sampled_from(NAMES[client]), REPLIES), min_size=2, max_size=7)):
         talk.asks(name, reply)
+    assert talk.dropped == []

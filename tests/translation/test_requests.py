@@ -26,6 +26,7 @@ MODELS = {
 }
 VENDORS: dict[str, type[Vendor]] = {"chat": Chat, "messages": Messages, "google": Google}
 SIGNERS = {"chat": "openai/a", "messages": "anthropic", "google": "google"}
+BETA = "thinking-binding-controls-2026-08-01"
 CASES = [
     pytest.param(api, name, to, id=f"{api}: {name}, to {to}")
     for api, asked in ALL.items()
@@ -57,7 +58,7 @@ def check(to: str, model: str, body: dict[str, Any], *, streams: bool = False) -
     }[to]
     headers = {
         "chat": {"authorization": f"Bearer {KEY}"},
-        "messages": {"x-api-key": KEY, "anthropic-version": "2023-06-01"},
+        "messages": {"x-api-key": KEY, "anthropic-version": "2023-06-01", "anthropic-beta": BETA},
         "google": {"x-goog-api-key": KEY},
     }[to] | {"content-type": "application/json"}
     request = Received(method="POST", target=path, headers=tuple(headers.items()), body=b"")

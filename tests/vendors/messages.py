@@ -72,6 +72,8 @@ class Messages(Vendor):
         super().__init__(play)
         self.signed: dict[str, str] = {}
         self.prefixes: dict[str, bytes] = {}
+        self.dropped: list[str] = []
+        """The thoughts that it left out, because what stands before them is not what stood there."""
 
     # -- what it refuses -----------------------------------------------------------------------------------------------
 
@@ -92,9 +94,7 @@ class Messages(Vendor):
         if (request.header("content-type") or "").partition(";")[0] != "application/json":
             raise RefusedError("content-type: application/json is wanted")
         is_old = request.header("anthropic-version") == "2023-06-01"
-        shaped = body
-        if "context-management-2025-06-27" in (request.header("anthropic-beta") or ""):
-            shaped = {name: value for name, value in body.items() if name != "context_management"}
+        shaped = _without_betas(body, request.header("anthropic-beta") or "")
         _require(fault(shaped, MessageCountTokensParams if self.counts(request) else _OldBody if is_old else _Body))
         for rule in (_check_numbers, _check_thinking, _check_tools, _check_format, _check_cache):
             _require(rule(body))
@@ -117,7 +117,10 @@ class Messages(Vendor):
                 signature = block.get("signature") or block.get("data")
                 is_thought = block["type"] in ("thinking", "redacted_thinking")
                 if is_thought and _PRESERVES.match(body["model"]) and self.prefixes[signature] != _prefix(body, i):
-                    raise RefusedError(f"{at}: The block is bound to a different conversation.")
+                    binding = body.get("thinking", {}).get("block_binding", {})
+                    if binding.get("prefix_mismatch_behavior") != "drop_block":
+                        raise RefusedError(f"{at}: The block is bound to a different conversation.")
+                    self.dropped.append(at)
         if (body.get("thinking") or {}).get("type") != "enabled":
             return
         *_, last = [None, *(m for m in body["messages"] if m["role"] == "assistant")]
@@ -243,6 +246,16 @@ def _block_events(index: int, block: dict[str, Any]) -> Iterator[bytes]:
         case _:
             yield begins()
     yield _event("content_block_stop", index=index)
+
+
+def _without_betas(body: Any, betas: str) -> Any:
+    """The request without what these betas add to the API."""
+    if "context-management-2025-06-27" in betas:
+        body = {name: value for name, value in body.items() if name != "context_management"}
+    if "thinking-binding-controls-2026-08-01" in betas and "thinking" in body:
+        thinking = {name: value for name, value in body["thinking"].items() if name != "block_binding"}
+        body = body | {"thinking": thinking}
+    return body
 
 
 def _prefix(body: Any, count: int) -> bytes:
