@@ -79,7 +79,7 @@ class Talk:
     def asks(self, name: str, reply: Reply) -> None:
         """Asks a vendor, which says this; and goes on with what it understood."""
         api, signer, model, _ = VENDORS[name]
-        body = {
+        bodies: dict[str, dict[str, Any]] = {
             "chat": {"messages": self.said, "reasoning_effort": "high", "tools": [_tool("chat")]},
             "messages": {
                 "messages": self.said,
@@ -93,8 +93,9 @@ class Talk:
                 "reasoning": {"effort": "high", "summary": "auto"},
                 "include": ["reasoning.encrypted_content"],
             },
-        }[self.client]
-        conversation = _module(self.client, "reading").read_request(msgspec.json.encode({"model": "asked"} | body))
+        }
+        asked = msgspec.json.encode({"model": "asked"} | bodies[self.client])
+        conversation = _module(self.client, "reading").read_request(asked)
         target = Target(model=model, vendor=signer)
         written = _module(api, "writing").write_request(conversation, target)
         answer = _module(api, "answers").read_answer(self._answer(name, written.body, reply), target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -57,7 +57,12 @@ def _unlike(said: Sequence[Said]) -> Sequence[Said]:
 
 
 def _vendor(api: str) -> Vendor:
-    vendor: Vendor = {"chat": lambda: Chat(thinks=True), "messages": Messages, "google": Google}[api]()
+    vendors: dict[str, Callable[[], Vendor]] = {
+        "chat": lambda: Chat(thinks=True),
+        "messages": Messages,
+        "google": Google,
+    }
+    vendor = vendors[api]()
     target = {
         "chat": "/v1/chat/completions",
         "messages": "/v1/messages",
@@ -139,20 +144,16 @@ def _messages(events: list[Any]) -> Any:
     blocks: list[dict[str, Any]] = []
     stop, usage = None, None
     for event in events:
-        match event["type"]:
-            case "content_block_start":
-                assert event["index"] == len(blocks)
-                blocks.append(event["content_block"] | {"json": ""})
-            case "content_block_delta":
-                block, delta = blocks[event["index"]], event["delta"]
-                kind = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature"}
-                if delta["type"] == "input_json_delta":
-                    block["json"] += delta["partial_json"]
-                else:
-                    name = kind[delta["type"]]
-                    block[name] += delta[name]
-            case "message_delta":
-                stop, usage = event["delta"]["stop_reason"], event["usage"]
+        if event["type"] == "content_block_start":
+            assert event["index"] == len(blocks)
+            blocks.append(event["content_block"] | {"json": ""})
+        elif event["type"] == "content_block_delta":
+            block, delta = blocks[event["index"]], event["delta"]
+            kind = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature"}
+            name = kind.get(delta["type"], "json")
+            block[name] += delta["partial_json" if name == "json" else name]
+        elif event["type"] == "message_delta":
+            stop, usage = event["delta"]["stop_reason"], event["usage"]
     for block in blocks:
         text = block.pop("json")
         if block["type"] == "tool_use":

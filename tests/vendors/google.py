@@ -223,8 +223,8 @@ class Google(Vendor):
         parts: list[dict[str, Any]] = []
         for part in said.parts:
             match part:
-                case Think() if part.text:
-                    parts.append({"text": part.text, "thought": True})
+                case Think():
+                    parts += [{"text": part.text, "thought": True}] if part.text else []
                 case Say():
                     parts.append({"text": part.text})
                 case Use():
