@@ -164,6 +164,7 @@ def _document(vendors: dict[str, Vendor]) -> dict[str, Any]:
     turns = {name: (name,) for name in vendors} | {
         "hop": ("claude", "gpt", "gemini"),
         "pairs": ("gemini", "opus"),
+        "late": ("gpt", "opus", "deepseek"),
         "four": ("deepseek", "gemini", "gpt", "claude"),
     }
     rules = [

@@ -15,9 +15,10 @@ from tests.translation.conftest import World
 from tests.vendors.replies import Reply, Say, Think, Use, reply
 
 ROUNDS = 9
+LATE = ("gpt", "opus", "deepseek")
 FOUR = ("claude", "gpt", "gemini", "deepseek")
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-RULES = pytest.mark.parametrize("rule", ["hop", "pairs", "four"])
+RULES = pytest.mark.parametrize("rule", ["hop", "pairs", "late", "four"])
 WAYS = pytest.mark.parametrize("streams", [True, False], ids=["streams", "whole"])
 SCHEMA = {
     "type": "object",
@@ -74,7 +75,7 @@ def assert_play_was_understood(heard: list[tuple[str, list[str]]]) -> None:
 def assert_all_were_asked(world: World, rule: str) -> None:
     """Nobody refused, and each vendor was in turn."""
     assert world.refusals == []
-    names = {"hop": ("claude", "gpt", "gemini"), "pairs": ("gemini", "opus"), "four": FOUR}[rule]
+    names = {"hop": ("claude", "gpt", "gemini"), "pairs": ("gemini", "opus"), "late": LATE, "four": FOUR}[rule]
     counts = [len(world.bodies(name)) for name in names]
     assert sum(counts) == len(a_play())
     assert max(counts) - min(counts) <= 1
@@ -145,7 +146,9 @@ async def test_messages_clients_go_on_with_every_vendor(world: World, rule: str,
         "tools": [{"name": "weather", "description": "The weather.", "input_schema": SCHEMA}],
     }
     if thinking == "enabled":
-        more["thinking"] = {"type": "adaptive"} if rule == "pairs" else {"type": "enabled", "budget_tokens": 4000}
+        more["thinking"] = (
+            {"type": "adaptive"} if rule in ("pairs", "late") else {"type": "enabled", "budget_tokens": 4000}
+        )
     said: list[Any] = [{"role": "user", "content": QUESTION}]
     heard = []
     client = world.anthropic
