@@ -320,13 +320,16 @@ async def test_a_stream_that_is_cut_never_looks_whole(world: World, rule: str) -
 
 
 @FOREIGN
-async def test_a_client_that_hangs_up_is_counted_as_the_vendor_counts(world: World, rule: str) -> None:
+@pytest.mark.parametrize("api", ["chat", "responses"])
+async def test_a_client_that_hangs_up_is_counted_as_the_vendor_counts(world: World, rule: str, api: str) -> None:
     gate = asyncio.Event()
     world.says(reply(Say("A text of several pieces."), gate=gate, gate_before=4))
-    client = world.openai
-    stream = await client.chat.completions.create(model=rule, messages=ASKED, stream=True)
-    async for chunk in stream:
-        if chunk.choices[0].delta.content:
+    if api == "chat":
+        stream: Any = await world.openai.chat.completions.create(model=rule, messages=ASKED, stream=True)
+    else:
+        stream = await world.openai.responses.create(model=rule, input="Hello", stream=True)
+    async for event in stream:
+        if "A text" in event.model_dump_json():
             break
     await stream.close()
     async with asyncio.timeout(5):
