@@ -49,7 +49,7 @@ class KnownIds:
         """Another id, if need be, for a call."""
         use = self._uses[id_] = self._uses.get(id_, 0) + 1
         found = id_
-        if use > 1 or id_ in self._taken or not _ID.fullmatch(id_):
+        if id_ in self._taken or not _ID.fullmatch(id_):
             found = _made(f"{use}:{id_}")
         self._taken.add(found)
         self._given[id_] = found
