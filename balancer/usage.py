@@ -126,8 +126,8 @@ def read(table: object) -> Usage | None:
     """The usage in a vendor's table, None when it is none or has neither input nor output.
 
     OpenAI chat, completions, embeddings: prompt_tokens, completion_tokens. Responses and Anthropic: input_tokens,
-    output_tokens. Details: cached_tokens, reasoning_tokens; Anthropic's cache_read_ and cache_creation_input_tokens, and
-    thinking_tokens.
+    output_tokens. Details: cached_tokens, reasoning_tokens, thinking_tokens; Anthropic's cache_read_ and
+    cache_creation_input_tokens.
     """
     if not isinstance(table, dict):
         return None
