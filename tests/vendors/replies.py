@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -73,13 +73,21 @@ class Play:
 
     def __init__(self, *replies: Reply) -> None:
         self._replies = list(replies)
+        self._find: Callable[[Any], Reply] | None = None
 
     def says(self, *replies: Reply) -> None:
         """What is said from now on."""
         self._replies = list(replies)
+        self._find = None
 
-    def next(self) -> Reply:
+    def answers_by(self, find: Callable[[Any], Reply]) -> None:
+        """From now on what is said depends on the request's body."""
+        self._find = find
+
+    def next(self, body: Any) -> Reply:
         """The next answer."""
+        if self._find is not None:
+            return self._find(body)
         return self._replies.pop(0) if len(self._replies) > 1 else self._replies[0]
 
 

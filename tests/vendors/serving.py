@@ -143,7 +143,7 @@ async def _plays(actor: Upstream, reader: asyncio.StreamReader, writer: asyncio.
     if actor.counts(request):
         writer.write(actor._json(200, actor.counted(body)))
         return
-    said = actor.play.next()
+    said = actor.play.next(body)
     actor.number += 1
     actor.account.requests += 1
     if said.status != 200:
