@@ -238,8 +238,10 @@ class TranslatedRelay:
                 raise UpstreamAnswerError("the upstream's answer is too long to be translated")
             folder.take(events.read(chunk))
             if events.fault is not None:
-                raise events.fault
+                break
         folder.take(events.finish())
+        if events.verdict is not None:
+            self._attempt.settle(events.verdict.outcome, events.verdict.cooldown_ms)
         if not folder.is_over:
             raise events.fault or UpstreamAnswerError("the upstream's stream ended before its answer did")
         await self._send_whole(answer, folder.answer())

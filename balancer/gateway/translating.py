@@ -48,7 +48,7 @@ class Translation:
         self._api = route.api
         self._find = find
         self._read: Conversation | RequestError | None = None
-        self._written: dict[tuple[str, Target], Written] = {}
+        self._written: dict[Target, Written] = {}
         self._refusals: dict[ServiceApi, RequestError | None] = {}
         self._plain: tuple[bytes, Peek] | None = None
 
@@ -86,9 +86,9 @@ class Translation:
             return None
         if self._api == "other":
             raise _untranslated(self._request.path, ())
-        api, conversation = service_api(provider), self._conversation()
-        target = Target(model=model, vendor=marks.vendor(provider.api_style, provider.uuid))
-        written = self._write(api, provider, target, conversation)
+        api, conversation, target = service_api(provider), self._conversation(), _target(provider, model)
+        written = self._written.get(target) or SERVICES[api].write_request(conversation, target, provider)
+        self._written.clear()  # Bodies may be long, and an answer may take its time: another try writes its own.
         return Translated(
             client=CLIENTS[self._api],
             service=SERVICES[api],
@@ -112,8 +112,9 @@ class Translation:
         api = service_api(provider)
         if api not in self._refusals:
             self._refusals[api] = None
+            target = _target(provider, service.model)
             try:
-                self.to(provider, service.model)
+                self._written[target] = SERVICES[api].write_request(self._conversation(), target, provider)
             except RequestError as exc:
                 self._refusals[api] = exc
         return self._refusals[api]
@@ -129,12 +130,9 @@ class Translation:
             raise self._read
         return self._read
 
-    def _write(self, api: ServiceApi, provider: Provider, target: Target, conversation: Conversation) -> Written:
-        key = provider.uuid if api == "chat" else api, target
-        written = self._written.get(key)
-        if written is None:
-            written = self._written[key] = SERVICES[api].write_request(conversation, target, provider)
-        return written
+
+def _target(provider: Provider, model: str) -> Target:
+    return Target(model=model, vendor=marks.vendor(provider.api_style, provider.uuid))
 
 
 def _path(api: ServiceApi, conversation: Conversation) -> str:

@@ -289,6 +289,15 @@ async def test_a_stream_that_was_not_asked_for_is_gathered(serve: Serve, upstrea
     assert (await gateway.service(SERVICE[path])).output == 7
 
 
+async def test_an_error_in_a_stream_that_is_gathered_is_judged_and_told(serve: Serve, upstream: Upstream) -> None:
+    gateway = await serve(a_mixed_document(upstream, rules=ANT))
+    fault = b"event: error\ndata: %b\n\n" % a_fault("rate_limit_error", f"slow down {KEY}")
+    upstream.streams([*anthropic_events()[:4], fault])
+    status, _, body = await ask(gateway, CHAT)
+    assert (status, decoded(body)["error"]["message"]) == (429, "slow down ***")
+    assert await settled(gateway) == {("ant0:up-model", Outcome.RATE_LIMITED): 1}
+
+
 async def test_a_stream_that_is_cut_before_it_was_gathered_is_another_service_s_chance(
     serve: Serve, upstream: Upstream, other_upstream: Upstream
 ) -> None:
