@@ -129,10 +129,9 @@ async def test_claude_code_s_later_request(agent: Agent, rule: str) -> None:
 @VENDORS
 async def test_claude_code_s_small_requests(agent: Agent, rule: str) -> None:
     agent.world.says(reply(Say('{"title": "A Python"}')))
-    if rule != "claude":  # Its own API takes no temperature from later versions on; here the client's request stands.
-        events = await agent.asks("claude_code_title", rule, "/claude_code/v1/messages?beta=true", CLAUDE_CODE)
-        text = "".join(data["delta"]["text"] for name, data in events if name == "content_block_delta")
-        assert text == '{"title": "A Python"}'
+    events = await agent.asks("claude_code_title", rule, "/claude_code/v1/messages?beta=true", CLAUDE_CODE)
+    text = "".join(data["delta"]["text"] for name, data in events if name == "content_block_delta")
+    assert text == '{"title": "A Python"}'
     ((_, quota),) = await agent.asks("claude_code_quota", rule, "/claude_code/v1/messages?beta=true", CLAUDE_CODE)
     assert quota["type"] == "message"
     path = "/claude_code/v1/messages/count_tokens?beta=true"
@@ -188,10 +187,8 @@ async def test_codex_is_told_that_there_is_no_web_search(agent: Agent) -> None:
 # -- OpenCode ----------------------------------------------------------------------------------------------------------
 
 
-@VENDORS
+@pytest.mark.parametrize("rule", ["claude", "opus", "gemini"])
 async def test_opencode_over_chat(agent: Agent, rule: str) -> None:
-    if rule in ("gpt", "deepseek"):
-        return  # Its own API: nothing is translated.
     agent.world.says(says(Use("read", {"filePath": "/w/b"})))
     events = await agent.asks("opencode_chat", rule, "/opencode/v1/chat/completions", OPENCODE)
     assert events[-1] == ("", "[DONE]")
