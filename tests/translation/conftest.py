@@ -32,6 +32,8 @@ MODELS = {
 STYLES = {"claude": "anthropic", "gpt": "openai", "gemini": "google", "deepseek": "openai", "opus": "anthropic"}
 SCENARIOS = ("openai", "anthropic", "claude_code", "opencode")
 TOKEN = "team-token"
+APART = 12
+"""So many rules have services of their own."""
 
 
 class World:
@@ -111,9 +113,10 @@ class World:
         services = (await self.served.view()).services
         counted = {}
         for name in self.vendors:
-            state = services.get(f"{name}:{MODELS[name]}")
-            fields = Tokens.__struct_fields__
-            counted[name] = Tokens() if state is None else Tokens(**{field: getattr(state, field) for field in fields})
+            counted[name] = Tokens()
+            for service, state in services.items():
+                if service.startswith(f"{name}:"):
+                    counted[name].add(Tokens(**{field: getattr(state, field) for field in Tokens.__struct_fields__}))
         return counted
 
 
@@ -178,4 +181,17 @@ def _document(vendors: dict[str, Vendor]) -> dict[str, Any]:
         for scenario in SCENARIOS
         for name, names in turns.items()
     ]
-    return {"providers": providers, "rules": rules}
+    return {"providers": providers, "rules": rules + [_apart(number) for number in range(APART)]}
+
+
+def _apart(number: int) -> dict[str, Any]:
+    """A rule whose services are its own: what fails there cools down nowhere else."""
+    names = ["gemini", "claude", "gpt"] * 2
+    return {
+        "scenario": "anthropic" if number % 3 == 2 else "openai",
+        "request_model": f"apart-{number}",
+        "services": [
+            {"provider": name, "model": f"{MODELS[name]}-{number}"} for name in names[number % 2 : number % 2 + 3]
+        ],
+        "retry": {"backoff_ms": 1},
+    }

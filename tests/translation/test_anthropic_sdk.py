@@ -19,6 +19,7 @@ ASKED: list[Any] = [{"role": "user", "content": "Hello"}]
 TOOL: Any = {"name": "weather", "description": "The weather.", "input_schema": CITY}
 COUNTED = {"input": 200, "cached": 64, "output": 90, "reasoning": 40}
 BASE: dict[str, Any] = {"max_tokens": 6000, "messages": ASKED}
+LONG = "A text of many pieces, all of them short, and far more of them than anybody waits for."
 THINKS: dict[str, Any] = {"thinking": {"type": "enabled", "budget_tokens": 2000}}
 
 
@@ -36,12 +37,17 @@ async def test_a_message_and_its_tokens(world: World, rule: str, streams: bool) 
     world.says(reply(Say("Grüezi 🌦"), **COUNTED))
     client = world.anthropic
     answer = await _asked(client, streams, model=rule, system="Be brief.", **BASE)
-    assert [(block.type, getattr(block, "text", "")) for block in answer.content] == [("text", "Grüezi 🌦")]
+    assert texts(answer) == ["Grüezi 🌦"]
     assert (answer.stop_reason, answer.type, answer.role) == ("end_turn", "message", "assistant")
     assert (answer.usage.input_tokens, answer.usage.cache_read_input_tokens) == (136, 64)
     assert answer.usage.output_tokens == 90
     assert world.refusals == []
     await world.assert_books_agree()
+
+
+def texts(answer: anthropic.types.Message) -> list[str]:
+    """What the model says; beside it may stand a signature, which some vendors give to every answer."""
+    return [block.text for block in answer.content if block.type == "text"]
 
 
 async def _asked(client: anthropic.AsyncAnthropic, streams: bool, **asked: Any) -> anthropic.types.Message:
@@ -59,9 +65,9 @@ async def test_thoughts_are_shown_and_signed(world: World, rule: str, streams: b
     client = world.anthropic
     answer = await _asked(client, streams, model=rule, **BASE, **THINKS)
     thought: Any = answer.content[0]
-    assert [block.type for block in answer.content] == ["thinking", "text"]
     assert thought.thinking == "Hm, two."
-    assert thought.signature
+    assert texts(answer) == ["Two."]
+    assert all(block.signature for block in answer.content if block.type == "thinking")
 
 
 @FOREIGN
@@ -81,7 +87,10 @@ async def test_a_stream_has_the_events_of_the_api_in_their_order(world: World, r
     assert kinds[-2:] == ["message_delta", "message_stop"]
     wanted = ["thinking"] * (rule != "gpt") + ["text", "tool_use", "tool_use"]
     begun = [event for event in events if event.type == "content_block_start"]
-    assert [event.content_block.type for event in begun] == wanted
+    kinds = [event.content_block.type for event in begun]
+    if rule == "gemini":  # The signature of its first call stands alone, before it.
+        wanted.insert(2, "thinking")
+    assert kinds == wanted
     assert [event.index for event in begun] == list(range(len(wanted)))
     open_: list[int] = []
     for event in events:
@@ -118,8 +127,7 @@ async def test_a_tool_without_arguments_is_called_with_an_empty_object(world: Wo
     client = world.anthropic
     for streams in (True, False):
         answer = await _asked(client, streams, model=rule, tools=[tool], **BASE)
-        block: Any = answer.content[0]
-        assert block.input == {}
+        assert [block.input for block in answer.content if block.type == "tool_use"] == [{}]
     assert world.refusals == []
 
 
@@ -162,8 +170,6 @@ async def test_tokens_are_counted_before_they_are_used(world: World, rule: str) 
     client = world.anthropic
     counted = await client.messages.count_tokens(model=rule, messages=ASKED, system="Be brief.", tools=[TOOL])
     assert counted.input_tokens > 0
-    if rule == "gemini":
-        assert counted.input_tokens == 100
     assert world.refusals == []
     await world.assert_books_agree()
 
@@ -177,7 +183,7 @@ async def test_the_sync_sdk_works_too(world: World, rule: str) -> None:
             whole: Any = client.messages.create(model=rule, **BASE)
             with client.messages.stream(model=rule, **BASE) as stream:
                 text = "".join(stream.text_stream)
-            return [whole.content[0].text, text]
+            return [*texts(whole), text]
 
     assert await asyncio.to_thread(ask) == ["Hello there"] * 2
     await world.assert_books_agree()
@@ -210,7 +216,7 @@ async def test_a_vendor_s_error_is_the_sdk_s_exception(
 
 @FOREIGN
 async def test_a_stream_that_breaks_is_an_exception(world: World, rule: str) -> None:
-    world.says(reply(Say("A text of several pieces, all of them short."), broken_after=4, message="Overloaded."))
+    world.says(reply(Say(LONG), broken_after=4, message="Overloaded."))
     client = world.anthropic
     with pytest.raises(anthropic.APIStatusError, match=r"Overloaded\."):
         await _asked(client, True, model=rule, **BASE)
@@ -219,7 +225,7 @@ async def test_a_stream_that_breaks_is_an_exception(world: World, rule: str) -> 
 
 @FOREIGN
 async def test_a_stream_that_is_cut_never_looks_whole(world: World, rule: str) -> None:
-    world.says(reply(Say("A text of several pieces, all of them short."), cut_after=4))
+    world.says(reply(Say(LONG), cut_after=4))
     client = world.anthropic
     with pytest.raises(anthropic.APIError):
         await _asked(client, True, model=rule, **BASE)
@@ -229,7 +235,7 @@ async def test_a_stream_that_is_cut_never_looks_whole(world: World, rule: str) -
 @FOREIGN
 async def test_a_client_that_hangs_up_is_counted_as_the_vendor_counts(world: World, rule: str) -> None:
     gate = asyncio.Event()
-    world.says(reply(Say("A text of several pieces."), gate=gate, gate_before=3))
+    world.says(reply(Say(LONG), gate=gate, gate_before=3))
     async with world.anthropic.messages.stream(model=rule, **BASE) as stream:
         async for _ in stream.text_stream:
             break

@@ -66,7 +66,8 @@ def _vendor(api: str) -> Vendor:
     target = {
         "chat": "/v1/chat/completions",
         "messages": "/v1/messages",
-        "google": "/v1beta/models/gemini-3-pro-preview:generateContent",
+        # Gemini 3 signs a text at its end, which in a stream is somewhere else.
+        "google": "/v1beta/models/gemini-2.5-pro:generateContent",
     }[api]
     vendor.received.append(Received(method="POST", target=target, headers=(), body=b""))
     vendor.bodies.append({"model": "m", "messages": [], "stream_options": {"include_usage": True}})
@@ -126,7 +127,18 @@ def _chat(chunks: list[Any]) -> Any:
                 kept = calls.setdefault(call["index"], {"id": call.get("id"), "arguments": ""})
                 kept["name"] = kept.get("name") or call["function"].get("name")
                 kept["arguments"] += call["function"].get("arguments", "")
-    return texts, [details[i] for i in sorted(details)], [calls[i] for i in sorted(calls)], reason, usage
+    return texts, _signed([details[i] for i in sorted(details)]), [calls[i] for i in sorted(calls)], reason, usage
+
+
+def _signed(details: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The thoughts, without whose they are where nobody signed them: that is for those who sign."""
+    return [
+        {name: value for name, value in detail.items() if name not in ("signature", "format")}
+        if detail.get("signature", ":").endswith(":")
+        else detail
+        for detail in details
+        if detail.get("type") != "reasoning.encrypted" or detail.get("data")
+    ]
 
 
 def _of_chat(answer: Any) -> Any:
@@ -134,7 +146,7 @@ def _of_chat(answer: Any) -> Any:
     texts = {name: message.get(name) or "" for name in ("content", "refusal", "reasoning_content")}
     details = [{"text": ""} | detail for detail in message.get("reasoning_details", ())]
     calls = [{"id": call["id"]} | call["function"] for call in message.get("tool_calls") or ()]
-    return texts, details, calls, answer["choices"][0]["finish_reason"], answer["usage"]
+    return texts, _signed(details), calls, answer["choices"][0]["finish_reason"], answer["usage"]
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------
