@@ -18,7 +18,6 @@ from balancer.translation.answer import (
     Counted,
     Counts,
     Ended,
-    Pinged,
     RefusalDelta,
     Started,
     Step,
@@ -82,10 +81,7 @@ class Events:
         if b'"usage' in data or self._attempt.details is not None:
             self._usage.see(event)
             self._attempt.usage = self._usage.usage or self._attempt.usage
-        said = self._reader.read(event)
-        if not said and not data and event.raw.startswith(b":"):
-            said = [Pinged()]
-        self._take(said, data, steps)
+        self._take(self._reader.read(event), data, steps)
 
     def _take(self, told: list[Step], data: bytes, steps: list[Step]) -> None:
         for step in told:

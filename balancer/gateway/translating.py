@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from balancer import bodies
+import msgspec
+
+from balancer import bodies, lenient
 from balancer.bodies import Peek
 from balancer.dialects.google import GENERATE, STREAM
 from balancer.dialects.paths import Route
@@ -20,6 +22,7 @@ from balancer.translation.pairs import CLIENTS, SERVICES, ClientSide, ServiceSid
 from balancer.translation.responses.unmarked import without_foreign as unmarked_responses
 
 _NAMES_SHOWN = 20
+_members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _UNMARK: dict[ClientApi, Callable[[bytes], bytes]] = {"messages": unmarked_messages, "responses": unmarked_responses}
 
 
@@ -46,6 +49,7 @@ class Translation:
         """`find` gives the provider of a uuid."""
         self._request = request
         self._api = route.api
+        self._is_for_count = route.kind == "count_tokens"
         self._find = find
         self._read: Conversation | RequestError | None = None
         self._written: dict[Target, Written] = {}
@@ -119,11 +123,22 @@ class Translation:
                 self._refusals[api] = exc
         return self._refusals[api]
 
+    def _body(self) -> bytes:
+        """The request's body, as one for an answer has it: a request for a count says not how long that may get."""
+        body = self._request.body
+        if not self._is_for_count or b'"max_tokens"' in body:
+            return body
+        try:
+            members = _members.decode(body)
+        except lenient.UNREADABLE:
+            return body
+        return msgspec.json.encode({"max_tokens": 1} | members)
+
     def _conversation(self) -> Conversation:
         assert self._api != "other", "it is refused"
         if self._read is None:
             try:
-                self._read = CLIENTS[self._api].read_request(self._request.body)
+                self._read = CLIENTS[self._api].read_request(self._body())
             except RequestError as exc:
                 self._read = exc
         if isinstance(self._read, RequestError):

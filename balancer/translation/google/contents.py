@@ -1,0 +1,289 @@
+"""The turns of a conversation, as the contents of a request to Google."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterable
+from typing import assert_never
+
+import msgspec
+
+from balancer import lenient
+from balancer.translation.conversation import (
+    Call,
+    Media,
+    Part,
+    Refusal,
+    Result,
+    Text,
+    Thinking,
+    Turn,
+    UntranslatableError,
+)
+from balancer.translation.google.models import Traits
+
+Block = dict[str, object]
+
+OPENING = "(The conversation begins.)"
+"""What the user says where a conversation begins with the model, or says nothing at all."""
+UNSIGNED = "skip_thought_signature_validator"
+"""What stands for the signature of a call that another model made (ai.google.dev, Thought signatures)."""
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,127}")
+_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_MAGIC = {
+    "/9j/": "image/jpeg",
+    "iVBORw0KGgo": "image/png",
+    "R0lGOD": "image/gif",
+    "UklGR": "image/webp",
+    "JVBERi": "application/pdf",
+}
+_ENDINGS = {
+    "jpg": "image/jpeg",
+    "jpeg": "image/jpeg",
+    "png": "image/png",
+    "gif": "image/gif",
+    "webp": "image/webp",
+    "heic": "image/heic",
+    "heif": "image/heif",
+    "pdf": "application/pdf",
+    "txt": "text/plain",
+    "md": "text/markdown",
+    "html": "text/html",
+    "csv": "text/csv",
+    "mp3": "audio/mp3",
+    "wav": "audio/wav",
+}
+_USUAL = {"image": "image/jpeg", "document": "application/pdf", "audio": "audio/wav"}
+_SCHEMES = ("https://", "http://", "gs://")
+
+
+class Contents:
+    """Turns one by one into contents; neighbours of one role are one. `left_out` grows on the way."""
+
+    def __init__(self, vendor: str, traits: Traits) -> None:
+        self._vendor = vendor
+        self._traits = traits
+        self._names: dict[str, str] = {}
+        self._places: dict[str, int] = {}
+        self._signature = ""
+        self.contents: list[tuple[str, list[Block]]] = []
+        self.left_out: list[str] = []
+
+    def write(self, turns: Iterable[Turn]) -> None:
+        """Puts the turns into `contents`. Raises UntranslatableError for a part that none can hold."""
+        for turn in turns:
+            role = "model" if turn.role == "assistant" else "user"
+            if role == "user":
+                self._flush()
+            parts = self._reminder(turn) if turn.role == "system" else self._parts(turn)
+            if not parts:
+                continue
+            if self.contents and self.contents[-1][0] == role:
+                self.contents[-1][1].extend(parts)
+            else:
+                self.contents.append((role, parts))
+        self._flush()
+        for role, parts in self.contents:
+            if role == "user":
+                parts.sort(key=self._place)
+            elif self._traits.needs_signatures:
+                _sign_first_call(parts)
+        if not self.contents or self.contents[0][0] == "model":
+            self.contents.insert(0, ("user", [{"text": OPENING}]))
+
+    def _place(self, part: Block) -> int:
+        """Results first, in the order of their calls: that tells which belongs to which."""
+        response = part.get("functionResponse")
+        if not isinstance(response, dict):
+            return len(self._places)
+        return self._places[response["_id"]]
+
+    def _reminder(self, turn: Turn) -> list[Block]:
+        said = "\n".join(part.text for part in turn.parts if isinstance(part, Text) and part.text)
+        self._note_caches(turn.parts)
+        return [{"text": f"<system>\n{said}\n</system>"}] if said else []
+
+    def _parts(self, turn: Turn) -> list[Block]:
+        parts: list[Block] = []
+        for part in turn.parts:
+            self._part(part, parts)
+        return parts
+
+    def _flush(self) -> None:
+        """Puts a signature behind which the model said no more on a part of its own."""
+        if not self._signature:
+            return
+        part = self._signed({"text": ""})
+        if self.contents and self.contents[-1][0] == "model":
+            self.contents[-1][1].append(part)
+        else:
+            self.contents.append(("model", [part]))
+
+    def _part(self, part: Part, parts: list[Block]) -> None:
+        match part:
+            case Text():
+                self._note_caches((part,))
+                if part.citations:
+                    self.left_out.append(f"{part.at}.citations")
+                if part.text:
+                    parts.append(self._signed({"text": part.text}))
+            case Refusal():
+                if part.text:
+                    parts.append(self._signed({"text": part.text}))
+            case Media():
+                parts.append(self._signed(self._media(part)))
+            case Thinking():
+                self._think(part, parts)
+            case Call():
+                self._note_caches((part,))
+                parts.append(self._signed({"functionCall": self._call(part)}))
+            case Result():
+                self._result(part, parts)
+            case _:
+                assert_never(part)
+
+    def _signed(self, block: Block) -> Block:
+        """The part with the signature that waits for the next one."""
+        if self._signature:
+            block["thoughtSignature"] = self._signature
+            self._signature = ""
+        return block
+
+    def _think(self, part: Thinking, parts: list[Block]) -> None:
+        if part.vendor != self._vendor:
+            self.left_out.append(part.at)
+            return
+        if part.text and not part.is_redacted:
+            parts.append({"text": part.text, "thought": True})
+        self._signature = part.signature or self._signature
+
+    def _call(self, call: Call) -> Block:
+        name_ = name(call.name, call.at)
+        self._names[call.id] = name_
+        self._places.setdefault(call.id, len(self._places))
+        written: Block = {"name": name_, "args": _arguments(call)}
+        if self._traits.names_calls and call.id:
+            written["id"] = call.id
+        return written
+
+    def _result(self, part: Result, parts: list[Block]) -> None:
+        self._note_caches((part, *part.content))
+        name_ = self._names.get(part.call_id)
+        if name_ is None:
+            raise UntranslatableError(f"`{part.at}`: gives back what no call before it has asked for", param=part.at)
+        text = "\n".join(item.text for item in part.content if isinstance(item, Text))
+        written: Block = {"name": name_, "response": _response(text, is_error=part.is_error), "_id": part.call_id}
+        media = [self._media(item) for item in part.content if isinstance(item, Media)]
+        within = [block for block in media if self._traits.takes_pictures_back and "inlineData" in block]
+        if within:
+            written["parts"] = within
+        parts.append({"functionResponse": written})
+        parts.extend(block for block in media if block not in within)
+
+    # -- media ---------------------------------------------------------------------------------------------------------
+
+    def _media(self, part: Media) -> Block:
+        self._note_caches((part,))
+        if part.detail not in ("", "auto"):
+            self.left_out.append(f"{part.at}.detail")
+        if part.wants_citations:
+            raise UntranslatableError(
+                f"`{part.at}.citations`: Google's models cite no documents of a request", param=f"{part.at}.citations"
+            )
+        if part.url:
+            if not part.url.startswith(_SCHEMES):
+                raise UntranslatableError(f"`{part.at}`: Google fetches from HTTP addresses only", param=part.at)
+            return {"fileData": {"mimeType": _media_type(part), "fileUri": part.url}}
+        if not part.data:
+            return {"text": _described(part, part.text)}
+        media_type = _media_type(part)
+        if part.kind == "document" and (media_type.startswith("text/") or media_type == "application/json"):
+            try:
+                return {"text": _described(part, base64.b64decode(part.data, validate=True).decode())}
+            except (binascii.Error, UnicodeDecodeError) as exc:
+                raise UntranslatableError(
+                    f"`{part.at}`: the document is no UTF-8 text in base64", param=part.at
+                ) from exc
+        return {"inlineData": {"mimeType": media_type, "data": part.data}}
+
+    def _note_caches(self, parts: Iterable[Part]) -> None:
+        """Names what asks for a cache: Google keeps one by itself."""
+        for part in parts:
+            if not isinstance(part, Thinking | Refusal) and part.cache:
+                self.left_out.append(f"{part.at}.cache_control")
+
+
+def named(contents: Iterable[tuple[str, list[Block]]], *, names_calls: bool) -> list[Block]:
+    """The contents as they are sent, without what only their order needed; with ids of calls where those are known."""
+    for _, parts in contents:
+        for part in parts:
+            response = part.get("functionResponse")
+            if isinstance(response, dict):
+                id_ = response.pop("_id")
+                if names_calls and id_:
+                    response["id"] = id_
+    return [{"role": role, "parts": parts} for role, parts in contents]
+
+
+def name(name: str, at: str) -> str:
+    """A tool's name. Raises UntranslatableError for one that Google refuses."""
+    if _NAME.fullmatch(name):
+        return name
+    raise UntranslatableError(
+        f"`{at}`: Google's models take names of tools of up to 128 letters, digits and `_.:-`, no digit first",
+        param=at,
+    )
+
+
+def _sign_first_call(parts: list[Block]) -> None:
+    """Of the calls that a model makes at once the first has the signature; one that another model made has none."""
+    for part in parts:
+        if "functionCall" in part:
+            part.setdefault("thoughtSignature", UNSIGNED)
+            return
+
+
+def _arguments(call: Call) -> object:
+    """A call's arguments as an object. What is no object, though it should be, becomes the `input` of one."""
+    if call.kind == "custom":
+        return {"input": call.arguments}
+    return _object(call.arguments) or ({"input": call.arguments} if call.arguments.strip() else {})
+
+
+def _response(text: str, *, is_error: bool) -> object:
+    """What a tool gave back as the object that Google wants: itself if it is one, else within one."""
+    if is_error:
+        return {"error": text or "Error"}
+    return _object(text) or {"result": text}
+
+
+def _object(text: str) -> object:
+    """A JSON text that is an object, as it is, or with lone surrogates replaced; None for any other."""
+    data = text.encode("utf-8", "replace")
+    if not data.lstrip().startswith(b"{"):
+        return None
+    try:
+        fields = lenient.decode(_OBJECT, data)
+    except lenient.UNREADABLE:
+        return None
+    return fields if fields and rb"\u" in data else msgspec.Raw(data)
+
+
+def _media_type(part: Media) -> str:
+    told = part.media_type.partition(";")[0].strip().lower()
+    if told:
+        return "image/jpeg" if told == "image/jpg" else told
+    if part.data:
+        found = next((kind for magic, kind in _MAGIC.items() if part.data.startswith(magic)), "")
+    else:
+        path = part.url.partition("?")[0].partition("#")[0]
+        found = _ENDINGS.get(path.rpartition(".")[2].lower(), "")
+    return found or _USUAL[part.kind]
+
+
+def _described(part: Media, text: str) -> str:
+    """A document of plain text, with what the client says of it before."""
+    told = "\n".join(line for line in (part.title, part.context) if line)
+    return f"{told}\n\n{text}" if told else text
