@@ -14,7 +14,7 @@ import pytest
 from tests.translation.conftest import World
 from tests.vendors.replies import Reply, Say, Think, Use, reply
 
-ROUNDS = 9
+ROUNDS = 6
 LATE = ("gpt", "opus", "deepseek")
 FOUR = ("claude", "gpt", "gemini", "deepseek")
 pytestmark = pytest.mark.asyncio(loop_scope="module")

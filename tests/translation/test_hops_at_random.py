@@ -158,7 +158,7 @@ def _tool(api: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("client", list(NAMES))
-@settings(max_examples=60, deadline=None, phases=[Phase.generate, Phase.shrink])
+@settings(max_examples=40, deadline=None, phases=[Phase.generate, Phase.shrink])
 @given(data=st.data())
 def test_whoever_comes_next_takes_what_is_written_for_it(client: str, data: st.DataObject) -> None:
     talk = Talk(client)

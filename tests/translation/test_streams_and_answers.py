@@ -79,7 +79,7 @@ def _module(api: str, name: str) -> Any:
 
 
 @pytest.mark.parametrize(("service", "client"), PAIRS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(said=REPLIES)
 def test_a_stream_says_what_the_whole_answer_says(service: str, client: str, said: Reply) -> None:
     asked = msgspec.json.encode({"model": "asked", "stream": True} | ASKED[client])
