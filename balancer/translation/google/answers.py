@@ -9,7 +9,7 @@ from balancer.errors import UpstreamAnswerError
 from balancer.translation.answer import Answer, Said
 from balancer.translation.conversation import Call, Refusal, Target, Text, Thinking
 from balancer.translation.google import shapes
-from balancer.translation.google.citing import citations_of
+from balancer.translation.google.citing import citations_of, place_in
 from balancer.translation.google.ending import excuse, reason_of, stop_of
 
 
@@ -54,7 +54,7 @@ def _parts(read: shapes.Body, data: bytes, candidate: shapes.Candidate, target: 
             calls += 1
         elif text or part.text is None:
             _tell(parts, text or shapes.shown(part))
-    citations = citations_of(candidate, [part.text for part in parts if isinstance(part, Text)])
+    citations = citations_of(candidate, place_in("".join(part.text for part in parts if isinstance(part, Text))))
     if citations:
         at = next((i for i in reversed(range(len(parts))) if isinstance(parts[i], Text)), None)
         if at is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import msgspec
 
@@ -52,15 +52,15 @@ _grounding = msgspec.json.Decoder(_Grounding | None)
 _recited = msgspec.json.Decoder(_Recited | None)
 
 
-def citations_of(candidate: Candidate, texts: Sequence[str]) -> list[Citation]:
-    """All that the answer's text so far goes back to; its pieces are `texts`. What cannot be read is none.
+Place = Callable[[int, int], tuple[int, int]]
+"""Which characters the bytes from one place to another are, -1 for both where that is not known."""
 
-    Google counts bytes of UTF-8; places that are not within the text are left out.
-    """
+
+def citations_of(candidate: Candidate, place: Place) -> list[Citation]:
+    """All that the answer's text so far goes back to. Google counts bytes of UTF-8. What cannot be read is none."""
     found: list[Citation] = []
     if candidate.grounding_metadata is NULL and candidate.citation_metadata is NULL:
         return found
-    said = "".join(texts).encode()
     try:
         grounding = lenient.decode(_grounding, candidate.grounding_metadata)
         recited = lenient.decode(_recited, candidate.citation_metadata)
@@ -69,7 +69,7 @@ def citations_of(candidate: Candidate, texts: Sequence[str]) -> list[Citation]:
     chunks = (grounding and grounding.grounding_chunks) or []
     for support in (grounding and grounding.grounding_supports) or []:
         segment = support.segment or _Segment()
-        start, end = _place(said, segment.start_index, segment.end_index)
+        start, end = place(segment.start_index, segment.end_index)
         for index in support.grounding_chunk_indices or []:
             web = chunks[index].web if 0 <= index < len(chunks) else None
             if web is not None and web.uri:
@@ -78,12 +78,18 @@ def citations_of(candidate: Candidate, texts: Sequence[str]) -> list[Citation]:
                 )
     for source in (recited and (recited.citation_sources or recited.citations)) or []:
         if source.uri:
-            start, end = _place(said, source.start_index, source.end_index)
+            start, end = place(source.start_index, source.end_index)
             found.append(Citation(url=source.uri, title=source.title or "", start=start, end=end))
     return list(dict.fromkeys(found))
 
 
-def _place(said: bytes, start: int, end: int) -> tuple[int, int]:
-    if not 0 <= start < end <= len(said):
-        return -1, -1
-    return len(said[:start].decode(errors="ignore")), len(said[:end].decode(errors="ignore"))
+def place_in(text: str) -> Place:
+    """Places in a text that is known."""
+    said = text.encode()
+
+    def place(start: int, end: int) -> tuple[int, int]:
+        if not 0 <= start < end <= len(said):
+            return -1, -1
+        return len(said[:start].decode(errors="ignore")), len(said[:end].decode(errors="ignore"))
+
+    return place

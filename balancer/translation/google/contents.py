@@ -67,7 +67,7 @@ class Contents:
         self._traits = traits
         self._names: dict[str, str] = {}
         self._places: dict[str, int] = {}
-        self._signature = ""
+        self._signature = self._signed_at = ""
         self.contents: list[tuple[str, list[Block]]] = []
         self.left_out: list[str] = []
 
@@ -157,7 +157,10 @@ class Contents:
             return
         if part.text and not part.is_redacted:
             parts.append({"text": part.text, "thought": True})
-        self._signature = part.signature or self._signature
+        if part.signature:
+            if self._signature:
+                self.left_out.append(self._signed_at)
+            self._signature, self._signed_at = part.signature, part.at
 
     def _call(self, call: Call) -> Block:
         name_ = name(call.name, call.at)
@@ -238,11 +241,18 @@ def name(name: str, at: str) -> str:
 
 
 def _sign_first_call(parts: list[Block]) -> None:
-    """Of the calls that a model makes at once the first has the signature; one that another model made has none."""
+    """Of the calls that a model makes at once the first has the signature; one that another model made has none.
+
+    Clients of chat completions return all thoughts before the text, and so the signature of the call too.
+    """
+    signed: Block | None = None
     for part in parts:
         if "functionCall" in part:
-            part.setdefault("thoughtSignature", UNSIGNED)
+            if "thoughtSignature" not in part:
+                part["thoughtSignature"] = signed.pop("thoughtSignature") if signed is not None else UNSIGNED
             return
+        if "thoughtSignature" in part:
+            signed = part
 
 
 def _arguments(call: Call) -> object:

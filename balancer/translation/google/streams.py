@@ -49,7 +49,8 @@ class StreamReader:
         self._reason = ""
         self._message = ""
         self._counts: Counts | None = None
-        self._texts: list[str] = []
+        self._text_bytes = 0
+        self._is_ascii = True
         self._cited: set[Citation] = set()
 
     def read(self, event: Event) -> list[Step]:
@@ -128,15 +129,20 @@ class StreamReader:
     def _tell(self, text: str, steps: list[Step]) -> None:
         if text:
             self._has_said = True
-            self._texts.append(text)
+            self._text_bytes += len(text)
+            self._is_ascii = self._is_ascii and text.isascii()
             steps.append(TextDelta(text=text))
 
     def _cite(self, candidate: shapes.Candidate, steps: list[Step]) -> None:
         """What was not told yet: each chunk may repeat what others said."""
-        citations = [citation for citation in citations_of(candidate, self._texts) if citation not in self._cited]
+        citations = [citation for citation in citations_of(candidate, self._place) if citation not in self._cited]
         if citations:
             self._cited.update(citations)
             steps.append(TextDelta(citations=tuple(citations)))
+
+    def _place(self, start: int, end: int) -> tuple[int, int]:
+        """Bytes are characters in plain ASCII; of other texts all that was said would have to be kept."""
+        return (start, end) if self._is_ascii and 0 <= start < end <= self._text_bytes else (-1, -1)
 
     # -- ends ----------------------------------------------------------------------------------------------------------
 

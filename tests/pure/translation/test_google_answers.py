@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -217,8 +218,17 @@ def test_what_a_text_goes_back_to_is_told_once_in_characters() -> None:
     )
 
     assert answered({"text": "ßßab"}, candidate=candidate).parts == (Text(text="ßßab", citations=citations),)
-    stream = steps(chunk({"text": "ßß"}), chunk({"text": "ab"}, candidate=candidate), chunk(candidate=candidate))
-    assert [step.citations for step in stream if isinstance(step, TextDelta) and step.citations] == [citations]
+    plain = steps(chunk({"text": "xxxx"}), chunk({"text": "ab"}, candidate=candidate), chunk(candidate=candidate))
+    assert [step.citations for step in plain if isinstance(step, TextDelta) and step.citations] == [
+        (msgspec.structs.replace(citations[0], start=4, end=6), citations[1])
+    ]
+
+
+def test_a_stream_knows_no_places_behind_other_letters_than_ascii() -> None:
+    recited = {"citations": [{"uri": "https://b.test", "startIndex": 1, "endIndex": 2}]}
+
+    [cited] = steps(chunk({"text": "ßab"}, candidate={"citationMetadata": recited}))[2:]
+    assert cited == TextDelta(citations=(Citation(url="https://b.test"),))
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------

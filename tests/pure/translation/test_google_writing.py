@@ -307,10 +307,11 @@ def thought(signature: str = "", text: str = "") -> Thinking:
             (thought("UzE=", "hm"), Text(text="a"), CALL),
             [
                 {"text": "hm", "thought": True},
-                {"text": "a", "thoughtSignature": "UzE="},
-                {"functionCall": {}, "thoughtSignature": "skip_thought_signature_validator"},
+                {"text": "a"},
+                {"functionCall": {}, "thoughtSignature": "UzE="},
             ],
         ),
+        ((CALL,), [{"functionCall": {}, "thoughtSignature": "skip_thought_signature_validator"}]),
         ((thought("UzE="), CALL), [{"functionCall": {}, "thoughtSignature": "UzE="}]),
         ((Text(text="a"), thought("UzE=")), [{"text": "a"}, {"text": "", "thoughtSignature": "UzE="}]),
         ((thought("UzE="), CALL, CALL), [{"functionCall": {}, "thoughtSignature": "UzE="}, {"functionCall": {}}]),
@@ -320,6 +321,19 @@ def test_a_signature_stands_on_the_part_behind_its_thought(parts: tuple[Part, ..
     found = written(ASKED, model(*parts))["contents"][1]["parts"]
 
     assert [part | {"functionCall": {}} if "functionCall" in part else part for part in found] == sent
+
+
+def test_a_signature_of_two_that_have_one_place_is_named() -> None:
+    turns = (ASKED, model(thought("UzE="), thought("UzI="), Text(text="a")))
+
+    assert written(*turns)["contents"][1]["parts"] == [{"text": "a", "thoughtSignature": "UzI="}]
+    assert left_out(*turns) == ("th",)
+
+
+def test_before_gemini_3_a_signature_stays_with_the_text() -> None:
+    contents = written(ASKED, model(thought("UzE="), Text(text="a"), CALL), target=GEMINI_2)["contents"]
+
+    assert [part.get("thoughtSignature") for part in contents[1]["parts"]] == ["UzE=", None]
 
 
 def test_a_signature_waits_for_what_the_same_side_says_in_its_next_turn() -> None:
