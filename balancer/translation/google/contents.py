@@ -26,6 +26,8 @@ from balancer.translation.google.models import Traits
 
 Block = dict[str, object]
 
+GO_ON = "(Go on.)"
+"""What the user says where a conversation ends with the model: Vertex AI refuses one that does."""
 OPENING = "(The conversation begins.)"
 """What the user says where a conversation begins with the model, or says nothing at all."""
 UNSIGNED = "skip_thought_signature_validator"
@@ -92,6 +94,8 @@ class Contents:
                 _sign_first_call(parts)
         if not self.contents or self.contents[0][0] == "model":
             self.contents.insert(0, ("user", [{"text": OPENING}]))
+        if self.contents[-1][0] == "model":
+            self.contents.append(("user", [{"text": GO_ON}]))
 
     def _place(self, part: Block) -> int:
         """Results first, in the order of their calls: that tells which belongs to which."""

@@ -54,6 +54,6 @@ def excuse(reason: str, message: str, *, has_said: bool) -> str:
     A call that the model could not spell (MALFORMED_FUNCTION_CALL) would otherwise look like an answer, and an agent
     would take its task for done.
     """
-    if has_said or reason in STOPS:
+    if has_said or not reason or reason in STOPS:
         return ""
     return f"The model ended its answer with {reason}" + (f": {message}" if message else ".")

@@ -106,18 +106,67 @@ class _Usage(msgspec.Struct, frozen=True, rename="camel"):
 
 _body = msgspec.json.Decoder(Body)
 _bodies = msgspec.json.Decoder(list[Body])
+_any = msgspec.json.Decoder()
 _usage = msgspec.json.Decoder(_Usage)
 
 
 def read_body(data: bytes) -> Body:
-    """What the bytes hold; an error may come as a list of one. Raises lenient.UNREADABLE."""
+    """What the bytes hold; an error may come as a list of one. Raises lenient.UNREADABLE for what is no JSON."""
     try:
         return _body.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        if data.lstrip().startswith(b"["):
-            bodies = lenient.decode(_bodies, data)
-            return bodies[0] if bodies else Body()
-        return lenient.decode(_body, data)
+        try:
+            if data.lstrip().startswith(b"["):
+                bodies = lenient.decode(_bodies, data)
+                return bodies[0] if bodies else Body()
+            return lenient.decode(_body, data)
+        except msgspec.ValidationError:
+            return _salvaged(data)
+
+
+def _salvaged(data: bytes) -> Body:
+    """What of a body is of the kind that it should be, where some of it is not."""
+    fields = _fitting(lenient.decode(_any, data), Body)
+    candidates = [_fitting(item, Candidate) for item in _items(fields.get("candidates"))]
+    for candidate in candidates[:1]:
+        content = candidate.get("content")
+        parts = _items(content.get("parts")) if isinstance(content, dict) else []
+        kept = [found for part in parts if (found := _converted(_fitting(part, Part), Part)) is not None]
+        candidate["content"] = {"parts": kept}
+    fields["candidates"] = candidates[:1]
+    body: Body = msgspec.convert(fields, Body)
+    return body
+
+
+def _fitting(table: object, kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """The fields of a table that a struct can have; what is nested in it stays for whoever looks there."""
+    if not isinstance(table, dict):
+        return {}
+    kept: dict[str, Any] = {}
+    for field in msgspec.structs.fields(kind):
+        value = table.get(field.encode_name)
+        if field.encode_name in ("candidates", "content"):
+            kept[field.encode_name] = value
+        elif field.encode_name == "functionCall":
+            if isinstance(value, dict):
+                kept[field.encode_name] = _fitting(value, FunctionCall)
+        elif field.type is msgspec.Raw:
+            if value is not None:
+                kept[field.encode_name] = msgspec.Raw(msgspec.json.encode(value))
+        elif value is not None and (found := _converted(value, field.type)) is not None:
+            kept[field.encode_name] = found
+    return kept
+
+
+def _converted(value: object, kind: Any) -> Any:
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        return None
+
+
+def _items(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def counts(table: msgspec.Raw) -> Counts | None:

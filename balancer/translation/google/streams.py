@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from balancer import lenient
 from balancer.sse import Event
 from balancer.translation.answer import (
@@ -24,11 +22,12 @@ from balancer.translation.answer import (
 )
 from balancer.translation.conversation import Citation, Target
 from balancer.translation.google import shapes
-from balancer.translation.google.citing import citations_of
+from balancer.translation.google.citing import citations_of, place_in
 from balancer.translation.google.ending import excuse, reason_of, stop_of
 
 _ENDLESS_BYTES = 1024 * 1024
 """No event without data is as long, but for one that the parser did not hold."""
+_DONE = b"[DONE]"
 BAD_ANSWER = "upstream_bad_answer"
 
 
@@ -37,9 +36,17 @@ class StreamReader:
 
     No event ends such a stream: it is whole if a reason was told when the upstream ended it. Some models tell one in
     every chunk, so that it is told by `finish`.
+
+    A signature behind a text waits for a call, which is refused without it when it comes back. With no call it is left
+    out: Google does without, and an answer that ends with a thought is none that clients know.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, *, is_whole: bool = False) -> None:
+        """`is_whole`: the one event that comes is a whole answer."""
+        self._is_whole = is_whole
+        self._text = ""
+        self.has_answer = False
+        """Something was said, or why nothing is."""
         self._vendor = target.vendor
         self._seed = ""
         self._calls = 0
@@ -47,7 +54,7 @@ class StreamReader:
         self._has_said = False
         self._is_over = False
         self._reason = ""
-        self._message = ""
+        self._message = self._signature = ""
         self._counts: Counts | None = None
         self._text_bytes = 0
         self._is_ascii = True
@@ -62,10 +69,9 @@ class StreamReader:
             return self._silence(event)
         try:
             body = shapes.read_body(data)
-        except msgspec.ValidationError:
-            return []  # Some field is of another kind than anyone knows.
         except lenient.UNREADABLE:
-            return self._broke("the upstream sent a chunk that is no JSON")
+            # Some that stand in for Google end their streams as OpenAI does.
+            return self.finish() if data.strip() == _DONE else self._broke("the upstream sent a chunk that is no JSON")
         if body.error is not None:
             return self._failed(body.error)
         steps: list[Step] = []
@@ -82,6 +88,7 @@ class StreamReader:
                     self._say(part, steps)
             self._cite(candidate, steps)
         reason = reason_of(body, candidate)
+        self.has_answer = self.has_answer or candidate is not None or bool(reason)
         if reason:
             self._reason = reason
             self._message = (candidate and candidate.finish_message) or ""
@@ -92,7 +99,7 @@ class StreamReader:
 
     def finish(self) -> list[Step]:
         """How the answer ended, when it was whole; nothing when it was cut off."""
-        if self._is_over or not self._reason:
+        if self._is_over or not (self._reason or self._is_whole):
             return []
         self._is_over = True
         steps: list[Step] = []
@@ -107,9 +114,12 @@ class StreamReader:
         if part.thought:
             if text:
                 steps.append(ThinkingDelta(text=text))
-            self._sign(part, steps)
+            self._sign(part.thought_signature, steps)
             return
-        self._sign(part, steps)
+        if call is not None or (text != "" and not self._has_said):
+            self._sign(part.thought_signature or self._signature, steps)
+        elif part.thought_signature:
+            self._signature = part.thought_signature
         if text:
             self._tell(text, steps)
         elif call is not None:
@@ -122,20 +132,24 @@ class StreamReader:
         elif text is None:
             self._tell(shapes.shown(part), steps)
 
-    def _sign(self, part: shapes.Part, steps: list[Step]) -> None:
-        if part.thought_signature:
-            steps.append(Signed(signature=part.thought_signature, vendor=self._vendor))
+    def _sign(self, signature: str | None, steps: list[Step]) -> None:
+        if signature:
+            self._signature = ""
+            steps.append(Signed(signature=signature, vendor=self._vendor))
 
     def _tell(self, text: str, steps: list[Step]) -> None:
         if text:
             self._has_said = True
             self._text_bytes += len(text)
             self._is_ascii = self._is_ascii and text.isascii()
+            if self._is_whole:
+                self._text += text
             steps.append(TextDelta(text=text))
 
     def _cite(self, candidate: shapes.Candidate, steps: list[Step]) -> None:
         """What was not told yet: each chunk may repeat what others said."""
-        citations = [citation for citation in citations_of(candidate, self._place) if citation not in self._cited]
+        place = place_in(self._text) if self._is_whole else self._place
+        citations = [citation for citation in citations_of(candidate, place) if citation not in self._cited]
         if citations:
             self._cited.update(citations)
             steps.append(TextDelta(citations=tuple(citations)))

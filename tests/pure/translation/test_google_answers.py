@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -96,7 +97,11 @@ CALLS = (
         ),
         (
             ({"text": "a"}, {"text": "", "thoughtSignature": "UzE="}),
-            (Text(text="a"), Thinking(signature="UzE=", vendor="google")),
+            (Text(text="a"),),
+        ),
+        (
+            ({"text": "a"}, {"text": "b", "thoughtSignature": "UzE="}, CALLS[1]),
+            (Text(text="ab"), Thinking(signature="UzE=", vendor="google"), Call(id="g2", name="now", arguments="{}")),
         ),
         (
             (THOUGHT, *CALLS),
@@ -269,6 +274,10 @@ def test_a_stream_without_a_reason_was_cut() -> None:
     assert steps() == []
 
 
+def test_a_stream_may_end_as_openais_do() -> None:
+    assert steps(chunk({"text": "a"}, finish="STOP"), b"[DONE]")[2:] == [Stopped(stop="end"), Ended()]
+
+
 @pytest.mark.parametrize("wrap", [lambda error: error, lambda error: [error]])
 def test_an_error_in_a_stream_breaks_it(wrap: Any) -> None:
     error = {"error": {"code": 503, "status": "UNAVAILABLE", "message": "The model is overloaded."}}
@@ -280,11 +289,26 @@ def test_an_error_in_a_stream_breaks_it(wrap: Any) -> None:
     ]
 
 
+ODD = (
+    b'{"candidates":[{"content":{"parts":[{"text":"a"},{"text":7},{"functionCall":{"id":7,"name":"f","args":{"a":1}}}]},'
+    b'"finishMessage":{}}],"responseId":"r"}'
+)
+
+
 @pytest.mark.parametrize(
     ("data", "told"),
     [
         (b"no json", [Broke(message="the upstream sent a chunk that is no JSON", code="upstream_bad_answer")]),
-        (b'{"candidates": 7}', []),
+        (b'{"candidates": 7}', [Started()]),
+        (
+            ODD,
+            [
+                Started(id="r"),
+                TextDelta(text="a"),
+                CallBegan(index=0, id=f"call_{hashlib.sha256(b'r:0').hexdigest()[:24]}", name="f"),
+                CallDelta(index=0, arguments='{"a":1}'),
+            ],
+        ),
         (b'{"candidates":[{"content":{"parts":[{"text":"\\ud83d"}]}}]}', [Started(), TextDelta(text="\ufffd")]),
         (b'{"candidates":[{"finishReason":null,"content":{"role":"model"}}]}', [Started()]),
         (b'{"usageMetadata":{"promptTokenCount":"x"}}', [Started()]),

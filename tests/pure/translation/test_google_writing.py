@@ -77,6 +77,7 @@ def test_turns_of_one_side_are_joined_and_empty_texts_left_out() -> None:
         "contents": [
             {"role": "user", "parts": [{"text": "a"}, {"text": "<system>\nb\n</system>"}]},
             {"role": "model", "parts": [{"text": "c"}, {"text": "d"}]},
+            {"role": "user", "parts": [{"text": "(Go on.)"}]},
         ],
     }
 
