@@ -64,7 +64,10 @@ class Translation:
     def native(self, plan: Plan, peek: Peek) -> tuple[bytes, Peek]:
         """The body for services of the client's own API, without marks that none of their vendors has made."""
         body = self._request.body
-        if plan.apart[self._api] == NATIVE or self._api not in _UNMARK or marks.PREFIX_BYTES not in body:
+        if plan.apart[self._api] == NATIVE or self._api not in _UNMARK:
+            return body, peek
+        # Anthropic also minds a turn to which another vendor gave no thought at all.
+        if marks.PREFIX_BYTES not in body and self._api != "messages":
             return body, peek
         if self._plain is None:
             plain = _UNMARK[self._api](body)

@@ -168,6 +168,7 @@ def _document(vendors: dict[str, Vendor]) -> dict[str, Any]:
         "hop": ("claude", "gpt", "gemini"),
         "pairs": ("gemini", "opus"),
         "late": ("gpt", "opus", "deepseek"),
+        "two": ("gpt", "claude"),
         "four": ("deepseek", "gemini", "gpt", "claude"),
     }
     rules = [

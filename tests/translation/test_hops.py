@@ -15,10 +15,15 @@ from tests.translation.conftest import World
 from tests.vendors.replies import Reply, Say, Think, Use, reply
 
 ROUNDS = 6
-LATE = ("gpt", "opus", "deepseek")
-FOUR = ("claude", "gpt", "gemini", "deepseek")
+NAMES = {
+    "hop": ("claude", "gpt", "gemini"),
+    "two": ("gpt", "claude"),
+    "pairs": ("gemini", "opus"),
+    "late": ("gpt", "opus", "deepseek"),
+    "four": ("claude", "gpt", "gemini", "deepseek"),
+}
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-RULES = pytest.mark.parametrize("rule", ["hop", "pairs", "late", "four"])
+RULES = pytest.mark.parametrize("rule", list(NAMES))
 WAYS = pytest.mark.parametrize("streams", [True, False], ids=["streams", "whole"])
 SCHEMA = {
     "type": "object",
@@ -75,7 +80,7 @@ def assert_play_was_understood(heard: list[tuple[str, list[str]]]) -> None:
 def assert_all_were_asked(world: World, rule: str) -> None:
     """Nobody refused, and each vendor was in turn."""
     assert world.refusals == []
-    names = {"hop": ("claude", "gpt", "gemini"), "pairs": ("gemini", "opus"), "late": LATE, "four": FOUR}[rule]
+    names = NAMES[rule]
     counts = [len(world.bodies(name)) for name in names]
     assert sum(counts) == len(a_play())
     assert max(counts) - min(counts) <= 1
