@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from tests.translation.conftest import World
+from tests.vendors.google import Google
 from tests.vendors.replies import Reply, Say, Think, Use, reply
 
 ROUNDS = 6
@@ -84,6 +85,13 @@ def assert_all_were_asked(world: World, rule: str) -> None:
     counts = [len(world.bodies(name)) for name in names]
     assert sum(counts) == len(a_play())
     assert max(counts) - min(counts) <= 1
+    if "gemini" in names:
+        # It has got back what it signed itself, and not only the word that stands for a signature.
+        google = world.vendors["gemini"]
+        assert isinstance(google, Google)
+        contents = google.bodies[-1]["contents"]
+        returned = [part.get("thoughtSignature") for content in contents for part in content["parts"]]
+        assert set(returned) & set(google.signed)
 
 
 @RULES
