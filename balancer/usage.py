@@ -66,6 +66,7 @@ _Count = Annotated[int, msgspec.Meta(ge=0, lt=_MOST)]
 class _Details(msgspec.Struct, frozen=True, gc=False):
     cached_tokens: _Count | None = None
     reasoning_tokens: _Count | None = None
+    thinking_tokens: _Count | None = None
 
 
 class _Counts(msgspec.Struct, frozen=True, gc=False):
@@ -98,7 +99,7 @@ class _Counts(msgspec.Struct, frozen=True, gc=False):
             output=output or 0,
             cached=self.cache_read_input_tokens or (was_read and was_read.cached_tokens) or 0,
             cache_creation=self.cache_creation_input_tokens or 0,
-            reasoning=(was_written and was_written.reasoning_tokens) or 0,
+            reasoning=(was_written and (was_written.reasoning_tokens or was_written.thinking_tokens)) or 0,
         )
 
 
@@ -125,7 +126,8 @@ def read(table: object) -> Usage | None:
     """The usage in a vendor's table, None when it is none or has neither input nor output.
 
     OpenAI chat, completions, embeddings: prompt_tokens, completion_tokens. Responses and Anthropic: input_tokens,
-    output_tokens. Details: cached_tokens, reasoning_tokens; Anthropic's cache_read_ and cache_creation_input_tokens.
+    output_tokens. Details: cached_tokens, reasoning_tokens, thinking_tokens; Anthropic's cache_read_ and
+    cache_creation_input_tokens.
     """
     if not isinstance(table, dict):
         return None
@@ -140,7 +142,7 @@ def read(table: object) -> Usage | None:
         output=output or 0,
         cached=_first(table, "cache_read_input_tokens") or _first(read_details, "cached_tokens") or 0,
         cache_creation=_first(table, "cache_creation_input_tokens") or 0,
-        reasoning=_first(written_details, "reasoning_tokens") or 0,
+        reasoning=_first(written_details, "reasoning_tokens", "thinking_tokens") or 0,
     )
 
 

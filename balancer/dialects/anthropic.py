@@ -11,6 +11,8 @@ from balancer.errors import BalancerError
 
 VERSION = "2023-06-01"
 OAUTH_BETA = "oauth-2025-04-20"
+BINDING_BETA = ("anthropic-beta", "thinking-binding-controls-2026-08-01")
+"""The header that admits `thinking.block_binding`; it may stand beside another of its name."""
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",

@@ -259,7 +259,7 @@ class Forwarder:
     ) -> None:
         """Answers how long a prompt is for a service. Raises as `forward_uncounted`."""
         if is_native(route.api, self.preparer.provider(service_id)):
-            body, peek = translation.native(self._plans.of(rule), peek)
+            body, peek = translation.native(self._plans.of(rule), peek, service_id.partition(":")[2])
             await self.forward_uncounted(request, route, rule, service_id, stream, peek, body)
         else:
             await self._counter.tell(request, translation, service_id, peek, stream)
@@ -383,7 +383,9 @@ class Forwarder:
             attempt.api = translated.service_api
             self._metrics.translated(pick, translated.client_api, translated.service_api)
         else:
-            body, peek = errand.translation.native(self._plans.of(course.rule), errand.peek)
+            body, peek = errand.translation.native(
+                self._plans.of(course.rule), errand.peek, pick.service.partition(":")[2]
+            )
             outgoing = self.preparer.generation(
                 errand.request,
                 errand.route,

@@ -9,6 +9,7 @@ import msgspec
 
 from balancer import bodies
 from balancer.dialects import Accounts, Headers
+from balancer.dialects.anthropic import BINDING_BETA
 from balancer.dialects.headers import is_of_an_api, request_headers
 from balancer.dialects.paths import Route, upstream_url
 from balancer.dialects.styles import ACCOUNTS
@@ -23,6 +24,8 @@ LOOK_AGAIN_S = 1.0
 _FORGET_S = 60.0
 _URLS_KEPT = 64
 _HEADERS_KEPT = 64
+_BINDS = b'"block_binding":'
+"""In a request to Anthropic: what becomes of thoughts that other services' turns have come before."""
 _USAGE_PATHS = ("/v1/chat/completions", "/v1/completions")
 """Streams that are asked for there tell their usage to who asks for it."""
 
@@ -164,6 +167,8 @@ class Preparer:
         headers, more = account.headers(
             request, ACCOUNTS[provider.api_style], is_plain=True, drops=self._drops, is_translated=True
         )
+        if translated.service_api == "messages" and _BINDS in translated.body:
+            headers = (*headers, BINDING_BETA)
         outgoing = UpstreamRequest(
             provider=provider.name,
             method="POST",

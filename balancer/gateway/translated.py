@@ -91,6 +91,7 @@ class TranslatedRelay:
             model=self._response_model or model or self._translated.target.model,
             id=secrets.token_hex(12),
             created=int(time.time()),
+            vendor=self._translated.target.vendor,
         )
 
     # -- errors --------------------------------------------------------------------------------------------------------

@@ -59,17 +59,20 @@ class Translation:
         self._read: Conversation | RequestError | None = None
         self._written: dict[Target, Written] = {}
         self._refusals: dict[ServiceApi, RequestError | None] = {}
-        self._plain: tuple[bytes, Peek] | None = None
+        self._plain: dict[str, tuple[bytes, Peek]] = {}
 
-    def native(self, plan: Plan, peek: Peek) -> tuple[bytes, Peek]:
-        """The body for services of the client's own API, without marks that none of their vendors has made."""
+    def native(self, plan: Plan, peek: Peek, model: str) -> tuple[bytes, Peek]:
+        """The body for a service of the client's own API, without marks that its vendor has not made."""
         body = self._request.body
-        if plan.apart[self._api] == NATIVE or self._api not in _UNMARK or marks.PREFIX_BYTES not in body:
+        if plan.apart[self._api] == NATIVE or self._api not in _UNMARK:
             return body, peek
-        if self._plain is None:
-            plain = _UNMARK[self._api](body)
-            self._plain = plain, bodies.peek(plain)
-        return self._plain
+        # A turn to which another vendor gave no thought at all has no mark, but Anthropic and some of chat's mind it.
+        if marks.PREFIX_BYTES not in body and self._api == "responses":
+            return body, peek
+        if model not in self._plain:
+            plain = unmarked_chat(body, model) if self._api == "chat" else _UNMARK[self._api](body)
+            self._plain[model] = plain, peek if plain is body else bodies.peek(plain)
+        return self._plain[model]
 
     def barred(self, plan: Plan, only: str = "") -> tuple[str, ...]:
         """The ids of the plan's services that cannot be asked what the request asks.

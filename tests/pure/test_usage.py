@@ -65,6 +65,10 @@ def heard(*events: object) -> StreamUsage:
         (CHAT, Usage(input=20, output=7, cached=8, reasoning=3)),
         (RESPONSES, Usage(input=20, output=7, cached=8, reasoning=3)),
         (ANTHROPIC, Usage(input=12, output=7, cached=8, cache_creation=4)),
+        (
+            ANTHROPIC | {"output_tokens_details": {"thinking_tokens": 3}},
+            Usage(input=12, output=7, cached=8, cache_creation=4, reasoning=3),
+        ),
         ({"prompt_tokens": 5, "total_tokens": 5}, Usage(input=5)),
         ({"total_tokens": 5}, None),
         ({}, None),

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from balancer import lenient
-from balancer.translation.chat import inputs, models, shapes
+from balancer.translation.chat import inputs, models, schemas, shapes
 from balancer.translation.conversation import (
     Call,
     Choice,
@@ -69,7 +69,10 @@ class _Writer:
         self._reasoning(body)
         self._sampling(body)
         if conversation.format is not None:
-            body["response_format"] = _format(conversation.format)
+            form = conversation.format
+            body["response_format"] = _format(form)
+            if form.schema is not None and form.is_strict and not schemas.is_strict(form.schema):
+                self._leave(f"{form.at}.strict")
         self._tools(body)
         self._user(body)
         return Written(body=msgspec.json.encode(body), left_out=tuple(self._left_out))
@@ -389,8 +392,10 @@ class _Writer:
         if tool.description:
             described["description"] = tool.description
         described["parameters"] = tool.schema
-        if tool.is_strict:
+        if tool.is_strict and schemas.is_strict(tool.schema):
             described["strict"] = True
+        elif tool.is_strict:
+            self._leave(f"{tool.at}.strict")
         return {"type": "function", "function": described}
 
 
@@ -436,7 +441,7 @@ def _format(form: Format) -> dict[str, Any]:
     schema: dict[str, Any] = {"name": form.name or _NAMELESS, "schema": form.schema}
     if form.description:
         schema["description"] = form.description
-    if form.is_strict:
+    if form.is_strict and schemas.is_strict(form.schema):
         schema["strict"] = True
     return {"type": "json_schema", "json_schema": schema}
 

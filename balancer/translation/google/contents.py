@@ -23,6 +23,7 @@ from balancer.translation.conversation import (
     UntranslatableError,
 )
 from balancer.translation.google.models import Traits
+from balancer.translation.google.signatures import placed
 
 Block = dict[str, object]
 
@@ -70,6 +71,9 @@ class Contents:
         self._names: dict[str, str] = {}
         self._places: dict[str, int] = {}
         self._signature = self._signed_at = ""
+        self._calls: list[Block] = []
+        self._signed_calls: dict[int, str] = {}
+        self._first_call = 0
         self.contents: list[tuple[str, list[Block]]] = []
         self.left_out: list[str] = []
 
@@ -79,6 +83,7 @@ class Contents:
             role = "model" if turn.role == "assistant" else "user"
             if role == "user":
                 self._flush()
+            self._first_call = len(self._calls)
             parts = self._reminder(turn) if turn.role == "system" else self._parts(turn)
             if not parts:
                 continue
@@ -90,8 +95,6 @@ class Contents:
         for role, parts in self.contents:
             if role == "user":
                 parts.sort(key=self._place)
-            elif self._traits.needs_signatures:
-                _sign_first_call(parts)
         if not self.contents or self.contents[0][0] == "model":
             self.contents.insert(0, ("user", [{"text": OPENING}]))
         if self.contents[-1][0] == "model":
@@ -116,14 +119,19 @@ class Contents:
         return parts
 
     def _flush(self) -> None:
-        """Puts a signature behind which the model said no more on a part of its own."""
-        if not self._signature:
-            return
-        part = self._signed({"text": ""})
-        if self.contents and self.contents[-1][0] == "model":
-            self.contents[-1][1].append(part)
-        else:
-            self.contents.append(("model", [part]))
+        """Gives the calls of what the model has said their signatures, and one that waits a text of its own.
+
+        Of the calls that a model makes at once the first has one; what another model made has none.
+        """
+        for number, signature in self._signed_calls.items():
+            if number < len(self._calls):
+                self._calls[number]["thoughtSignature"] = signature
+        if self._calls and self._traits.needs_signatures:
+            self._calls[0].setdefault("thoughtSignature", UNSIGNED)
+        self._calls, self._signed_calls = [], {}
+        if self._signature and self.contents and self.contents[-1][0] == "model":
+            self.contents[-1][1].append(self._signed({"text": ""}))
+        self._signature = ""
 
     def _part(self, part: Part, parts: list[Block]) -> None:
         match part:
@@ -137,19 +145,21 @@ class Contents:
                 if part.text:
                     parts.append(self._signed({"text": part.text}))
             case Media():
-                parts.append(self._signed(self._media(part)))
+                parts.append(self._media(part))
             case Thinking():
                 self._think(part, parts)
             case Call():
                 self._note_caches((part,))
-                parts.append(self._signed({"functionCall": self._call(part)}))
+                call: Block = {"functionCall": self._call(part)}
+                self._calls.append(call)
+                parts.append(call)
             case Result():
                 self._result(part, parts)
             case _:
                 assert_never(part)
 
     def _signed(self, block: Block) -> Block:
-        """The part with the signature that waits for the next one."""
+        """The text with the signature that waits for one."""
         if self._signature:
             block["thoughtSignature"] = self._signature
             self._signature = ""
@@ -161,10 +171,13 @@ class Contents:
             return
         if part.text and not part.is_redacted:
             parts.append({"text": part.text, "thought": True})
-        if part.signature:
+        number, signature = placed(part.signature)
+        if number >= 0:
+            self._signed_calls[self._first_call + number] = signature
+        elif signature:
             if self._signature:
                 self.left_out.append(self._signed_at)
-            self._signature, self._signed_at = part.signature, part.at
+            self._signature, self._signed_at = signature, part.at
 
     def _call(self, call: Call) -> Block:
         name_ = name(call.name, call.at)
@@ -242,21 +255,6 @@ def name(name: str, at: str) -> str:
         f"`{at}`: Google's models take names of tools of up to 128 letters, digits and `_.:-`, no digit first",
         param=at,
     )
-
-
-def _sign_first_call(parts: list[Block]) -> None:
-    """Of the calls that a model makes at once the first has the signature; one that another model made has none.
-
-    Clients of chat completions return all thoughts before the text, and so the signature of the call too.
-    """
-    signed: Block | None = None
-    for part in parts:
-        if "functionCall" in part:
-            if "thoughtSignature" not in part:
-                part["thoughtSignature"] = signed.pop("thoughtSignature") if signed is not None else UNSIGNED
-            return
-        if "thoughtSignature" in part:
-            signed = part
 
 
 def _arguments(call: Call) -> object:

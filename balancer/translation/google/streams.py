@@ -24,6 +24,7 @@ from balancer.translation.conversation import Citation, Target
 from balancer.translation.google import shapes
 from balancer.translation.google.citing import citations_of, place_in
 from balancer.translation.google.ending import excuse, reason_of, stop_of
+from balancer.translation.google.signatures import of_call
 
 _ENDLESS_BYTES = 1024 * 1024
 """No event without data is as long, but for one that the parser did not hold."""
@@ -37,8 +38,8 @@ class StreamReader:
     No event ends such a stream: it is whole if a reason was told when the upstream ended it. Some models tell one in
     every chunk, so that it is told by `finish`.
 
-    A signature behind a text waits for a call, which is refused without it when it comes back. With no call it is left
-    out: Google does without, and an answer that ends with a thought is none that clients know.
+    The signature of a text that has begun is left out: Google does without it, and an answer that ends with a thought
+    is none that clients know.
     """
 
     def __init__(self, target: Target, *, is_whole: bool = False) -> None:
@@ -54,7 +55,7 @@ class StreamReader:
         self._has_said = False
         self._is_over = False
         self._reason = ""
-        self._message = self._signature = ""
+        self._message = ""
         self._counts: Counts | None = None
         self._text_bytes = 0
         self._is_ascii = True
@@ -116,10 +117,11 @@ class StreamReader:
                 steps.append(ThinkingDelta(text=text))
             self._sign(part.thought_signature, steps)
             return
-        if call is not None or (text != "" and not self._has_said):
-            self._sign(part.thought_signature or self._signature, steps)
-        elif part.thought_signature:
-            self._signature = part.thought_signature
+        if part.thought_signature:
+            if call is not None:
+                self._sign(of_call(part.thought_signature, self._calls), steps)
+            elif text and not self._has_said:
+                self._sign(part.thought_signature, steps)
         if text:
             self._tell(text, steps)
         elif call is not None:
@@ -134,7 +136,6 @@ class StreamReader:
 
     def _sign(self, signature: str | None, steps: list[Step]) -> None:
         if signature:
-            self._signature = ""
             steps.append(Signed(signature=signature, vendor=self._vendor))
 
     def _tell(self, text: str, steps: list[Step]) -> None:

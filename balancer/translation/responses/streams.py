@@ -149,6 +149,8 @@ class StreamWriter:
         index = len(self._items)
         item = ReasoningItem(id=objects.item_id(ReasoningItem, self._echo, index))
         reasoning = OpenReasoning(self._events, index, item, has_summary=has_summary)
+        if self._kept.is_sealed and self._echo.vendor:  # Nobody may sign it: then it is still known whose it is.
+            reasoning.sealed = seals.sealed(self._echo.vendor, "", is_redacted=False)
         self._items.append(reasoning)
         return reasoning
 

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from balancer.translation.chat import models
+from balancer.translation.chat import models, schemas
 from balancer.translation.chat.reading import read_request
 from balancer.translation.chat.writing import write_request
 from balancer.translation.conversation import (
@@ -34,6 +34,7 @@ from tests.pure.translation.chat_shapes import sdk_request
 
 OWN = Target(model="gpt-5.2", vendor="openai/main")
 OTHER = Target(model="qwen3-32b", vendor="openai/local")
+CLOSED = msgspec.Raw(b'{"type":"object","additionalProperties":false}')
 HELLO = Turn(role="user", parts=(Text(text="Hello"),))
 GRAMMAR = {"type": "grammar", "grammar": {"definition": "start: WORD", "syntax": "lark"}}
 
@@ -82,7 +83,7 @@ WHOLE = Conversation(
         HELLO,
     ),
     tools=(
-        Tool(name="f", description="Looks.", schema=msgspec.Raw(b'{"type":"object"}'), is_strict=True),
+        Tool(name="f", description="Looks.", schema=CLOSED, is_strict=True),
         Tool(name="g", kind="custom", grammar=msgspec.Raw(json.dumps(GRAMMAR).encode())),
     ),
     choice=Choice(mode="named", name="g"),
@@ -94,7 +95,7 @@ WHOLE = Conversation(
     presence_penalty=0.5,
     frequency_penalty=-0.5,
     stop=("END", "STOP"),
-    format=Format(schema=msgspec.Raw(b'{"type":"object"}'), name="n", description="d"),
+    format=Format(schema=CLOSED, name="n", description="d"),
     user="u",
     stream=True,
     fields={"max_tokens": "max_completion_tokens"},
@@ -502,3 +503,21 @@ def test_formats() -> None:
         "type": "json_schema",
         "json_schema": {"name": "answer", "schema": {}},
     }
+
+
+@pytest.mark.parametrize(
+    ("schema", "is_strict"),
+    [
+        ({"type": "object", "properties": {}, "additionalProperties": False}, True),
+        ({"type": "object", "properties": {"a": {}}, "required": ["a"], "additionalProperties": False}, True),
+        ({"type": "object", "properties": {"a": {}}, "additionalProperties": False}, False),
+        ({"type": "object"}, False),
+        ({"$defs": {"a": {"type": "object"}}}, False),
+        ({"anyOf": [{"items": {"type": "object"}}]}, False),
+        ({"type": "object", "properties": 0, "required": 0, "anyOf": 0, "additionalProperties": False}, True),
+        (True, True),
+    ],
+)
+def test_strict_is_asked_only_for_schemas_that_openai_takes_so(schema: object, is_strict: bool) -> None:
+    """Anthropic's clients may leave members optional, which OpenAI answered with a 400."""
+    assert schemas.is_strict(msgspec.Raw(msgspec.json.encode(schema))) == is_strict

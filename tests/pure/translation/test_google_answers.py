@@ -101,12 +101,12 @@ CALLS = (
         ),
         (
             ({"text": "a"}, {"text": "b", "thoughtSignature": "UzE="}, CALLS[1]),
-            (Text(text="ab"), Thinking(signature="UzE=", vendor="google"), Call(id="g2", name="now", arguments="{}")),
+            (Text(text="ab"), Call(id="g2", name="now", arguments="{}")),
         ),
         (
             (THOUGHT, *CALLS),
             (
-                Thinking(text="hm", signature="UzE=", vendor="google"),
+                Thinking(text="hm", signature="0:UzE=", vendor="google"),
                 Call(id="g1", name="weather", arguments='{"city": "Bonn"}'),
                 Call(id="g2", name="now", arguments="{}"),
             ),
@@ -251,7 +251,7 @@ def test_a_stream_is_read_chunk_by_chunk() -> None:
         Started(id="r1", model="g", usage=Counts(input=9)),
         ThinkingDelta(text="hm"),
         TextDelta(text="a"),
-        Signed(signature="UzE=", vendor="google"),
+        Signed(signature="0:UzE=", vendor="google"),
         CallBegan(index=0, id="g1", name="weather"),
         CallDelta(index=0, arguments='{"city": "Bonn"}'),
         CallBegan(index=1, id="g2", name="now"),

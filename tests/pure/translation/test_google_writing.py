@@ -305,20 +305,31 @@ def thought(signature: str = "", text: str = "") -> Thinking:
     ("parts", "sent"),
     [
         (
-            (thought("UzE=", "hm"), Text(text="a"), CALL),
+            (thought("0:UzE=", "hm"), Text(text="a"), CALL),
             [
                 {"text": "hm", "thought": True},
                 {"text": "a"},
                 {"functionCall": {}, "thoughtSignature": "UzE="},
             ],
         ),
+        (
+            (thought("UzE="), thought("1:UzI="), Text(text="a"), CALL, CALL),
+            [
+                {"text": "a", "thoughtSignature": "UzE="},
+                {"functionCall": {}, "thoughtSignature": "skip_thought_signature_validator"},
+                {"functionCall": {}, "thoughtSignature": "UzI="},
+            ],
+        ),
         ((CALL,), [{"functionCall": {}, "thoughtSignature": "skip_thought_signature_validator"}]),
-        ((thought("UzE="), CALL), [{"functionCall": {}, "thoughtSignature": "UzE="}]),
         ((Text(text="a"), thought("UzE=")), [{"text": "a"}, {"text": "", "thoughtSignature": "UzE="}]),
-        ((thought("UzE="), CALL, CALL), [{"functionCall": {}, "thoughtSignature": "UzE="}, {"functionCall": {}}]),
+        (
+            (thought("0:UzE="), CALL, CALL),
+            [{"functionCall": {}, "thoughtSignature": "UzE="}, {"functionCall": {}}],
+        ),
+        ((thought("7:UzE="), Text(text="a")), [{"text": "a"}]),
     ],
 )
-def test_a_signature_stands_on_the_part_behind_its_thought(parts: tuple[Part, ...], sent: list[Any]) -> None:
+def test_a_signature_stands_on_the_call_or_the_text_that_it_came_with(parts: tuple[Part, ...], sent: list[Any]) -> None:
     found = written(ASKED, model(*parts))["contents"][1]["parts"]
 
     assert [part | {"functionCall": {}} if "functionCall" in part else part for part in found] == sent
@@ -331,16 +342,12 @@ def test_a_signature_of_two_that_have_one_place_is_named() -> None:
     assert left_out(*turns) == ("th",)
 
 
-def test_before_gemini_3_a_signature_stays_with_the_text() -> None:
-    contents = written(ASKED, model(thought("UzE="), Text(text="a"), CALL), target=GEMINI_2)["contents"]
+def test_calls_are_counted_from_the_turn_in_which_their_signature_is() -> None:
+    contents = written(
+        ASKED, model(thought("0:UzE=")), model(CALL), model(thought("0:UzI=")), model(Text(text="a")), model(CALL)
+    )["contents"]
 
-    assert [part.get("thoughtSignature") for part in contents[1]["parts"]] == ["UzE=", None]
-
-
-def test_a_signature_waits_for_what_the_same_side_says_in_its_next_turn() -> None:
-    contents = written(ASKED, model(thought("UzE=")), model(CALL))["contents"]
-
-    assert [part["thoughtSignature"] for part in contents[1]["parts"]] == ["UzE="]
+    assert [part.get("thoughtSignature") for part in contents[1]["parts"]] == ["UzE=", None, "UzI="]
 
 
 def test_a_call_of_another_vendor_needs_no_signature_before_gemini_3() -> None:
