@@ -24,7 +24,7 @@ _DEADLINE_MARGIN_S = 30.0
 """Beyond the provider's timeout: when it has passed, the attempt cannot be alive any more."""
 
 
-_MARKABLE: tuple[ClientApi, ...] = ("messages", "responses")
+_MARKABLE: tuple[ClientApi, ...] = ("chat", "messages", "responses")
 """Their vendors refuse a signature that is not their own."""
 
 

@@ -16,6 +16,7 @@ from balancer.gateway.matching import FOREIGN, NATIVE, Plan
 from balancer.gateway.messages import ClientRequest
 from balancer.translation import marks
 from balancer.translation.apis import ClientApi, ServiceApi, is_native, service_api
+from balancer.translation.chat.unmarked import without_foreign as unmarked_chat
 from balancer.translation.conversation import Conversation, Target, UntranslatableError, Written
 from balancer.translation.messages.unmarked import without_foreign as unmarked_messages
 from balancer.translation.pairs import CLIENTS, SERVICES, ClientSide, ServiceSide
@@ -23,7 +24,11 @@ from balancer.translation.responses.unmarked import without_foreign as unmarked_
 
 _NAMES_SHOWN = 20
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_UNMARK: dict[ClientApi, Callable[[bytes], bytes]] = {"messages": unmarked_messages, "responses": unmarked_responses}
+_UNMARK: dict[ClientApi, Callable[[bytes], bytes]] = {
+    "chat": unmarked_chat,
+    "messages": unmarked_messages,
+    "responses": unmarked_responses,
+}
 
 
 class Translated(Struct, frozen=True, kw_only=True):

@@ -290,6 +290,25 @@ async def test_a_vendor_gets_back_no_signature_that_another_has_made(
     assert b"its-own" in other.last.body
 
 
+async def test_a_chat_service_gets_back_no_thoughts_of_another_vendor_s(
+    serve: Serve, upstream: Upstream, other: Upstream
+) -> None:
+    rules = {"m": {"services": ["oai0"]}, "n": {"services": ["ant1"]}}
+    gateway = await serve(a_mixed_document(upstream, other, rules=rules))
+    detail = {"type": "reasoning.text", "text": "hm", "signature": "balancer:anthropic:xyz", "format": "anthropic"}
+    answer = {"role": "assistant", "content": "hi", "reasoning_details": [detail]}
+    own = {"role": "assistant", "content": "ho", "reasoning_details": [{"type": "reasoning.text", "text": "own"}]}
+    said = [{"role": "user", "content": "hello"}, answer, own, {"role": "user", "content": "and?"}]
+    status, _, _ = await ask(gateway, CHAT, messages=said, user="x")
+    assert status == 200
+    sent = decoded(upstream.last.body)
+    assert sent == {
+        "model": "up-model",
+        "user": "x",
+        "messages": [said[0], {"role": "assistant", "content": "hi"}, own, said[3]],
+    }
+
+
 async def test_only_a_fleet_of_several_apis_looks_for_marks(serve: Serve, upstream: Upstream) -> None:
     """A search in each request takes its time."""
     rules: dict[str, Any] = {"m": {"services": ["ant0"]}, "off": {"services": ["oai0"], "active": False}}
