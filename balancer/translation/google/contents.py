@@ -70,7 +70,9 @@ class Contents:
         self._traits = traits
         self._names: dict[str, str] = {}
         self._places: dict[str, int] = {}
+        self._called = 0
         self._signature = self._signed_at = ""
+        self._thoughts: list[tuple[Block, str]] = []
         self._calls: list[Block] = []
         self._signed_calls: dict[int, str] = {}
         self._first_call = 0
@@ -104,8 +106,9 @@ class Contents:
         """Results first, in the order of their calls: that tells which belongs to which."""
         response = part.get("functionResponse")
         if not isinstance(response, dict):
-            return len(self._places)
-        return self._places[response["_id"]]
+            return self._called
+        place: int = response["_place"]
+        return place
 
     def _reminder(self, turn: Turn) -> list[Block]:
         said = "\n".join(part.text for part in turn.parts if isinstance(part, Text) and part.text)
@@ -129,6 +132,8 @@ class Contents:
         if self._calls and self._traits.needs_signatures:
             self._calls[0].setdefault("thoughtSignature", UNSIGNED)
         self._calls, self._signed_calls = [], {}
+        self.left_out += (at for _, at in self._thoughts)
+        self._thoughts.clear()
         if self._signature and self.contents and self.contents[-1][0] == "model":
             self.contents[-1][1].append(self._signed({"text": ""}))
         self._signature = ""
@@ -140,19 +145,19 @@ class Contents:
                 if part.citations:
                     self.left_out.append(f"{part.at}.citations")
                 if part.text:
-                    parts.append(self._signed({"text": part.text}))
+                    self._say(self._signed({"text": part.text}), parts)
             case Refusal():
                 if part.text:
-                    parts.append(self._signed({"text": part.text}))
+                    self._say(self._signed({"text": part.text}), parts)
             case Media():
-                parts.append(self._media(part))
+                self._say(self._media(part), parts)
             case Thinking():
-                self._think(part, parts)
+                self._think(part)
             case Call():
                 self._note_caches((part,))
                 call: Block = {"functionCall": self._call(part)}
                 self._calls.append(call)
-                parts.append(call)
+                self._say(call, parts)
             case Result():
                 self._result(part, parts)
             case _:
@@ -165,12 +170,18 @@ class Contents:
             self._signature = ""
         return block
 
-    def _think(self, part: Thinking, parts: list[Block]) -> None:
-        if part.vendor != self._vendor:
+    def _say(self, block: Block, parts: list[Block]) -> None:
+        """Adds a part, behind the thoughts that led to it; those that led to nothing are left out."""
+        parts.extend(thought for thought, _ in self._thoughts)
+        self._thoughts.clear()
+        parts.append(block)
+
+    def _think(self, part: Thinking) -> None:
+        if part.vendor != self._vendor or not self._traits.thinks_by:
             self.left_out.append(part.at)
             return
         if part.text and not part.is_redacted:
-            parts.append({"text": part.text, "thought": True})
+            self._thoughts.append(({"text": part.text, "thought": True}, part.at))
         number, signature = placed(part.signature)
         if number >= 0:
             self._signed_calls[self._first_call + number] = signature
@@ -182,7 +193,9 @@ class Contents:
     def _call(self, call: Call) -> Block:
         name_ = name(call.name, call.at)
         self._names[call.id] = name_
-        self._places.setdefault(call.id, len(self._places))
+        # An id may come again in a later answer: its result is of the last call before it.
+        self._places[call.id] = self._called
+        self._called += 1
         written: Block = {"name": name_, "args": _arguments(call)}
         if self._traits.names_calls and call.id:
             written["id"] = call.id
@@ -193,14 +206,29 @@ class Contents:
         name_ = self._names.get(part.call_id)
         if name_ is None:
             raise UntranslatableError(f"`{part.at}`: gives back what no call before it has asked for", param=part.at)
-        text = "\n".join(item.text for item in part.content if isinstance(item, Text))
-        written: Block = {"name": name_, "response": _response(text, is_error=part.is_error), "_id": part.call_id}
-        media = [self._media(item) for item in part.content if isinstance(item, Media)]
-        within = [block for block in media if self._traits.takes_pictures_back and "inlineData" in block]
+        texts: list[str] = []
+        within: list[Block] = []
+        behind: list[Block] = []
+        for item in part.content:
+            if isinstance(item, Text):
+                texts.append(item.text)
+                continue
+            block = self._media(item)
+            if "text" in block:
+                texts.append(str(block["text"]))
+            elif self._traits.takes_pictures_back and "inlineData" in block:
+                within.append(block)
+            else:
+                behind.append(block)
+        response = _response("\n".join(texts), is_error=part.is_error)
+        written: Block = {"name": name_, "response": response, "_place": self._places[part.call_id]}
+        if self._traits.names_calls and part.call_id:
+            written["id"] = part.call_id
         if within:
             written["parts"] = within
         parts.append({"functionResponse": written})
-        parts.extend(block for block in media if block not in within)
+        if behind:
+            parts += [{"text": f"From the result of {name_}:"}, *behind]
 
     # -- media ---------------------------------------------------------------------------------------------------------
 
@@ -235,15 +263,13 @@ class Contents:
                 self.left_out.append(f"{part.at}.cache_control")
 
 
-def named(contents: Iterable[tuple[str, list[Block]]], *, names_calls: bool) -> list[Block]:
-    """The contents as they are sent, without what only their order needed; with ids of calls where those are known."""
+def sent(contents: Iterable[tuple[str, list[Block]]]) -> list[Block]:
+    """The contents as they are sent, without what only their order needed."""
     for _, parts in contents:
         for part in parts:
             response = part.get("functionResponse")
             if isinstance(response, dict):
-                id_ = response.pop("_id")
-                if names_calls and id_:
-                    response["id"] = id_
+                del response["_place"]
     return [{"role": role, "parts": parts} for role, parts in contents]
 
 

@@ -28,11 +28,13 @@ class Traits(Struct, frozen=True, kw_only=True):
     is_gemini: bool
     line: str = ""
     version: tuple[int, int] = _LATEST
+    is_silent: bool = False
+    """It paints or speaks; such models of 2.5 do not think."""
 
     @property
     def thinks_by(self) -> Literal["", "budget", "level"]:
         """How the model is told how much to think, empty for one that does not."""
-        if not self.is_gemini or self.version < (2, 5):
+        if not self.is_gemini or self.version < (2, 5) or (self.is_silent and self.version < (3, 0)):
             return ""
         return "level" if self.version >= (3, 0) else "budget"
 
@@ -92,7 +94,12 @@ def traits(model: str) -> Traits:
     match = _NAME.search(name)
     if match is None:
         return Traits(is_gemini="gemini" in name, line="pro" if "pro" in name else "")
-    return Traits(is_gemini=True, line=match["line"] or "", version=(int(match["major"]), int(match["minor"] or 0)))
+    return Traits(
+        is_gemini=True,
+        line=match["line"] or "",
+        version=(int(match["major"]), int(match["minor"] or 0)),
+        is_silent="-image" in name or "-tts" in name,
+    )
 
 
 def effort_of(budget_tokens: int) -> Effort:

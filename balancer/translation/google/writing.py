@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from balancer import lenient
 from balancer.translation.chat import inputs
 from balancer.translation.conversation import (
     NO_SCHEMA,
@@ -16,9 +17,10 @@ from balancer.translation.conversation import (
     UntranslatableError,
     Written,
 )
-from balancer.translation.google.contents import Block, Contents, name, named
+from balancer.translation.google.contents import Block, Contents, name, sent
 from balancer.translation.google.models import BUDGETS, Traits, effort_of, traits
 
+_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ENCODER = msgspec.json.Encoder()
 _MOST_STOPS = 5
 _INT32 = 2**31
@@ -48,7 +50,7 @@ class _Request:
         contents.write(asked.turns)
         self._left_out += contents.left_out
         body: dict[str, object] = {
-            "contents": named(contents.contents, names_calls=self._traits.names_calls),
+            "contents": sent(contents.contents),
         }
         tools = self._tools()
         system = self._system(has_tools=bool(tools))
@@ -125,7 +127,7 @@ class _Request:
         if description:
             block["description"] = description
         if schema != NO_SCHEMA:
-            block["parametersJsonSchema"] = schema
+            block["parametersJsonSchema"] = _schema(schema, tool.at)
         return block
 
     def _calling(self) -> Block:
@@ -152,7 +154,8 @@ class _Request:
         if seed is not None and not -_INT32 <= seed < _INT32:
             self._leave_out("seed")
             seed = None
-        if len(asked.stop) > _MOST_STOPS:
+        stop = [sequence for sequence in asked.stop if sequence]
+        if len(stop) > _MOST_STOPS:
             field = asked.field("stop")
             raise UntranslatableError(f"`{field}`: Google takes up to {_MOST_STOPS} stop sequences", param=field)
         for name_, value in (
@@ -163,7 +166,7 @@ class _Request:
             ("seed", seed),
             ("presencePenalty", asked.presence_penalty or None),
             ("frequencyPenalty", asked.frequency_penalty or None),
-            ("stopSequences", asked.stop or None),
+            ("stopSequences", stop or None),
         ):
             if value is not None:
                 self._config[name_] = value
@@ -210,3 +213,12 @@ class _Request:
 
 def _allowed(choice: Choice) -> Block:
     return {"allowedFunctionNames": list(choice.among)} if choice.among else {}
+
+
+def _schema(schema: msgspec.Raw, at: str) -> object:
+    """A tool's schema, which must name its type."""
+    try:
+        members = lenient.decode(_OBJECT, schema)
+    except lenient.UNREADABLE as exc:
+        raise UntranslatableError(f"`{at}`: the schema of the tool's input is no object", param=at) from exc
+    return schema if "type" in members else {"type": "object", **members}

@@ -171,6 +171,12 @@ def test_an_answer_with_nothing_said_tells_why() -> None:
         assert (answer.parts, answer.stop) == ((Refusal(text=told),), "refused")
 
 
+def test_a_whole_answer_that_names_no_reason_has_ended_all_the_same() -> None:
+    answer = answered(*CALLS, finish="")
+
+    assert ([type(part) for part in answer.parts], answer.stop) == ([Thinking, Call, Call], "tool")
+
+
 def test_a_blocked_prompt_is_filtered() -> None:
     blocked = {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}, "usageMetadata": {"promptTokenCount": 3}}
 

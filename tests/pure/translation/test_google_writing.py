@@ -272,8 +272,65 @@ def test_pictures_of_a_result_are_within_it_or_behind_it() -> None:
     assert within["functionResponse"]["parts"] == [picture]
     assert written(ASKED, model(CALL), user(result), target=GEMINI_2)["contents"][2]["parts"] == [
         {"functionResponse": {"name": "weather", "response": {"result": "seen"}}},
+        {"text": "From the result of weather:"},
         picture,
     ]
+
+
+def test_a_text_document_of_a_result_is_part_of_its_text() -> None:
+    document = Media(kind="document", media_type="text/plain", text="Once.", title="T")
+    result = Result(call_id="c1", content=(Text(text="seen"), document))
+
+    [part] = written(ASKED, model(CALL), user(result))["contents"][2]["parts"]
+    assert part["functionResponse"]["response"] == {"result": "seen\nT\n\nOnce."}
+
+
+def test_results_of_ids_that_come_again_are_of_the_last_calls() -> None:
+    """By their first calls' order a result stood for the other call, on models whose calls have no ids."""
+    calls = [Call(id=id_, name=f"f{id_}", arguments="{}") for id_ in "ab"]
+    results = [Result(call_id=id_, content=(Text(text=id_),)) for id_ in "ab"]
+
+    contents = written(ASKED, model(*calls), user(*results), model(*reversed(calls)), user(*results), target=GEMINI_2)[
+        "contents"
+    ]
+
+    assert [part["functionResponse"]["name"] for part in contents[4]["parts"]] == ["fb", "fa"]
+
+
+def test_a_thought_that_led_to_nothing_is_left_out() -> None:
+    turns = (ASKED, model(Thinking(text="hm", vendor="google", at="th")), ASKED)
+
+    assert written(*turns)["contents"] == [{"role": "user", "parts": [*HI["parts"], *HI["parts"]]}]
+    assert left_out(*turns) == ("th",)
+
+
+def test_a_model_that_does_not_think_gets_no_thoughts() -> None:
+    turns = (ASKED, model(Thinking(text="hm", signature="UzE=", vendor="google", at="th"), Text(text="a")))
+    older = Target(model="gemini-2.0-flash", vendor="google")
+
+    assert written(*turns, target=older)["contents"][1]["parts"] == [{"text": "a"}]
+    assert left_out(*turns, target=older) == ("th",)
+
+
+def test_models_that_paint_are_not_told_how_much_to_think() -> None:
+    painter = Target(model="gemini-2.5-flash-image", vendor="google")
+    reasoning = Reasoning(effort="high", at="reasoning_effort")
+
+    assert "generationConfig" not in written(target=painter, reasoning=reasoning)
+    assert left_out(target=painter, reasoning=reasoning) == ("reasoning_effort",)
+
+
+def test_a_schema_names_its_type() -> None:
+    tool = Tool(name="f", schema=msgspec.Raw(b'{"properties":{}}'))
+
+    [declared] = written(tools=(tool,))["tools"][0]["functionDeclarations"]
+    assert declared["parametersJsonSchema"] == {"type": "object", "properties": {}}
+    assert refused(tools=(Tool(name="f", schema=msgspec.Raw(b"[]"), at="tools[0]"),)) == "tools[0]"
+
+
+def test_an_empty_stop_sequence_is_none() -> None:
+    assert written(stop=("", "a"))["generationConfig"] == {"stopSequences": ["a"]}
+    assert "generationConfig" not in written(stop=("",))
 
 
 def test_a_result_that_nobody_asked_for_is_refused() -> None:
