@@ -17,7 +17,7 @@ import msgspec
 from balancer import bodies, log
 from balancer.dialects.headers import client_timeout_s, response_headers
 from balancer.dialects.paths import Route
-from balancer.domain import Outcome, Pick, Rule
+from balancer.domain import Outcome, Pick, Provider, Rule
 from balancer.errors import (
     BalancerError,
     ConfigurationError,
@@ -53,6 +53,9 @@ from balancer.usage import usage_of
 CLIENT_MARGIN_S = 1.0
 """Beyond a provider's timeout, until which what is written to a client may wait."""
 _WARN_INTERVAL_S = 10.0
+Renew = Callable[[Provider, str], Awaitable[bool]]
+RENEW_S = 20.0
+"""More than another access token is waited for."""
 
 
 _UNLIMITED: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
@@ -157,8 +160,12 @@ class Forwarder:
         *,
         decision_headers: bool,
         drops: frozenset[str] = frozenset(),
+        renew: Renew | None = None,
     ) -> None:
-        """`drops`: the names in lower case of client's headers that are for no upstream."""
+        """`drops`: the names in lower case of client's headers that are for no upstream.
+
+        `renew` has another credential of a provider than the one that was refused, or says that there is none.
+        """
         self._balance = balance
         self._plans = plans
         self._deadlines = Deadlines()
@@ -166,6 +173,7 @@ class Forwarder:
         self._upstream = upstream
         self._metrics = metrics
         self._decision_headers = decision_headers
+        self._renew = renew
         self._warned_at = 0.0
 
     async def forward(
@@ -351,6 +359,8 @@ class Forwarder:
                 if body is None or not _is_plain(response, body, errand):
                     answer = Opening(response)
                     await answer.look(errand.route.dialect.name, _now_ms())
+            if answer is not None and answer.status == 401 and self._renew is not None:
+                answer = await self._sent_again(errand, attempt, outgoing, answer)
             if answer is None:
                 assert body is not None, "it is looked at otherwise"
                 attempt.usage = usage_of(body)
@@ -381,6 +391,31 @@ class Forwarder:
                 await answer.close()
             attempt.log(errand.request.request_id)
         return attempt.outcome or Outcome.FAILED
+
+    async def _sent_again(self, errand: _Errand, attempt: Attempt, refused: Outgoing, answer: Opening) -> Opening:
+        """The answer to the same attempt with another access token, where there is one; else the answer at hand.
+
+        The client's time is what it was; the upstream counts two requests, we one attempt.
+        """
+        assert self._renew is not None, "who calls has looked"
+        provider = self.preparer.provider(attempt.pick.service)
+        with errand.clock.until_first_byte(most_s=RENEW_S):
+            if not await self._renew(provider, refused.token):
+                return answer
+        outgoing = self._outgoing(errand, attempt.pick)
+        if outgoing.token == refused.token:
+            return answer
+        with errand.clock.until_first_byte(most_s=opening_s(outgoing.request.timeouts)):
+            response = await self._upstream.send(outgoing.request)
+            attempt.status = response.status
+            again = Opening(response)
+            try:
+                await again.look(errand.route.dialect.name, _now_ms())
+            except BaseException:
+                await again.close()
+                raise
+        await answer.close()
+        return again
 
     def _outgoing(self, errand: _Errand, pick: Pick) -> Outgoing:
         elapsed_s, course = errand.clock.elapsed_s, errand.course
