@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, Literal
-from urllib.parse import quote_plus, urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 import msgspec
 
@@ -203,8 +203,8 @@ def request_of(renewal: Renewal, refresh_token: str) -> tuple[Headers, bytes]:
     headers = [("Accept", "application/json")]
     match renewal.client_auth:
         case "basic":
-            # Both are encoded as in a form before they are joined (RFC 6749 §2.3.1).
-            pair = f"{quote_plus(renewal.client_id)}:{quote_plus(renewal.client_secret)}"
+            # Both are encoded as in a form before they are joined (RFC 6749 §2.3.1); no + for a space, which some miss.
+            pair = f"{quote(renewal.client_id, safe='')}:{quote(renewal.client_secret, safe='')}"
             headers.append(("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}"))
         case "post":
             fields |= {"client_id": renewal.client_id, "client_secret": renewal.client_secret}

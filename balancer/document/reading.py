@@ -330,6 +330,7 @@ class _Reader:
     def _providers(self, raw: Any) -> list[Provider]:
         providers = []
         taken: dict[str, str] = {}
+        logins: dict[str, str] = {}
         for path, table in self._items(raw, "providers"):
             try:
                 provider = self._provider(table, path)
@@ -340,6 +341,10 @@ class _Reader:
                     self._fault(
                         _join(path, field), f"{name!r} is taken by {taken[name]}: names and uuids are unique together"
                     )
+            token = provider.oauth_detail.refresh_token if oauth.is_renewed(provider) and provider.oauth_detail else ""
+            if token and self._door != "stored" and logins.setdefault(token, path) != path:
+                where = _join(path, "oauth_detail.refresh_token")
+                self._fault(where, f"that of {logins[token]} too: each would use it up for the other; log in once more")
             self._provider_places.setdefault(provider.uuid, path)
             providers.append(provider)
         return providers
