@@ -329,7 +329,7 @@ async def test_no_value_in_redis_holds_a_literal_credential(url: str, control: A
     await balance.close()
     values = await everything(control)
     assert len(values) >= 8
-    assert any("sealed:v1:" in text for text in values)
+    assert any("sealed:v2:" in text for text in values)
     for text in values:
         assert not [secret for secret in secrets if secret in text]
 

@@ -32,7 +32,7 @@ async def grants(url: str) -> AsyncIterator[Grants]:
 
 
 def asking(holder: str = "one", **more: Any) -> Asking:
-    values = {"lease_ms": 60_000, "seed": SEED, "revision": 1, "due_ms": 0, "rotates": True}
+    values: dict[str, Any] = {"lease_ms": 60_000, "seed": SEED, "revision": 1, "due_ms": 0, "rotates": True}
     return Asking(provider=ACCOUNT, holder=holder, **(values | more))
 
 
@@ -42,20 +42,17 @@ async def acquired(grants: Grants, holder: str = "one", **more: Any) -> Lease:
     return lease
 
 
-def tokens(lease: Lease, name: str = "a", **more: Any) -> Grant:
+def tokens(lease: Lease, name: str = "a") -> Grant:
     return Grant(
-        **{
-            "seeds": SEED,
-            "revision": 1,
-            "version": lease.version + 1,
-            "fence": lease.number,
-            "access": f"sealed-{name}",
-            "refresh": f"sealed-refresh-{name}",
-            "ends_ms": lease.now_ms + 3_600_000,
-            "due_ms": lease.now_ms + 3_300_000,
-            "renewed_ms": lease.now_ms,
-        }
-        | more
+        seeds=SEED,
+        revision=1,
+        version=lease.version + 1,
+        fence=lease.number,
+        access=f"sealed-{name}",
+        refresh=f"sealed-refresh-{name}",
+        ends_ms=lease.now_ms + 3_600_000,
+        due_ms=lease.now_ms + 3_300_000,
+        renewed_ms=lease.now_ms,
     )
 
 
