@@ -233,7 +233,7 @@ class Credentials:
         self._clock = clock
         self._resolved: dict[tuple[str, Place], tuple[float, str]] = {}
         self._opened: dict[tuple[str, Place], str] = {}
-        self._files: dict[str, tuple[int, str]] = {}
+        self._files: dict[str, tuple[tuple[int, int, int], str]] = {}
 
     def access_token(self, provider: Provider) -> str:
         """The credential to send, empty for none. Raises ConfigurationError that names the variable or file."""
@@ -319,7 +319,8 @@ class Credentials:
 
     def _read(self, name: str, place: Place) -> str:
         try:
-            changed = Path(name).stat().st_mtime_ns
+            stat = Path(name).stat()  # Of the file that links lead to: Kubernetes swaps the link of a whole folder.
+            changed = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
             cached = self._files.get(name)
             if cached is None or cached[0] != changed:
                 cached = self._files[name] = (changed, Path(name).read_text(encoding="utf-8").strip())
