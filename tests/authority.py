@@ -115,6 +115,8 @@ class Authority(AuthorizationServer):  # type: ignore[misc]
         self.rotates = True
         self.delay_s = 0.0
         self.tells_life = True
+        self.prefix = ""
+        """Of all tokens."""
         self.used: list[str] = []
         self.reused: list[str] = []
         self.forms: list[dict[str, str]] = []
@@ -192,8 +194,8 @@ class Authority(AuthorizationServer):  # type: ignore[misc]
         number = len(self.issued)
         token = Token(
             family,
-            f"access-{number}-{secrets.token_hex(6)}",
-            f"refresh-{number}-{secrets.token_hex(6)}" if refreshes else "",
+            f"{self.prefix}access-{number}-{secrets.token_hex(6)}",
+            f"{self.prefix}refresh-{number}-{secrets.token_hex(6)}" if refreshes else "",
             scope,
             time.monotonic() + (self.lives_s if lives_s is None else lives_s),
         )
