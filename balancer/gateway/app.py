@@ -236,7 +236,7 @@ class Gateway:
             await runner.cleanup()
         if self._ticker:
             self._ticker.cancel()
-        await self._keeper.close(_LAST_TOKENS_S)
+        await self._keeper.close(max(_LAST_TOKENS_S, ends_at - time.monotonic()))
         exported = self._tracing.close() if self._tracing is not None else None
         await self.balance.close(_LAST_SETTLES_S)
         self.metrics.flush()

@@ -46,7 +46,9 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _FIELDS = tuple(field.encode() for field in Grant.__struct_fields__)
-_KEPT_IN_RESTORE = ("seeds", "revision", "access", "refresh", "ends_ms", "due_ms", "renewed_ms")
+_KEPT_IN_RESTORE = (
+    *("state", "seeds", "revision", "access", "refresh", "ends_ms", "due_ms", "renewed_ms", "lease_until_ms", "fault"),
+)
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,13 +168,13 @@ class Grants:
         return bool(reply[0] == b"released")
 
     async def restore(self, provider: str, grant: Grant) -> bool:
-        """Puts back a grant of which the store has only an older one, or none; False where it has one as new."""
+        """Puts back a grant of which the store has only an older state, or none; False where it has one as new."""
         fields = [part for name in _KEPT_IN_RESTORE for part in (name, str(getattr(grant, name)))]
         reply = await self._run(
             "grant_restore",
             _keys_of(provider),
             {"provider": provider, "version": grant.version, "fence": grant.fence},
-            rest=["state", "ready" if grant.state == "asking" else grant.state, "fault", grant.fault, *fields],
+            rest=fields,
         )
         return bool(reply[0] == b"restored")
 

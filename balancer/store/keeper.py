@@ -69,6 +69,8 @@ class _Held(msgspec.Struct, kw_only=True):
     grant: Grant
     changes: int
     access_token: str = ""
+    is_written: bool = True
+    """False for tokens that the store is yet to be told."""
 
 
 class _Waiting(msgspec.Struct, kw_only=True):
@@ -250,15 +252,15 @@ class Keeper:
         uuid = provider.uuid
         found = await self._grants.load(uuid)
         held = self._held.get(uuid)
-        if held is not None and (found is None or found.version < held.grant.version):
-            if held.grant.state != "asking" and await self._grants.restore(uuid, held.grant):
+        if held is not None and (found is None or _place(found) < _place(held.grant)):
+            if held.is_written and await self._grants.restore(uuid, held.grant):
                 log.warning("the store had lost a provider's OAuth tokens, which were put back", provider=provider.name)
             return
         if found is not None:
             self._missed_since.pop(uuid, None)
             self._take(provider, found, changes)
 
-    def _take(self, provider: Provider, grant: Grant, changes: int) -> None:
+    def _take(self, provider: Provider, grant: Grant, changes: int, *, is_written: bool = True) -> None:
         uuid, held = provider.uuid, self._held.get(provider.uuid)
         access_token = held.access_token if held is not None else ""
         if held is None or held.grant.access != grant.access:
@@ -269,7 +271,7 @@ class Keeper:
         if held is None or held.grant.version != grant.version:
             self._wait_until.pop(uuid, None)
         is_other = held is None or held.access_token != access_token
-        self._held[uuid] = _Held(grant=grant, changes=changes, access_token=access_token)
+        self._held[uuid] = _Held(grant=grant, changes=changes, access_token=access_token, is_written=is_written)
         if is_other:
             self._events.changed(uuid)
 
@@ -412,7 +414,6 @@ class Keeper:
         refresh = (answer.refresh_token or refresh_token) if renewal.grant == "refresh_token" else ""
         before = self._held[uuid]
         grant = Grant(
-            state="asking",  # Until it is written.
             seeds=before.grant.seeds,
             revision=before.grant.revision,
             version=lease.version + 1,
@@ -422,9 +423,8 @@ class Keeper:
             ends_ms=oauth.ends_ms(lease.now_ms, answer.life_ms),
             due_ms=oauth.due_ms(lease.now_ms, answer.life_ms),
             renewed_ms=lease.now_ms,
-            lease_until_ms=lease.now_ms + _LEASE_MS,
         )
-        self._take(provider, grant, -1)
+        self._take(provider, grant, -1, is_written=False)
         if not await self._written(provider, lambda: self._grants.keep(uuid, grant)):
             del self._held[uuid]
             await self._read(provider, -1)
@@ -468,6 +468,11 @@ class Keeper:
         if self._faults.get(uuid) != message:
             self._faults[uuid] = message
             log.warning("OAuth tokens cannot be looked after", provider=uuid, reason=message)
+
+
+def _place(grant: Grant) -> tuple[int, int]:
+    """Where it is in its history."""
+    return grant.version, grant.fence
 
 
 def renewed_providers(providers: Sequence[Provider]) -> tuple[Provider, ...]:

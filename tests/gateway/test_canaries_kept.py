@@ -110,8 +110,8 @@ async def serving(url: str, folder: Path, raw: dict[str, Any]) -> AsyncIterator[
     await gateway.start([data], [(create_app(settings, gateway.balance, gateway.metrics), admin)])
     try:
         async with aiohttp.ClientSession() as session:
-            urls = (f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in (data, admin))
-            yield Planes(gateway, *urls, session)
+            url, admin_url = (f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in (data, admin))
+            yield Planes(gateway, url, admin_url, session)
     finally:
         await gateway.drain()
 

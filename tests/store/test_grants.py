@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from balancer.errors import StoreUnavailableError
+from balancer.store import keys
 from balancer.store.connection import Commands
 from balancer.store.grants import Asking, Grant, Grants, Lease
 from balancer.store.topology import Topology
@@ -21,7 +22,7 @@ ACCOUNT = "acct"
 
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("balancer.store.grants._REPLICA_MS", 20)
+    monkeypatch.setattr("balancer.store.grants._REPLICA_MS", 2)
 
 
 @pytest.fixture
@@ -158,6 +159,23 @@ async def test_what_the_store_lost_is_put_back_but_never_over_what_is_newer(gran
     kept = await grants.load(ACCOUNT)
     assert kept is not None
     assert (kept.access, kept.fence, kept.state) == ("sealed-new", lease.number + 1, "ready")
+
+
+async def test_an_intent_that_the_store_lost_is_put_back_before_another_has_it(grants: Grants, url: str) -> None:
+    before = await acquired(grants)
+    assert await grants.keep(ACCOUNT, tokens(before))
+    lost = await grants.load(ACCOUNT)
+    asking_again = await acquired(grants, refused_version=before.version + 1)
+    known = await grants.load(ACCOUNT)
+    assert lost is not None
+    assert known is not None
+    key = keys.grant(ACCOUNT)
+    await grants._commands.run(key, "HSET", key, "fence", lost.fence, "state", "ready", "lease_until_ms", 0)
+
+    assert await grants.restore(ACCOUNT, known)
+
+    assert (await grants.lease(asking("two", refused_version=known.version))).word == "held"
+    assert await grants.keep(ACCOUNT, tokens(asking_again, "b"))
 
 
 async def test_a_client_without_a_user_follows_the_newest_configuration(grants: Grants) -> None:
