@@ -29,7 +29,7 @@ async def authority() -> AsyncIterator[Authority]:
 def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeping, "_BEREFT_S", 0.05)
     monkeypatch.setattr(keeping, "POLL_S", 0.02)
-    monkeypatch.setattr("balancer.store.grants._REPLICA_MS", 1)
+    monkeypatch.setattr("balancer.store.grants._REPLICA_MS", 0)
 
 
 def an_oauth_document(authority: Authority, token: Token | None, **detail: Any) -> dict[str, Any]:

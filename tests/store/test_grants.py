@@ -22,7 +22,8 @@ ACCOUNT = "acct"
 
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("balancer.store.grants._REPLICA_MS", 2)
+    """A server without replicas looks ten times a second only whether it has waited for one long enough."""
+    monkeypatch.setattr("balancer.store.grants._REPLICA_MS", 0)
 
 
 @pytest.fixture
@@ -83,6 +84,15 @@ async def test_what_was_asked_for_is_kept_and_told_to_all(grants: Grants) -> Non
     fresh = await grants.lease(asking("two"))
     assert fresh.word == "fresh"
     assert 3_200_000 < fresh.number <= 3_300_000
+
+
+async def test_a_write_that_waits_for_a_replica_is_answered_like_any_other(
+    grants: Grants, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("balancer.store.grants._REPLICA_MS", 50)
+    lease = await acquired(grants)
+    assert await grants.keep(ACCOUNT, tokens(lease))
+    assert await grants.load(ACCOUNT) == tokens(lease)
 
 
 async def test_a_lost_reply_is_no_lost_lease(grants: Grants) -> None:

@@ -37,7 +37,7 @@ def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeping, "POLL_S", 0.02)
     monkeypatch.setattr(keeping, "_BEREFT_S", 0.06)
     monkeypatch.setattr(keeping, "_CLOSELY_S", 0.01)
-    monkeypatch.setattr("balancer.store.grants._REPLICA_MS", 1)
+    monkeypatch.setattr("balancer.store.grants._REPLICA_MS", 0)
 
 
 @pytest.fixture
