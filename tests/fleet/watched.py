@@ -103,11 +103,15 @@ LOADS = (
     Load(rule="claude-opus-5", clients=4, pause_s=0.2, path="/v1/messages", words=60),
     Load(rule="embeddings", clients=2, pause_s=0.15, path="/v1/embeddings"),
     Load(rule="summaries", clients=2, pause_s=0.3, words=120),
+    Load(rule="reviews", clients=1, pause_s=0.3),
 )
 
 
 def a_document(accounts: Mapping[str, Account], pace: Pace, authority: Authority) -> Json:
-    """Five rules in two pools, of every tactic that has a threshold or a share, and an account that is OAuth's."""
+    """Six rules in two pools, of every tactic that has a threshold or a share; one of them needs translation.
+
+    One account, which none of them needs, is OAuth's.
+    """
     breaker = {"failures": 3, "open_s": 1, "successes": 2}
     price = {"input": 1.25, "output": 10, "cached": 0.125}
 
@@ -125,7 +129,7 @@ def a_document(accounts: Mapping[str, Account], pace: Pace, authority: Authority
         return [{"provider": name} for name in names]
 
     openai = ("anna-openai", "boris-openai", "chen-openai")
-    anthropic = ("anna-anthropic", "boris-anthropic")
+    anthropic = ("anna-anthropic", "boris-anthropic", "chen-anthropic")
     return {
         "providers": [
             *(provider(name, price=price) for name in openai),
@@ -165,7 +169,7 @@ def a_document(accounts: Mapping[str, Account], pace: Pace, authority: Authority
             rule(
                 "claude-opus-5",
                 "hybrid",
-                of(*anthropic),
+                of(*anthropic[:2]),
                 {"request_threshold": 4 * pace.streak, "token_threshold": 2 * pace.window_tokens},
                 scenario="anthropic",
                 session_affinity=60,
@@ -178,6 +182,7 @@ def a_document(accounts: Mapping[str, Account], pace: Pace, authority: Authority
                 pool="batch",
             ),
             rule("summaries", "round_robin", of("dora"), on_store_loss="closed"),
+            rule("reviews", "round_robin", of("chen-anthropic")),
         ],
     }
 

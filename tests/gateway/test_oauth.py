@@ -67,6 +67,20 @@ async def test_a_refused_token_is_replaced_and_the_request_sent_again_and_counte
     assert gateway.gateway.metrics.attempts.totals() == {("default", "gpt", "up:up-model", "success"): 1.0}
 
 
+async def test_what_is_not_counted_is_sent_again_too(serve: Serve, authority: Authority) -> None:
+    first = authority.logs_in()
+    document = an_oauth_document(authority, first)
+    document["providers"][1] |= {name: document["providers"][0].pop(name) for name in ("auth_type", "oauth_detail")}
+    gateway = await serve(document)
+    await is_followed(gateway)
+    authority.revoke(first.access)
+    body = {"model": "claude", "messages": [{"role": "user", "content": "hello"}]}
+    url = f"{gateway.url}/anthropic/v1/messages/count_tokens"
+    async with gateway.session.post(url, json=body) as response:
+        assert response.status == 200
+    assert authority.asked == [first.access, authority.newest.access]
+
+
 async def test_where_no_other_token_is_to_be_had_the_refusal_is_the_answer(serve: Serve, authority: Authority) -> None:
     first = authority.logs_in()
     gateway = await serve(an_oauth_document(authority, first))
