@@ -128,7 +128,7 @@ class Handlers:
                 await self._forwarder.count_tokens(request, wanted, rule, service, stream, translation, peek)
                 outcome = Outcome.SUCCESS
             else:
-                course = await self._course(rule, peek, wanted, request.request_id, translation)
+                course = await self._course(rule, peek, wanted, request.request_id)
                 outcome = await self._forwarder.forward(request, wanted, course, peek, stream, translation, begun)
         except ConfigurationError as exc:
             outcome, refusal = Outcome.FAILED, exc
@@ -229,19 +229,17 @@ class Handlers:
             raise NoServiceError(f"{what} has no active service with an enabled provider")
         return rule, peek
 
-    async def _course(
-        self, rule: Rule, peek: bodies.Peek, wanted: Route, request_id: str, translation: Translation
-    ) -> Course:
+    async def _course(self, rule: Rule, peek: bodies.Peek, wanted: Route, request_id: str) -> Course:
         """The way of a request, which is short where it goes on from a response: only one service has that."""
         directory = self._source.snapshot()
 
         def find(uuid: str) -> Rule | None:
-            """The rule, if it can serve the request: not gone, off, empty, or without a service that can be asked."""
+            """The rule, if it can serve requests: not gone, off, or empty."""
             other = directory.by_uuid.get(uuid)
             if other is None or not other.active:
                 return None
             plan = self._plans.routed(self._plans.of(other), peek, request_id=request_id)
-            return plan.rule if plan.usable and translation.fits(plan) else None
+            return plan.rule if plan.usable else None
 
         previous = _previous(peek, wanted)
         if not previous:

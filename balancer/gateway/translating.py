@@ -80,14 +80,6 @@ class Translation:
             raise refusal
         return tuple(barred)
 
-    def fits(self, plan: Plan) -> bool:
-        """True when some service of the plan can be asked."""
-        try:
-            self.barred(plan)
-        except RequestError:
-            return False
-        return True
-
     def to(self, provider: Provider, model: str) -> Translated | None:
         """The request as that service gets it, None where it gets the client's own. Raises RequestError."""
         if is_native(self._api, provider):

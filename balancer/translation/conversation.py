@@ -221,7 +221,11 @@ class Target(Struct, frozen=True, kw_only=True):
 
 
 class Written(Struct, frozen=True, kw_only=True):
-    """A request as it goes upstream, and the paths, in the client's words, of what was left out of it by rule."""
+    """A request as it goes upstream, and the paths, in the client's words, of what was left out of it by rule.
+
+    `betas` are those of Anthropic's that its body needs named in the header `anthropic-beta`.
+    """
 
     body: bytes
     left_out: tuple[str, ...] = ()
+    betas: tuple[str, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from typing import Any
 
 import pytest
@@ -226,11 +227,43 @@ async def test_the_attempt_is_settled_before_the_last_byte_is_sent(serve: Serve,
 
 
 async def test_a_connection_is_used_again_behind_a_translated_stream(serve: Serve, upstream: Upstream) -> None:
+    """Its last event comes before the end of the connection's answer: who closes it then has to connect anew."""
     gateway = await serve(a_mixed_document(upstream, rules=ANT))
-    upstream.streams(anthropic_events())
+    whole = anthropic_events()
     for _ in range(3):
-        await ask(gateway, CHAT, stream=True)
+        gate = asyncio.Event()
+        upstream.streams([*whole, b": bye\n\n"], gates={len(whole): gate})
+        body = {"model": "m", "stream": True} | ASKS[CHAT]
+        async with gateway.session.post(f"{gateway.url}/openai{CHAT}", json=body) as answer:
+            await until(answer, lambda seen: b"[DONE]" in seen)
+            gate.set()
+            assert await answer.content.read() == b""
     assert upstream.connections == 1
+
+
+async def test_a_stream_may_be_cut_anywhere_on_its_way(serve: Serve, upstream: Upstream) -> None:
+    gateway = await serve(a_mixed_document(upstream, rules=ANT))
+    whole = b"".join(anthropic_events())
+    upstream.sends(STREAM_HEAD, *(chunk(whole[at : at + 7]) for at in range(0, len(whole), 7)), b"0\r\n\r\n")
+    _, _, body = await ask(gateway, CHAT, stream=True)
+    assert (text_of_events(CHAT, told(body)), is_closed(CHAT, told(body))) == ("w0w1w2", True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_coding_that_was_not_asked_for_is_read_all_the_same(
+    serve: Serve, upstream: Upstream, stream: bool
+) -> None:
+    gateway = await serve(a_mixed_document(upstream, rules=ANT))
+    if stream:
+        packed = gzip.compress(b"".join(anthropic_events()))
+        upstream.streams([packed[:50], packed[50:]], headers=(("Content-Encoding", "gzip"),))
+    else:
+        upstream.answers(body=gzip.compress(MESSAGE), headers=(("Content-Encoding", "gzip"),))
+    _, headers, body = await ask(gateway, CHAT, stream=stream)
+    assert "content-encoding" not in headers
+    assert (text_of_events(CHAT, told(body)) if stream else text_of(CHAT, decoded(body))) == (
+        "w0w1w2" if stream else "hi"
+    )
 
 
 # -- what was not asked for --------------------------------------------------------------------------------------------

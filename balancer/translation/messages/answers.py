@@ -13,6 +13,7 @@ from balancer.translation.answer import Answer, Echo, Said
 from balancer.translation.conversation import Call, Refusal, Target, Text, Thinking
 from balancer.translation.messages.citing import Location, location
 from balancer.translation.messages.ending import NULL, STOPS, counts, reason, usage
+from balancer.translation.messages.ids import NewIds
 from balancer.translation.messages.turns import arguments
 
 
@@ -121,7 +122,8 @@ def _said(raw: msgspec.Raw, vendor: str) -> Said | None:
 
 def write_answer(answer: Answer, echo: Echo) -> bytes:
     """The answer as a message."""
-    blocks = [block for part in answer.parts if (block := _written(part)) is not None]
+    ids = NewIds(echo.id)
+    blocks = [block for part in answer.parts if (block := _written(part, ids)) is not None]
     calls = any(isinstance(part, Call) for part in answer.parts)
     refuses = any(isinstance(part, Refusal) for part in answer.parts)
     return _encoder.encode(
@@ -138,7 +140,7 @@ def write_answer(answer: Answer, echo: Echo) -> bytes:
     )
 
 
-def _written(part: Said) -> dict[str, object] | None:
+def _written(part: Said, ids: NewIds) -> dict[str, object] | None:
     match part:
         case Text():
             if not part.text:
@@ -156,7 +158,7 @@ def _written(part: Said) -> dict[str, object] | None:
                 return {"type": "redacted_thinking", "data": sealed}
             return {"type": "thinking", "thinking": part.text, "signature": sealed}
         case Call():
-            return {"type": "tool_use", "id": part.id, "name": part.name, "input": arguments(part.arguments)}
+            return {"type": "tool_use", "id": ids.of(part.id), "name": part.name, "input": arguments(part.arguments)}
         case Refusal():
             return {"type": "text", "text": part.text} if part.text else None
     assert_never(part)

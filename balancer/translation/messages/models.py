@@ -78,14 +78,17 @@ class Traits(Struct, frozen=True, kw_only=True):
     @property
     def has_schemas(self) -> bool:
         """True when it holds its answers, and its calls of strict tools, to a schema."""
-        return self.is_claude and (self.version >= (4, 5) or (self.line == "opus" and self.version == (4, 1)))
+        return self.is_claude and self.version >= (4, 5)
 
     @property
     def can_be_forced(self) -> bool:
         """True when the model may be told to call a tool."""
-        if not self.is_claude or self.version == _LATEST:
-            return True
-        return self.version < ((5, 1) if self.line in _ALWAYS_THINK else (5, 5)) or self.line in ("sonnet", "haiku")
+        return not self.binds_thoughts or self.version == _LATEST or self.line in ("sonnet", "haiku")
+
+    @property
+    def binds_thoughts(self) -> bool:
+        """True when a thought that comes back must have before it just what it had when the model thought it."""
+        return self.is_claude and self.version >= ((5, 1) if self.line in _ALWAYS_THINK else (5, 5))
 
     @property
     def continues(self) -> bool:

@@ -30,6 +30,7 @@ from balancer.translation.answer import (
 from balancer.translation.conversation import Citation
 from balancer.translation.messages.citing import location
 from balancer.translation.messages.ending import reason, usage
+from balancer.translation.messages.ids import NewIds
 
 _encode = msgspec.json.Encoder().encode
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -85,6 +86,7 @@ class StreamWriter:
         self._open: _Block | None = None
         self._waiting: list[_Block] = []
         self._calls: dict[int, _Block] = {}
+        self._ids = NewIds(echo.id)
         self._refuses = False
         self._usage: Counts | None = None
         self._stop: Stop = "end"
@@ -110,7 +112,12 @@ class StreamWriter:
             case ThinkingDelta():
                 self._thinking(step.text, step.begins, out)
             case CallBegan():
-                begins: dict[str, object] = {"type": "tool_use", "id": step.id, "name": step.name, "input": {}}
+                begins: dict[str, object] = {
+                    "type": "tool_use",
+                    "id": self._ids.of(step.id),
+                    "name": step.name,
+                    "input": {},
+                }
                 self._calls[step.index] = self._begin("tool_use", begins, out)
             case Signed():
                 self._signed(step, out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import assert_never
@@ -24,10 +23,10 @@ from balancer.translation.conversation import (
     Turn,
     UntranslatableError,
 )
+from balancer.translation.messages.ids import KnownIds
 
 Block = dict[str, object]
 
-_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 _IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
 _MAGIC = {"/9j/": "image/jpeg", "iVBORw0KGgo": "image/png", "R0lGOD": "image/gif", "UklGR": "image/webp"}
@@ -42,16 +41,21 @@ GO_ON = "(Go on.)"
 class Turns:
     """Turns one by one into messages; neighbours of one role are one message. `left_out` grows on the way."""
 
-    def __init__(self, vendor: str, *, takes_unsigned: bool) -> None:
+    def __init__(self, vendor: str, *, takes_thoughts: bool, takes_unsigned: bool) -> None:
         self._vendor = vendor
+        self._takes_thoughts = takes_thoughts
         self._takes_unsigned = takes_unsigned
+        self._ids = KnownIds()
         self.messages: list[tuple[str, list[Block]]] = []
         self.left_out: list[str] = []
+        self.has_thoughts = False
 
     def write(self, turns: Iterable[Turn]) -> None:
         """Puts the turns into `messages`. Raises UntranslatableError for a part that no message can hold."""
         for turn in turns:
             role = "assistant" if turn.role == "assistant" else "user"
+            if role == "assistant" and self.messages and self.messages[-1][0] == "user":
+                self._ids.forget()
             blocks = self._reminder(turn) if turn.role == "system" else self._blocks(turn)
             if not blocks:
                 continue
@@ -124,7 +128,7 @@ class Turns:
                 return _with_cache(
                     {
                         "type": "tool_use",
-                        "id": call_id(part.id),
+                        "id": self._ids.of_call(part.id),
                         "name": name(part.name, part.at),
                         "input": _input(part),
                     },
@@ -135,9 +139,11 @@ class Turns:
         assert_never(part)
 
     def _thinking(self, part: Thinking) -> Block | None:
-        if part.vendor != self._vendor or not (part.signature or self._takes_unsigned):
+        is_taken = self._takes_thoughts and bool(part.signature or self._takes_unsigned)
+        if part.vendor != self._vendor or not is_taken:
             self.left_out.append(part.at)
             return None
+        self.has_thoughts = True
         if part.is_redacted:
             return {"type": "redacted_thinking", "data": part.signature}
         return {"type": "thinking", "thinking": part.text, "signature": part.signature}
@@ -150,7 +156,7 @@ class Turns:
                 content.append(block)
         if part.is_error and not content:
             content.append({"type": "text", "text": "Error"})
-        block = {"type": "tool_result", "tool_use_id": call_id(part.call_id)}
+        block = {"type": "tool_result", "tool_use_id": self._ids.of_result(part.call_id)}
         if content:
             block["content"] = content
         if part.is_error:
@@ -192,13 +198,6 @@ def texts(parts: Sequence[Text]) -> list[Block]:
 def cache_control(cache: Cache) -> Block:
     """What asks for a cache."""
     return {"type": "ephemeral", "ttl": "1h"} if cache == "1h" else {"type": "ephemeral"}
-
-
-def call_id(id_: str) -> str:
-    """A call's id as Anthropic takes it: itself, or the same digest of it for a call and for its result."""
-    if _ID.fullmatch(id_):
-        return id_
-    return f"toolu_{hashlib.sha256(id_.encode()).hexdigest()[:24]}"
 
 
 def name(name: str, at: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import msgspec
 
 from balancer import lenient
@@ -27,6 +29,10 @@ class _Message(msgspec.Struct):
     role: str | None = None
     content: str | list[msgspec.Raw] | None = None
 
+    def kinds(self) -> list[str]:
+        """The types of its blocks."""
+        return ["text"] if isinstance(self.content, str) else [_type(block) for block in self.content or ()]
+
 
 class _Typed(msgspec.Struct):
     type: str | None = None
@@ -41,22 +47,26 @@ _encode = msgspec.json.Encoder().encode
 
 
 def without_foreign(body: bytes) -> bytes:
-    """The request without the thoughts that carry our mark; as it is when there are none, or it cannot be read.
+    """The request without what Anthropic refuses of other vendors' answers in it; as it is when there is nothing.
 
-    Anthropic refuses what it did not sign. A turn that held nothing else goes with them: it takes the user's turns
-    around it as one. And where a model that is told a budget lost the thoughts before the calls whose results end the
-    request, which it insists on, it does not think this time. All else stays as it came, to the byte.
+    Thoughts that carry our mark go; a turn that held nothing else goes with them: the user's turns around it count as
+    one. And a model that is told a budget does not think this time, where the calls whose results end the request come
+    without the thoughts that it insists on: they were another model's. All else stays as it came, to the byte.
     """
+    if marks.PREFIX_BYTES not in body and b'"enabled"' not in body:
+        return body
     try:
         request = lenient.decode(_object, body)
         messages = lenient.decode(_list, request["messages"])
         kept = [mended for raw in messages if (mended := _without_foreign(raw)) is not None]
-        if all(new is old for new, old in zip(kept, messages, strict=False)) and len(kept) == len(messages):
-            return body
-        request["messages"] = msgspec.Raw(_encode(kept))
+        is_whole = len(kept) == len(messages) and all(map(operator.is_, kept, messages))
         if _thinks_by_budget(request) and _lacks_thoughts(kept):
             del request["thinking"]
             _keep_thinking(request)
+        elif is_whole:
+            return body
+        if not is_whole:
+            request["messages"] = msgspec.Raw(_encode(kept))
     except (KeyError, *lenient.UNREADABLE):
         return body
     return _encode(request)
@@ -99,14 +109,17 @@ def _thinks_by_budget(request: dict[str, msgspec.Raw]) -> bool:
 
 def _lacks_thoughts(messages: list[msgspec.Raw]) -> bool:
     """True when results of tools end the request, and the turn with their calls does not begin with a thought."""
-    if len(messages) < 2:
+    read = [lenient.decode(_message, raw) for raw in messages]
+    calls = len(read)
+    while calls and read[calls - 1].role != "assistant":
+        calls -= 1
+    if not any(kind == "tool_result" for message in read[calls:] for kind in message.kinds()):
         return False
-    last, before = (lenient.decode(_message, raw) for raw in (messages[-1], messages[-2]))
-    if not isinstance(last.content, list) or not isinstance(before.content, list) or before.role != "assistant":
-        return False
-    if not any(_type(block) == "tool_result" for block in last.content):
-        return False
-    return _type(before.content[0]) not in ("thinking", "redacted_thinking") if before.content else False
+    kinds: list[str] = []
+    while calls and read[calls - 1].role == "assistant":
+        calls -= 1
+        kinds = [*read[calls].kinds(), *kinds]
+    return bool(kinds) and kinds[0] not in ("thinking", "redacted_thinking")
 
 
 def _keep_thinking(request: dict[str, msgspec.Raw]) -> None:

@@ -15,7 +15,7 @@ from balancer.translation.conversation import (
     Written,
 )
 from balancer.translation.messages.models import Traits, effort_of, traits
-from balancer.translation.messages.schemas import closed
+from balancer.translation.messages.schemas import held
 from balancer.translation.messages.turns import Block, Turns, cache_control, name, texts
 
 _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -23,6 +23,7 @@ _ENCODER = msgspec.json.Encoder()
 _LONGEST_USER = 256
 _LEAST_ANSWER = 1024
 _CUSTOM_SCHEMA = msgspec.Raw(b'{"type":"object","properties":{"input":{"type":"string"}},"required":["input"]}')
+_BINDING_BETA = "thinking-binding-controls-2026-08-01"
 _ANY_OBJECT = "Answer with one JSON object and nothing else."
 _OBJECT_OF_SCHEMA = "Answer with one JSON value that this JSON Schema describes, and nothing else:"
 
@@ -45,15 +46,22 @@ class _Request:
 
     def written(self) -> Written:
         asked = self._asked
-        turns = Turns(self._target.vendor, takes_unsigned=not self._traits.is_claude)
+        takes = self._traits
+        is_off = asked.reasoning is not None and asked.reasoning.effort == "none" and takes.off is not None
+        turns = Turns(
+            self._target.vendor,
+            takes_thoughts=not (takes.binds_thoughts and is_off),
+            takes_unsigned=not takes.is_claude,
+        )
         turns.write(asked.turns)
         self._left_out += turns.left_out
         thinks = self._write_reasoning(turns)
         if turns.ends_with_assistant():
-            if self._traits.continues and not thinks:
+            if takes.continues and not thinks:
                 turns.prefill()
             else:
                 turns.go_on()
+        betas = self._loosen() if turns.has_thoughts and takes.binds_thoughts else ()
         self._write_system()
         self._body["messages"] = [{"role": role, "content": blocks} for role, blocks in turns.messages]
         self._write_tools()
@@ -66,7 +74,8 @@ class _Request:
                 self._body["metadata"] = {"user_id": asked.user}
         if asked.stream:
             self._body["stream"] = True
-        return Written(body=_ENCODER.encode(self._body), left_out=tuple(dict.fromkeys(self._left_out)))
+        body = _ENCODER.encode(self._body)
+        return Written(body=body, left_out=tuple(dict.fromkeys(self._left_out)), betas=betas)
 
     def _leave_out(self, field: str) -> None:
         self._left_out.append(self._asked.field(field))
@@ -87,8 +96,14 @@ class _Request:
         """Asks for an answer of this form; what a model does not know by itself, it is told: the text comes back."""
         if format_.schema is None:
             return _ANY_OBJECT
-        if self._traits.has_schemas:
-            self._output()["format"] = {"type": "json_schema", "schema": closed(format_.schema)}
+        schema = held(format_.schema) if self._traits.has_schemas else None
+        if schema is not None:
+            if not schema.is_whole:
+                self._left_out.append(f"{format_.at}.schema")
+            self._output()["format"] = {
+                "type": "json_schema",
+                "schema": format_.schema if schema.is_same else schema.schema,
+            }
             return ""
         if format_.is_strict:
             self._left_out.append(f"{format_.at}.strict")
@@ -165,6 +180,15 @@ class _Request:
             thinking["display"] = "omitted"
         self._body["thinking"] = thinking
 
+    def _loosen(self) -> tuple[str, ...]:
+        """Lets thoughts that do not fit be dropped, where the request would be refused for them.
+
+        The client's API may hold what the model said in another order, or join two texts of it.
+        """
+        thinking: Block = self._body.setdefault("thinking", {"type": "adaptive"})  # type: ignore[assignment]
+        thinking["block_binding"] = {"prefix_mismatch_behavior": "drop_block"}
+        return (_BINDING_BETA,)
+
     # -- tools ---------------------------------------------------------------------------------------------------------
 
     def _write_tools(self) -> None:
@@ -203,10 +227,12 @@ class _Request:
             block["input_schema"] = _CUSTOM_SCHEMA
         else:
             block["input_schema"] = _schema(tool)
-            if tool.is_strict and self._traits.has_schemas:
-                block["strict"] = True
-            elif tool.is_strict:
-                self._left_out.append(f"{tool.at}.strict")
+            if tool.is_strict:
+                schema = held(tool.schema) if self._traits.has_schemas else None
+                if schema is not None and schema.is_same:
+                    block["strict"] = True
+                else:
+                    self._left_out.append(f"{tool.at}.strict")
         if description:
             block["description"] = description
         if tool.cache:

@@ -61,12 +61,14 @@ def request_of(body: bytes) -> dict[str, Any]:
     return request
 
 
-def events_of(stream: bytes) -> list[dict[str, Any]]:
-    """A stream's events, decoded; each is named as its data says, and blocks follow one behind the other."""
+def events_of(stream: bytes, *, opened: int | None = None) -> list[dict[str, Any]]:
+    """A stream's events, decoded; each is named as its data says, and blocks follow one behind the other.
+
+    `opened` is the block that is open before them.
+    """
     parser = sse.Parser()
     found: list[dict[str, Any]] = []
-    opened: int | None = None
-    blocks = 0
+    blocks = 0 if opened is None else opened + 1
     for event in parser.feed(stream):
         data = msgspec.json.decode(event.data)
         assert event.name == data["type"]

@@ -111,7 +111,7 @@ def test_an_answer_is_written() -> None:
             Text(text="a", citations=(Citation(url="https://a.example", title="A", quote="q"), Citation(document=0))),
             Text(text=""),
             Thinking(vendor="google"),
-            Call(id="call_1", name="f", arguments='{"a":1}'),
+            Call(id="call_x1", name="f", arguments='{"a":1}'),
         ),
         stop="tool",
         usage=Counts(input=10, output=5, cached=4, reasoning=2),
@@ -138,7 +138,7 @@ def test_an_answer_is_written() -> None:
                     }
                 ],
             },
-            {"type": "tool_use", "id": "call_1", "name": "f", "input": {"a": 1}},
+            {"type": "tool_use", "id": "call_x1", "name": "f", "input": {"a": 1}},
         ],
         "stop_reason": "tool_use",
         "stop_sequence": None,

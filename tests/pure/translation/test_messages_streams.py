@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -384,7 +385,7 @@ def test_a_whole_stream_is_what_the_sdk_accumulates() -> None:
             TextDelta(text="Hi"),
             Pinged(),
             TextDelta(text=" there"),
-            CallBegan(index=0, id="call_1", name="f"),
+            CallBegan(index=0, id="call_x1", name="f"),
             CallDelta(index=0, arguments='{"a":'),
             CallDelta(index=0, arguments='"b"}'),
             Stopped(stop="tool"),
@@ -400,7 +401,7 @@ def test_a_whole_stream_is_what_the_sdk_accumulates() -> None:
         "content": [
             {"type": "thinking", "thinking": "hm", "signature": "balancer:google:s"},
             {"type": "text", "text": "Hi there"},
-            {"type": "tool_use", "id": "call_1", "name": "f", "input": {"a": "b"}},
+            {"type": "tool_use", "id": "call_x1", "name": "f", "input": {"a": "b"}},
         ],
         "stop_reason": "tool_use",
         "usage": {
@@ -432,9 +433,9 @@ def test_each_step_is_told_at_once() -> None:
     for step in (
         TextDelta(text="a"),
         ThinkingDelta(text="b"),
-        CallBegan(index=0, id="1", name="f"),
+        CallBegan(index=0, id="x1", name="f"),
         CallDelta(index=0, arguments="{}"),
-        CallBegan(index=1, id="2", name="g"),
+        CallBegan(index=1, id="x2", name="g"),
         CallDelta(index=1, arguments="{}"),
     ):
         assert writer.write([step]) != b"", step
@@ -508,8 +509,8 @@ def test_whatever_interleaves_the_client_gets_whole_blocks_in_the_order_in_which
             case "begin" if len(begun) < len(calls):
                 index = len(begun)
                 begun.append(index)
-                steps.append(CallBegan(index=index, id=f"id{index}", name="f"))
-                expected.append({"type": "tool_use", "id": f"id{index}", "name": "f", "input": calls[index]})
+                steps.append(CallBegan(index=index, id=f"id{index}x", name="f"))
+                expected.append({"type": "tool_use", "id": f"id{index}x", "name": "f", "input": calls[index]})
             case "argue" if running:
                 index = draw.choice(running)
                 cut = draw.randrange(1, len(rest[index]) + 1)
@@ -524,6 +525,40 @@ def test_whatever_interleaves_the_client_gets_whole_blocks_in_the_order_in_which
             case _:
                 pass
     assert contents(*steps) == expected
+
+
+def test_the_next_call_is_told_as_soon_as_the_one_before_it_is_whole() -> None:
+    writer = StreamWriter(ECHO)
+    writer.write([Started(), CALLS[0], CALLS[1], CallDelta(index=1, arguments='{"n"'), CALLS[2]])
+    assert b"content_block_start" not in writer.write([CallDelta(index=0, arguments='{"n":')])
+    told = events_of(writer.write([CallDelta(index=0, arguments="0}")]), opened=0)
+    assert [event["type"] for event in told] == [
+        "content_block_delta",
+        "content_block_stop",
+        "content_block_start",
+        "content_block_delta",
+    ]
+    assert told[-1]["delta"]["partial_json"] == '{"n"'
+
+
+@pytest.mark.parametrize("id_", ["", "call_0", "0", "functions.f:0", "x" * 65])
+def test_an_id_that_anthropic_would_refuse_or_that_may_come_again_is_another_one(id_: str) -> None:
+    """A client may go on with Anthropic itself, which refuses an id that was there before."""
+    steps = (
+        CallBegan(index=0, id=id_, name="f"),
+        CallDelta(index=0, arguments="{}"),
+        CallBegan(index=1, id=id_, name="f"),
+    )
+    ids = [block["id"] for block in contents(*steps)]
+    assert len(set(ids)) == 2
+    assert all(re.fullmatch("toolu_[0-9a-f]{24}", found) for found in ids)
+
+
+def test_other_ids_stay_unless_they_come_twice() -> None:
+    ids = ["call_00_Xk2", "chatcmpl-tool-1f", "toolu_01D7", "Ab3dE6gH9", "fc_1f2e", "Ab3dE6gH9"]
+    found = [block["id"] for block in contents(*(CallBegan(index=i, id=id_, name="f") for i, id_ in enumerate(ids)))]
+    assert found[:-1] == ids[:-1]
+    assert found[-1].startswith("toolu_")
 
 
 def test_a_brace_within_a_string_does_not_make_a_call_whole() -> None:
@@ -684,9 +719,9 @@ def test_what_is_written_is_read_as_it_was() -> None:
         Signed(signature="balancer:google:s", vendor="anthropic"),
         TextDelta(text="a"),
         TextDelta(text="b", begins=True),
-        CallBegan(index=0, id="1", name="f"),
+        CallBegan(index=0, id="x1", name="f"),
         CallDelta(index=0, arguments='{"a":1}'),
-        CallBegan(index=1, id="2", name="g"),
+        CallBegan(index=1, id="x2", name="g"),
         CallDelta(index=1, arguments="{}"),
         Stopped(stop="tool"),
         Counted(usage=Counts(input=10, output=5, cached=4)),

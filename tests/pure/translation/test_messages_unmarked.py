@@ -84,9 +84,15 @@ def test_a_budget_of_thoughts_is_taken_off_where_the_calls_lost_theirs() -> None
     """Anthropic refuses results whose calls come without thoughts, when thinking is on by a budget."""
     thinking = {"type": "enabled", "budget_tokens": 2000}
     running = [ASKED, assistant(FOREIGN, CALL), RESULTS]
-    request = mended(*running, thinking=thinking, context_management=EDITS)
-    assert "thinking" not in request
-    assert request["context_management"] == {"edits": EDITS["edits"][1:]}
+    for turns in (
+        (assistant(FOREIGN, CALL), RESULTS),
+        (assistant(CALL), RESULTS),
+        (assistant(TEXT), assistant(OWN, CALL), RESULTS),
+        (assistant(CALL), RESULTS, ASKED, {"role": "system", "content": "balancer:"}),
+    ):
+        request = mended(ASKED, *turns, thinking=thinking, context_management=EDITS)
+        assert "thinking" not in request
+        assert request["context_management"] == {"edits": EDITS["edits"][1:]}
     only = {"edits": EDITS["edits"][:1]}
     assert "context_management" not in mended(*running, thinking=thinking, context_management=only)
 
@@ -100,6 +106,9 @@ def test_a_budget_of_thoughts_is_taken_off_where_the_calls_lost_theirs() -> None
             {"type": "enabled", "budget_tokens": 2000},
         ),
         ([ASKED, assistant(FOREIGN, OWN, CALL), RESULTS], {"type": "enabled", "budget_tokens": 2000}),
+        ([ASKED, assistant(FOREIGN, OWN), assistant(CALL), RESULTS, ASKED], {"type": "enabled", "budget_tokens": 2000}),
+        ([RESULTS, assistant(FOREIGN)], {"type": "enabled", "budget_tokens": 2000}),
+        ([ASKED, assistant(FOREIGN)], {"type": "enabled", "budget_tokens": 2000}),
     ],
 )
 def test_else_it_thinks_as_it_was_asked_to(messages: list[dict[str, Any]], thinking: dict[str, Any]) -> None:

@@ -184,7 +184,7 @@ def test_a_limit_is_told_where_the_client_tells_none(model: str, most: int) -> N
         (
             Call(id="fc.1:2", name="f", arguments="{}"),
             "assistant",
-            {"type": "tool_use", "id": "toolu_7a1f8b421706411440f47a1e", "name": "f", "input": {}},
+            {"type": "tool_use", "id": "toolu_fc1f33f919590821790fc388", "name": "f", "input": {}},
         ),
         (
             Result(call_id="a", content=(Text(text=" "), Text(text="r")), is_error=True, cache="5m"),
@@ -232,6 +232,22 @@ def test_a_call_and_its_result_get_the_same_new_id() -> None:
     )
     assert called["content"][0]["id"] == results["content"][0]["tool_use_id"]
     assert called["content"][0]["id"].startswith("toolu_")
+
+
+def test_an_id_that_comes_again_is_another_one() -> None:
+    """Some services count their calls anew in each answer, and Anthropic refuses an id that was there before."""
+    loop = (a_turn("assistant", Call(id="c0", name="f"), Call(id="c0", name="g")),)
+    results = (Result(call_id="c0", content=(Text(text="f"),)), Result(call_id="c0", content=(Text(text="g"),)))
+    turns = (HI, *loop, a_turn("user", *results), *loop, a_turn("user", results[0]), *loop, a_turn("user", *results))
+    found = messages(*turns)
+    calls = [[block["id"] for block in message["content"]] for message in found if message["role"] == "assistant"]
+    gave = [
+        [block["tool_use_id"] for block in message["content"]] for message in found[1:] if message["role"] == "user"
+    ]
+    assert calls[0][0] == "c0"
+    assert len({id_ for ids in calls for id_ in ids}) == 6
+    assert gave == [calls[0], calls[1][:1], calls[2]]
+    assert messages(*turns[:3])[:3] == found[:3], "what was written once is written so again: it is in a cache"
 
 
 @pytest.mark.parametrize(
@@ -375,6 +391,44 @@ def test_thoughts_with_nothing_behind_them_are_left_out() -> None:
         ["text"],
         ["text"],
     ]
+
+
+DROPS = {"prefix_mismatch_behavior": "drop_block"}
+
+
+@pytest.mark.parametrize(
+    ("model", "reasoning", "thinking"),
+    [
+        ("claude-opus-5-5", None, {"type": "adaptive", "block_binding": DROPS}),
+        ("claude-fable-5-1", Reasoning(effort="none"), {"type": "adaptive", "block_binding": DROPS}),
+        (
+            "claude-haiku-5-5",
+            Reasoning(effort="low"),
+            {"type": "adaptive", "display": "summarized", "block_binding": DROPS},
+        ),
+        ("claude-opus-5", None, None),
+        (NEW, None, None),
+        (OLD, None, None),
+    ],
+)
+def test_thoughts_that_do_not_fit_any_more_are_dropped_where_they_are_bound_to_what_was_before_them(
+    model: str, reasoning: Reasoning | None, thinking: object
+) -> None:
+    """A chat client joins two texts of an answer into one; the newest models refuse the thoughts behind them."""
+    turns = (HI, a_turn("assistant", THOUGHT, Text(text="x")), HI)
+    found = write(model, turns=turns, reasoning=reasoning)
+    request = msgspec.json.decode(found.body)
+    assert request.get("thinking") == thinking
+    assert found.betas == (("thinking-binding-controls-2026-08-01",) if thinking else ())
+    assert write(model, reasoning=reasoning).betas == ()
+
+
+def test_a_model_that_binds_its_thoughts_gets_none_where_it_is_not_to_think() -> None:
+    turns = (HI, a_turn("assistant", THOUGHT, Text(text="x")), HI)
+    request, left_out = written("claude-sonnet-5-5", turns=turns, reasoning=Reasoning(effort="none"))
+    assert request["thinking"] == {"type": "between_tools"}
+    assert request["messages"][1]["content"] == [{"type": "text", "text": "x"}]
+    assert left_out == (THOUGHT.at,)
 
 
 ADAPTIVE = {"type": "adaptive", "display": "summarized"}
@@ -635,12 +689,11 @@ def test_a_choice_among_no_tools_is_none() -> None:
     [
         (F, {"name": "f", "input_schema": {"type": "object", "properties": {}}}),
         (
-            Tool(name="f", description="d", schema=msgspec.Raw(b'{"properties":{}}'), is_strict=True, cache="1h"),
+            Tool(name="f", description="d", schema=msgspec.Raw(b'{"properties":{}}'), cache="1h"),
             {
                 "name": "f",
                 "description": "d",
                 "input_schema": {"type": "object", "properties": {}},
-                "strict": True,
                 "cache_control": {"type": "ephemeral", "ttl": "1h"},
             },
         ),
@@ -669,20 +722,37 @@ def test_a_schema_that_is_no_object_is_refused() -> None:
     assert refused.value.param == "tools[0]"
 
 
-SCHEMA = b'{"type":"object","properties":{"type":{"type":"object"},"n":{"enum":[{"type":"object"}]}}}'
-CLOSED = {
-    "type": "object",
-    "properties": {
-        "type": {"type": "object", "additionalProperties": False},
-        "n": {"enum": [{"type": "object"}]},
-    },
-    "additionalProperties": False,
-}
+def a_schema(**limits: object) -> msgspec.Raw:
+    """A schema of an object with a number in these limits."""
+    properties = {"n": {"type": "integer"} | limits}
+    return msgspec.Raw(msgspec.json.encode({"type": "object", "properties": properties, "additionalProperties": False}))
 
 
-def test_an_answer_of_a_schema_is_asked_for_with_its_objects_closed() -> None:
-    request, left_out = written(OLD, format=Format(schema=msgspec.Raw(SCHEMA), name="n"))
-    assert request["output_config"] == {"format": {"type": "json_schema", "schema": CLOSED}}
+def test_an_answer_of_a_schema_is_asked_for() -> None:
+    request, left_out = written(OLD, format=Format(schema=a_schema(), name="n"))
+    assert request["output_config"] == {"format": {"type": "json_schema", "schema": msgspec.json.decode(a_schema())}}
+    assert left_out == ()
+
+
+def test_limits_that_anthropic_does_not_know_are_told_in_the_description() -> None:
+    request, left_out = written(format=Format(schema=a_schema(minimum=0)))
+    (number,) = request["output_config"]["format"]["schema"]["properties"].values()
+    assert number == {"type": "integer", "description": "{minimum: 0}"}
+    assert left_out == ("response_format.schema",)
+
+
+def test_a_tool_with_such_limits_is_not_strict() -> None:
+    for schema, is_strict in ((a_schema(), True), (a_schema(maximum=5), False), (NO_SCHEMA, False)):
+        request, left_out = written(tools=(Tool(name="f", schema=schema, is_strict=True, at="tools[0]"),))
+        assert request["tools"][0]["input_schema"] == msgspec.json.decode(schema)
+        assert request["tools"][0].get("strict", False) is is_strict
+        assert left_out == (() if is_strict else ("tools[0].strict",))
+
+
+def test_a_schema_that_allows_anything_is_told_in_words() -> None:
+    schema = msgspec.Raw(b'{"type":"object"}')
+    request, left_out = written(format=Format(schema=schema, is_strict=False))
+    assert request["system"][0]["text"].endswith('nothing else:\n{"type":"object"}')
     assert left_out == ()
 
 
@@ -761,7 +831,7 @@ def test_what_is_written_is_read_as_it_was() -> None:
                 {
                     "name": "f",
                     "description": "d",
-                    "input_schema": {"type": "object"},
+                    "input_schema": {"type": "object", "properties": {}, "additionalProperties": False},
                     "strict": True,
                     "cache_control": {"type": "ephemeral"},
                 }
@@ -770,7 +840,10 @@ def test_what_is_written_is_read_as_it_was() -> None:
             "thinking": {"type": "adaptive", "display": "summarized"},
             "output_config": {
                 "effort": "high",
-                "format": {"type": "json_schema", "schema": {"type": "object", "additionalProperties": False}},
+                "format": {
+                    "type": "json_schema",
+                    "schema": {"type": "object", "properties": {}, "additionalProperties": False},
+                },
             },
             "stop_sequences": ["x"],
             "metadata": {"user_id": "u"},
