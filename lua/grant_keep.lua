@@ -15,7 +15,8 @@
 -- include: grant
 
 local fence, version, renewed_ms = to_whole(ARGV[2], 1), to_whole(ARGV[3], 1), to_whole(ARGV[8], 1)
-if not (fence and version and renewed_ms and to_whole(ARGV[6], 0) and tonumber(ARGV[7])) or ARGV[4] == '' or ARGV[9] == '' then
+local has_times = renewed_ms and to_whole(ARGV[6], 0) and tonumber(ARGV[7])
+if not (fence and version and has_times) or ARGV[4] == '' or ARGV[9] == '' then
   return redis.error_reply('BALANCER grant_keep: malformed argument')
 end
 local head = redis.call('HMGET', KEYS[1], 'fence', 'version')
@@ -24,8 +25,8 @@ if last > fence then return { 'fenced', last } end
 if stands < version then
   redis.call('HSETNX', KEYS[1], 'seeds', ARGV[9])
   redis.call('HSETNX', KEYS[1], 'revision', ARGV[10])
-  redis.call('HSET', KEYS[1], 'state', 'ready', 'version', ARGV[3], 'fence', ARGV[2], 'access', ARGV[4], 'refresh', ARGV[5],
-    'ends_ms', ARGV[6], 'due_ms', ARGV[7], 'renewed_ms', ARGV[8], 'again_ms', '0', 'lease_until_ms', '0',
+  redis.call('HSET', KEYS[1], 'state', 'ready', 'version', ARGV[3], 'fence', ARGV[2], 'access', ARGV[4],
+    'refresh', ARGV[5], 'ends_ms', ARGV[6], 'due_ms', ARGV[7], 'renewed_ms', ARGV[8], 'again_ms', '0', 'lease_until_ms', '0',
     'failures', '0', 'fault', '', 'holder', '')
   announce(KEYS[1], KEYS[2], ARGV[1])
 end
