@@ -26,8 +26,8 @@ if stands < version then
   redis.call('HSETNX', KEYS[1], 'seeds', ARGV[9])
   redis.call('HSETNX', KEYS[1], 'revision', ARGV[10])
   redis.call('HSET', KEYS[1], 'state', 'ready', 'version', ARGV[3], 'fence', ARGV[2], 'access', ARGV[4],
-    'refresh', ARGV[5], 'ends_ms', ARGV[6], 'due_ms', ARGV[7], 'renewed_ms', ARGV[8], 'again_ms', '0', 'lease_until_ms', '0',
-    'failures', '0', 'fault', '', 'holder', '')
+    'refresh', ARGV[5], 'ends_ms', ARGV[6], 'due_ms', ARGV[7], 'renewed_ms', ARGV[8], 'again_ms', '0',
+    'lease_until_ms', '0', 'failures', '0', 'fault', '', 'holder', '')
   announce(KEYS[1], KEYS[2], ARGV[1])
 end
 return { 'kept', math.max(stands, version) }
