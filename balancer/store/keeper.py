@@ -32,11 +32,13 @@ _KEEP_S = 3600.0
 _AGAIN_S = 0.2
 _BEREFT_S = 3 * POLL_S
 """A grant that is not there may just have been lost: by then a worker that knows it has put it back."""
-PATIENCE_S = 15.0
+PATIENCE_S = 10.0
 """A request that was refused its token waits for another one no longer."""
 FORCED_AGE_MS = 30_000
 """A token that was refused is replaced early only at this age: a new one that is refused too is not what is wrong."""
 _NO_USE_S = 1.0
+_LATE_S = 5.0
+"""So long after somebody has waited in vain nobody does: there may be another service."""
 _HEAL = "log in again, and publish the new refresh_token with `balancer apply`"
 
 
@@ -175,6 +177,7 @@ class Keeper:
             return True
         if loop.time() < self._no_use_until.get(uuid, 0):
             return False
+        no_use_s = _LATE_S
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE_S):
                 while uuid not in self._held and self._current(provider) == refused:  # noqa: ASYNC110 - the store's
@@ -185,9 +188,10 @@ class Keeper:
                     await asyncio.shield(waiting.task)
                     if waiting.is_forced:
                         break
+            no_use_s = _NO_USE_S
         if self._current(provider) != refused:
             return True
-        self._no_use_until[uuid] = loop.time() + _NO_USE_S
+        self._no_use_until[uuid] = loop.time() + no_use_s
         return False
 
     def _current(self, provider: Provider) -> str:
@@ -310,7 +314,8 @@ class Keeper:
                 is_due = grant.lease_until_ms <= now_ms
             case "lost" | "in_doubt":
                 is_due = False
-        if is_due or not is_known:
+        # With a holder's name left, a lease was asked for, and perhaps given, and nothing came of it so far.
+        if is_due or not is_known or uuid in self._holders:
             self._begin(provider)
 
     def _renewal(self, provider: Provider) -> tuple[oauth.Renewal, OAuthDetail]:

@@ -19,7 +19,7 @@ from balancer.gateway.upstream import UpstreamClient
 from balancer.store import keeper as keeping
 from balancer.store.connection import Commands
 from balancer.store.credentials import Credentials, Sealer
-from balancer.store.grants import Grant, Grants
+from balancer.store.grants import Asking, Grant, Grants, Lease
 from balancer.store.keeper import Keeper, KeeperEvents, Plan
 from balancer.store.topology import Topology
 from tests import topologies
@@ -409,6 +409,46 @@ async def test_new_tokens_are_written_however_long_the_store_is_away(
     other = start(worker.provider)
     await use([worker, other], authority, 1)
     assert len(authority.used) == 1
+
+
+async def test_a_store_that_goes_away_between_the_lease_and_the_request_costs_no_doubt(
+    start: Start, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = start(an_account(authority, authority.logs_in()))
+    load, lease, losses = worker.grants.load, worker.grants.lease, 3
+    is_leased = False
+
+    async def leased(asking: Asking) -> Lease:
+        nonlocal is_leased
+        found = await lease(asking)
+        is_leased = True
+        return found
+
+    async def lost(provider: str) -> Grant | None:
+        nonlocal losses
+        if is_leased and losses:
+            losses -= 1
+            raise StoreUnavailableError("Redis is away")
+        return await load(provider)
+
+    monkeypatch.setattr(worker.grants, "lease", leased)
+    monkeypatch.setattr(worker.grants, "load", lost)
+    await use([worker], authority, 1)
+    assert losses == 0
+    assert outcomes([worker]) == {"success": 1}
+
+
+async def test_who_has_waited_in_vain_for_a_token_lets_others_try_elsewhere(
+    start: Start, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeping, "PATIENCE_S", 0.2)
+    first = authority.logs_in()
+    worker = start(an_account(authority, first, expires_at="2099-01-01T00:00:00Z"))
+    await is_quiet([worker])
+    authority.hangs()
+    assert not await worker.keeper.renew(worker.provider, first.access)
+    async with asyncio.timeout(0.1):
+        assert not await worker.keeper.renew(worker.provider, first.access)
 
 
 async def test_what_redis_keeps_is_sealed_and_ends(start: Start, authority: Authority, url: str) -> None:
