@@ -102,6 +102,10 @@ class Keeper:
         self._events = events or KeeperEvents()
         self._held: dict[str, _Held] = {}
         self._missed_since: dict[str, float] = {}
+        self._logins: dict[str, str] = {}
+        """Whose a family of tokens is."""
+        self._without_login: set[str] = set()
+        self._known_plan: Plan | None = None
         self._refreshing: dict[str, _Waiting] = {}
         self._holders: dict[str, str] = {}
         """Under which name a lease was asked for that may have been given without our hearing of it."""
@@ -171,7 +175,7 @@ class Keeper:
         Of all requests of the fleet that ask, one token endpoint hears once.
         """
         uuid, loop = provider.uuid, asyncio.get_running_loop()
-        if not self.is_kept(provider):
+        if not self.is_kept(provider) or uuid in self._without_login:
             return False
         if self._current(provider) != refused:
             return True
@@ -203,9 +207,15 @@ class Keeper:
     def left_s(self) -> dict[str, float]:
         """For each provider whose token is known to end, how long it still lives; less than 0 once it has ended."""
         now_ms = self.now_ms()
-        return {
-            uuid: (ends - now_ms) / 1000 for uuid, held in self._held.items() if now_ms and (ends := held.grant.ends_ms)
-        }
+        found = {}
+        for provider in self._plan().providers if now_ms else ():
+            held, detail = self._held.get(provider.uuid), provider.oauth_detail
+            ends_ms = held.grant.ends_ms if held is not None and held.grant.access else 0
+            if not ends_ms and detail is not None and (held is None or not held.grant.access):
+                ends_ms = oauth.own_ends_ms(detail)
+            if ends_ms:
+                found[provider.uuid] = (ends_ms - now_ms) / 1000
+        return found
 
     def faults(self) -> dict[str, str]:
         """For each provider whose tokens nobody can renew any more, why, and what to do."""
@@ -241,6 +251,10 @@ class Keeper:
         reads_all = time.monotonic() >= self._read_all_at
         if reads_all:
             self._read_all_at = time.monotonic() + _READ_ALL_S
+        if plan is not self._known_plan:
+            self._known_plan = plan
+            self._logins.clear()
+            self._without_login.clear()
         for provider in plan.providers:
             held, count = self._held.get(provider.uuid), changes.get(provider.uuid, 0)
             if held is None or held.changes != count or reads_all:
@@ -291,6 +305,14 @@ class Keeper:
 
     def _refresh_if_due(self, provider: Provider, revision: int) -> None:
         uuid, now = provider.uuid, time.monotonic()
+        try:
+            renewal, detail = self._renewal(provider)
+        except ConfigurationError as exc:
+            self._note(uuid, exc.message)
+            return
+        seed = oauth.seed_of(renewal, detail.refresh_token)
+        if renewal.grant == "refresh_token" and not self._has_login(uuid, seed):
+            return
         if uuid in self._refreshing or now < self._wait_until.get(uuid, 0):
             return
         held, now_ms = self._held.get(uuid), self.now_ms()
@@ -298,12 +320,7 @@ class Keeper:
             if now - self._missed_since.setdefault(uuid, now) >= _BEREFT_S:
                 self._begin(provider)
             return
-        try:
-            renewal, detail = self._renewal(provider)
-        except ConfigurationError as exc:
-            self._note(uuid, exc.message)
-            return
-        grant, seed = held.grant, oauth.seed_of(renewal, detail.refresh_token)
+        grant = held.grant
         is_known = grant.is_of(seed)
         if renewal.grant == "client_credentials":
             is_known = grant.seeds.split()[0] == seed or revision <= grant.revision
@@ -317,6 +334,16 @@ class Keeper:
         # With a holder's name left, a lease was asked for, and perhaps given, and nothing came of it so far.
         if is_due or not is_known or uuid in self._holders:
             self._begin(provider)
+
+    def _has_login(self, uuid: str, seed: str) -> bool:
+        """False for a refresh token that a provider before it has too: each would use it up for the other."""
+        owner = self._logins.setdefault(seed, uuid)
+        if owner == uuid:
+            self._without_login.discard(uuid)
+            return True
+        self._without_login.add(uuid)
+        self._note(uuid, f"the refresh token is that of {owner} too: log in once more, for this one alone")
+        return False
 
     def _renewal(self, provider: Provider) -> tuple[oauth.Renewal, OAuthDetail]:
         detail = self._credentials.oauth(provider)

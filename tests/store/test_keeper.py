@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import msgspec
 import pytest
 import redis.asyncio
 
@@ -345,6 +346,29 @@ async def test_the_first_failure_of_a_client_without_a_user_loses_nothing(start:
     authority.breaks_after()
     worker = start(an_account(authority, grant="client_credentials", client_secret=CLIENT_SECRET))
     await are([worker], failed=1)
+
+
+async def test_one_login_under_two_names_is_used_by_one_of_them(
+    start: Start, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    account = an_account(authority, authority.logs_in())
+    twin = msgspec.structs.replace(account, uuid="twin", name="twin")
+    worker = start(account)
+    worker.plan = Plan(revision=1, providers=(account, twin))
+    await use([worker], authority, 1)
+    await is_quiet([worker])
+    assert len(authority.used) == 1
+    assert not await worker.keeper.renew(twin, authority.issued[0].access)
+    told = [str(record.__dict__["facts"]) for record in caplog.records if "looked after" in record.message]
+    assert ["that of acct too" in text for text in told] == [True]
+
+
+async def test_of_a_token_without_a_successor_it_is_told_how_long_it_lives(start: Start, authority: Authority) -> None:
+    first = authority.logs_in()
+    authority.revoked.add(first.family)
+    worker = start(an_account(authority, first))
+    await are([worker], lost=1)
+    assert worker.keeper.left_s()["acct"] < 0
 
 
 # -- what an upstream refuses ------------------------------------------------------------------------------------------
