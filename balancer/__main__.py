@@ -132,6 +132,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(refresh, ("redis", "data_dir"))
     refresh.set_defaults(run=_refresh_models)
 
+    secrets = commands.add_parser("secrets", help="look after the keys that seal credentials")
+    rotate = secrets.add_subparsers(title="actions", metavar="ACTION", required=True).add_parser(
+        "rotate", help="seal anew, with BALANCER_SECRET_KEY, all that another key has sealed"
+    )
+    _add_settings(rotate, ("redis", "data_dir"))
+    rotate.set_defaults(run=_rotate_secrets)
+
     rollback = commands.add_parser("rollback", help="publish an earlier revision again, as a new one")
     rollback.add_argument("revision", type=int)
     _add_settings(rollback, ("redis", "data_dir"))
@@ -184,6 +191,12 @@ def _refresh_models(options: argparse.Namespace) -> int:
     from balancer.cli import models
 
     return models.refresh(options)
+
+
+def _rotate_secrets(options: argparse.Namespace) -> int:
+    from balancer.cli import sealing
+
+    return sealing.rotate(options)
 
 
 def _import(options: argparse.Namespace) -> int:

@@ -77,6 +77,12 @@ SETTINGS: tuple[Setting, ...] = (
         meaning="32 bytes in base64; seals literal credentials before they reach Redis",
         is_secret=True,
     ),
+    Setting(
+        name="secret_key_also",
+        default="",
+        meaning="a second key, which only opens: the old one, or the one to come, while keys are changed",
+        is_secret=True,
+    ),
     Setting(name="data_dir", default="", meaning="embedded store and its key; empty: ~/.local/share/balancer"),
     Setting(name="log_level", default="info", meaning="debug, info, warning or error"),
     Setting(
@@ -145,6 +151,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     insecure: bool
     client_tokens: tuple[str, ...]
     secret_key: str
+    secret_key_also: str
     data_dir: Path
     log_level: str
     access_log: bool

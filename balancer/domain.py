@@ -29,11 +29,13 @@ Record = Literal["off", "sampled", "full"]
 
 
 _SECRET_NAME = re.compile(r"(?i)auth|cookie|key|token|secret|password|credential|signature")
+_NO_SECRETS = frozenset({"token_url", "token_uri", "client_auth"})
+"""Fields of OAuth that only sound like one."""
 
 
 def is_secret_name(name: str) -> bool:
     """True for the name of a header, parameter or field whose value is a credential."""
-    return bool(_SECRET_NAME.search(name))
+    return bool(_SECRET_NAME.search(name)) and name not in _NO_SECRETS
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

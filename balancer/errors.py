@@ -172,10 +172,17 @@ class StoreUnavailableError(BalancerError):
 
 
 class UpstreamError(BalancerError):
-    """The upstream could not be reached, or broke off before its answer began."""
+    """The upstream could not be reached, or broke off before its answer began.
+
+    `was_sent` is False where nothing of the request can have got there.
+    """
 
     status = 502
     code = "upstream_unreachable"
+
+    def __init__(self, message: str, *, was_sent: bool = True) -> None:
+        super().__init__(message)
+        self.was_sent = was_sent
 
 
 class UpstreamTimeoutError(UpstreamError):

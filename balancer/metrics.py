@@ -32,6 +32,7 @@ SHORT_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.0
 """Of what is between us and Redis, whose deadline is 250 ms."""
 OVERHEAD_BUCKETS = (*SHORT_BUCKETS, 2.5, 5.0, 10.0, 30.0)
 """Of a selection and what is around it; at the limits a request may wait in its rule's queue for longer."""
+REFRESH_OUTCOMES = ("success", "failed", "lost", "in_doubt")
 FLUSH_S = 0.1
 """So long after it was counted the other workers know of it."""
 Passing = tuple[str, str, str, str, str]
@@ -50,9 +51,10 @@ LABELS: Mapping[str, str] = {
     "scenario": "`openai`, `anthropic`, `claude_code`, `opencode`; empty for a path that is none of ours",
     "rule": "the rule's uuid; empty where none was found",
     "pool": "the rule's pool",
+    "provider": "the provider's uuid",
     "service": "`<provider uuid>:<model>`; of limits also `<provider uuid>:*`, all services of a provider in the pool",
     "outcome": "how it ended: `success`, `rate_limited`, `unauthorized`, `overloaded`, `failed`, `rejected`, "
-    "`cancelled`, `abandoned`, `lost`",
+    "`cancelled`, `abandoned`, `lost`; of refreshes of OAuth tokens `success`, `failed`, `lost`, `in_doubt`",
     "reason": "of a pick or switch: what the tactic or the rest of the selection says of it; of a refusal: "
     + ", ".join(f"`{reason}`" for reason in REASONS),
     "kind": "of tokens and prices: `input`, `output`, `cached`, `cache_creation`, `reasoning`; of limits: `rpm`, "
@@ -198,6 +200,22 @@ FAMILIES: tuple[Family, ...] = (
     _gauge(
         "token_price", "service kind", "Price of a million tokens, where one is set.", "of a currency", "configuration"
     ),
+    # Tokens of OAuth.
+    _counter(
+        "oauth_refreshes_total",
+        "provider outcome",
+        "Requests for new OAuth tokens, by what came of them: `success`, `failed` (tried again), `lost` (the refresh "
+        "token is refused for good), `in_doubt` (nobody knows whether it was used).",
+        "requests",
+    ),
+    _gauge(
+        "oauth_expires_seconds",
+        "provider",
+        "How much longer the access token lives, where that is known; less than 0 once it has ended.",
+        "seconds",
+        "worker",
+        "min",
+    ),
     # Redis, and what becomes of us without it.
     _gauge("store_up", "pool", "1 while the pool's Redis answers every worker of the pod.", "state", "worker", "min"),
     _durations("select", "pool", "Waiting for a selection.", SHORT_BUCKETS),
@@ -263,6 +281,7 @@ class Metrics:
         self.leases_expired = self._counts("balancer_leases_expired_total")
         self.batches_lost = self._counts("balancer_settle_batches_lost_total")
         self.epoch_bumps = self._counts("balancer_epoch_bumps_total")
+        self.refreshes = self._counts("balancer_oauth_refreshes_total")
         self.violations = self._counts("balancer_invariant_violations_total")
         self._request_duration = self._times("balancer_request_duration_seconds")
         self._upstream_duration = self._times("balancer_upstream_duration_seconds")
@@ -274,10 +293,12 @@ class Metrics:
         self.store_up = Level(self._slot, "balancer_store_up")
         self.revision = Level(self._slot, "balancer_config_revision")
         self.ready = Level(self._slot, "balancer_ready_workers")
+        self._token_left = Level(self._slot, "balancer_oauth_expires_seconds")
         self._open = Level(self._slot, "balancer_open_requests")
         Level(self._slot, "balancer_workers").set(1)
         Level(self._slot, "balancer_build_info").set(1, __version__)
         self._known_pools: set[str] = set()
+        self._known_tokens: set[str] = set()
         self.flush()
 
     def _counts(self, name: str) -> Counts:
@@ -455,6 +476,24 @@ class Metrics:
         self._known_pools.add(pool)
         for counts in (self.stale_picks, self.leases_expired, self.batches_lost, self.epoch_bumps, self.violations):
             counts.pending[pool,] += 0
+
+    def refreshed(self, provider: str, outcome: str) -> None:
+        """Counts a request for new OAuth tokens that has ended so."""
+        self.refreshes.pending[provider, outcome] += 1
+        self._flush_soon()
+
+    def knows_provider(self, provider: str) -> None:
+        """Lets the counters of a provider whose tokens are renewed begin at 0, as `knows` does those of a pool."""
+        for outcome in REFRESH_OUTCOMES:
+            self.refreshes.pending[provider, outcome] += 0
+
+    def tokens_live(self, left_s: Mapping[str, float]) -> None:
+        """Sets how long the access tokens of providers still live; of all others that is not known (any more)."""
+        for gone in self._known_tokens - left_s.keys():
+            self._token_left.set(math.nan, gone)
+        for provider, seconds in left_s.items():
+            self._token_left.set(seconds, provider)
+        self._known_tokens = set(left_s)
 
     # -- the other workers ---------------------------------------------------------------------------------------------
 

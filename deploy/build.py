@@ -40,6 +40,7 @@ SET_BY = {
     "client_tokens": "clients.existingSecret",
     "insecure": "insecure",
     "secret_key": "secretKey.existingSecret",
+    "secret_key_also": "secretKey.alsoKey",
     "tls_cert_file": "tls.existingSecret",
     "tls_key_file": "tls.existingSecret",
     "workers": "workers",

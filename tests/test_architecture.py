@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
                 "ledger",
                 "lenient",
                 "limits",
+                "oauth",
                 "reference",
                 "routing",
                 "sessions",

@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from balancer import config
+from balancer import config, document, oauth
 from balancer.__main__ import main
 from balancer.metrics import BY_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDES = ("docs/operations.md", "docs/migration.md", "docs/observability.md", "docs/translation.md")
+GUIDES = (
+    "docs/operations.md",
+    "docs/migration.md",
+    "docs/observability.md",
+    "docs/oauth.md",
+    "docs/translation.md",
+)
 VARIABLES = {setting.variable for setting in config.SETTINGS}
 
 
@@ -35,6 +41,12 @@ def test_every_link_of_a_guide_leads_somewhere(name: str) -> None:
         if not path.exists() or (anchor and anchor not in anchors(path)):
             broken.append(link)
     assert broken == []
+
+
+def test_the_configuration_that_a_guide_shows_is_valid() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", text("docs/oauth.md"), re.DOTALL)
+    providers = document.read(document.parse(block, "the guide"), door="strict").configuration.providers
+    assert [oauth.is_renewed(provider) for provider in providers] == [True, True]
 
 
 @pytest.mark.parametrize("name", GUIDES)

@@ -7,16 +7,19 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from balancer import config
+from balancer import config, oauth
 from balancer.cli.configuration import standing, with_registry
 from balancer.cli.store import Store
 from balancer.domain import Configuration, Provider
 from balancer.errors import NotFoundError
 from balancer.gateway.listing import models_of
 from balancer.gateway.upstream import UpstreamClient
+from balancer.store.connection import Commands
 from balancer.store.credentials import Credentials
+from balancer.store.grants import Grants
 from balancer.store.publishing import publish_edit
 from balancer.store.registry import Registry
+from balancer.store.topology import Topology
 
 
 def refresh(options: argparse.Namespace) -> int:
@@ -27,7 +30,7 @@ def refresh(options: argparse.Namespace) -> int:
         provider = _provider((await standing(registry)).configuration, options.provider)
         upstream = UpstreamClient(1, settings.upstream_ca_file)
         try:
-            models = await models_of(provider, Credentials(store.sealer), upstream)
+            models = await models_of(provider, await _secrets(store, provider), upstream)
         finally:
             await upstream.close()
         now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
@@ -47,6 +50,34 @@ def refresh(options: argparse.Namespace) -> int:
         print(f"- {name}")
     print(f"{provider.name}: {len(models)} models, published as revision {revision}")
     return 0
+
+
+class _Secrets:
+    """A provider's credentials, with the access token that its fleet has been given last."""
+
+    def __init__(self, credentials: Credentials, access_token: str) -> None:
+        self._credentials = credentials
+        self._access_token = access_token
+        self.headers = credentials.headers
+        self.query = credentials.query
+        self.proxy_url = credentials.proxy_url
+
+    def access_token(self, provider: Provider) -> str:
+        """The credential to send."""
+        return self._access_token or self._credentials.access_token(provider)
+
+
+async def _secrets(store: Store, provider: Provider) -> _Secrets:
+    access_token = ""
+    if oauth.is_renewed(provider) and store.sealer is not None:
+        commands = Commands(Topology(store.url))
+        try:
+            grant = await Grants(commands).load(provider.uuid)
+        finally:
+            await commands.aclose()
+        if grant is not None and grant.access:
+            access_token = store.sealer.open(grant.access, (provider.uuid, "grant.access"))
+    return _Secrets(Credentials(store.sealer), access_token)
 
 
 def _provider(configuration: Configuration, name: str) -> Provider:

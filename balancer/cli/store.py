@@ -24,10 +24,13 @@ class Store(msgspec.Struct, frozen=True, kw_only=True):
 @contextlib.contextmanager
 def opened(settings: Settings) -> Iterator[Store]:
     """The store, held while the block runs. The embedded server starts if nobody else runs it."""
-    sealer = Sealer(settings.secret_key) if settings.secret_key else None
+    also = settings.secret_key_also
+    sealer = Sealer(settings.secret_key, also) if settings.secret_key else None
     if settings.redis:
         Topology(settings.redis)  # Refuses a malformed URL before anything starts.
         yield Store(url=settings.redis, sealer=sealer, held=None)
         return
     with embedded.acquire(settings.data_dir) as held:
-        yield Store(url=held.url, sealer=sealer or Sealer(embedded.secret_key(settings.data_dir)), held=held)
+        if sealer is None:
+            sealer = Sealer(embedded.secret_key(settings.data_dir), also)
+        yield Store(url=held.url, sealer=sealer, held=held)

@@ -17,6 +17,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
+from balancer import oauth
 from balancer.document import links, ranges
 from balancer.document.fields import MASK, fields_of
 from balancer.domain import (
@@ -220,9 +221,9 @@ class _Reader:
         elif _CONTROL.search(value) or any(c in value for c in forbidden):
             self._fault(path, f"must not hold control characters or any of {' '.join(forbidden)}")
 
-    def _not_yet(self, is_asked: bool, path: str, why: str = "") -> bool:
+    def _not_yet(self, is_asked: bool, path: str) -> bool:
         """Notes a field whose work is not done yet. True when it must take its default."""
-        return is_asked and self._mend(path, NOT_YET + (f": {why}" if why else ""), "left out")
+        return is_asked and self._mend(path, NOT_YET, "left out")
 
     # -- the document --------------------------------------------------------------------------------------------------
 
@@ -329,6 +330,7 @@ class _Reader:
     def _providers(self, raw: Any) -> list[Provider]:
         providers = []
         taken: dict[str, str] = {}
+        logins: dict[str, str] = {}
         for path, table in self._items(raw, "providers"):
             try:
                 provider = self._provider(table, path)
@@ -339,6 +341,10 @@ class _Reader:
                     self._fault(
                         _join(path, field), f"{name!r} is taken by {taken[name]}: names and uuids are unique together"
                     )
+            token = provider.oauth_detail.refresh_token if oauth.is_renewed(provider) and provider.oauth_detail else ""
+            if token and self._door != "stored" and logins.setdefault(token, path) != path:
+                where = _join(path, "oauth_detail.refresh_token")
+                self._fault(where, f"that of {logins[token]} too: each would use it up for the other; log in once more")
             self._provider_places.setdefault(provider.uuid, path)
             providers.append(provider)
         return providers
@@ -373,12 +379,21 @@ class _Reader:
                 split = {name: share for name, share in provider.limits.split.items() if name != pool}
                 limits = msgspec.structs.replace(provider.limits, split=split)
                 provider = msgspec.structs.replace(provider, limits=limits)
-        oauth = provider.oauth_detail
-        why = "access tokens are used as given until then; leave it out"
-        if oauth and self._not_yet(bool(oauth.refresh_token), _join(path, "oauth_detail.refresh_token"), why):
-            oauth = msgspec.structs.replace(oauth, refresh_token="")
-            provider = msgspec.structs.replace(provider, oauth_detail=oauth)
+        detail = provider.oauth_detail
+        if detail is not None and not self._is_good_renewal(detail, _join(path, "oauth_detail")):
+            fields = {name: value for name, value in detail.extra_fields.items() if name != "grant"}
+            detail = msgspec.structs.replace(detail, refresh_token="", extra_fields=fields)
+            provider = msgspec.structs.replace(provider, oauth_detail=detail)
         return provider
+
+    def _is_good_renewal(self, detail: OAuthDetail, path: str) -> bool:
+        """False where the access token is used as given, since nobody could renew it."""
+        faults = list(oauth.faults_of(detail)) if self._door != "stored" else []
+        mended = [
+            self._mend(_join(path, f"extra_fields.{name}"), message, "the access token is used as given")
+            for name, message in faults
+        ]
+        return not any(mended)
 
     def _check_provider(self, provider: Provider, path: str) -> None:
         self._name(provider.name, _join(path, "name"), "{}")
@@ -409,10 +424,10 @@ class _Reader:
                 self._fault(_join(path, "headers"), f"{name!r} is no valid header")
         if provider.auth_type == "oauth" and provider.oauth_detail is None:
             self._fault(_join(path, "oauth_detail"), "missing: auth_type is oauth")
-        oauth = provider.oauth_detail
-        if oauth and oauth.expires_at:
+        detail = provider.oauth_detail
+        if detail and detail.expires_at:
             try:
-                datetime.datetime.fromisoformat(oauth.expires_at)
+                datetime.datetime.fromisoformat(detail.expires_at)
             except ValueError:
                 self._mend(_join(path, "oauth_detail.expires_at"), "expected an RFC 3339 date", "never expires")
 
@@ -651,6 +666,7 @@ def _masked_fields(provider: Provider) -> Iterable[str]:
     values: dict[str, Any] = {"token": provider.token, "proxy_url": provider.proxy_url}
     if detail is not None:
         values |= {"oauth_detail.access_token": detail.access_token}
+        values |= {"oauth_detail.refresh_token": detail.refresh_token}
         values |= {f"oauth_detail.extra_fields.{name}": value for name, value in detail.extra_fields.items()}
     values |= {f"headers.{name}": value for name, value in provider.headers.items()}
     values |= {f"query.{name}": value for name, value in provider.query.items()}

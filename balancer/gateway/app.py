@@ -28,6 +28,7 @@ from balancer.gateway.lane import Lanes
 from balancer.gateway.matching import Plans
 from balancer.gateway.messages import ClientRequest, WayBack
 from balancer.gateway.tls import server_context
+from balancer.gateway.tokens import TokenEndpoint
 from balancer.gateway.upstream import UpstreamClient
 from balancer.gateway.watched import way_of
 from balancer.gateway.witness import Watch
@@ -35,12 +36,14 @@ from balancer.gauges import Configured, configured, pooled
 from balancer.metrics import Metrics
 from balancer.store.balance import Balance, BalanceEvents
 from balancer.store.credentials import Credentials, Sealer
+from balancer.store.keeper import Keeper, KeeperEvents, Plan, renewed_providers
 from balancer.store.pool import PoolEvents
 from balancer.store.registry import Directory
 from balancer.store.slices import in_slices
 
 _TICK_S = 1.0
 _LAST_SETTLES_S = 5.0
+_LAST_TOKENS_S = 5.0
 _LAST_LINES_S = 2.0
 _LAST_SPANS_S = 5.0
 _LEAST_S = 0.5
@@ -53,7 +56,8 @@ class _Providers:
 
     def __init__(self, balance: Balance, credentials: Credentials) -> None:
         self._balance = balance
-        self.access_token = credentials.access_token
+        self._credentials = credentials
+        self.keeper: Keeper | None = None
         self.headers = credentials.headers
         self.query = credentials.query
         self.proxy_url = credentials.proxy_url
@@ -61,6 +65,11 @@ class _Providers:
     def provider(self, uuid: str) -> Provider | None:
         """The provider of that uuid."""
         return self._balance.directory.provider(uuid)
+
+    def access_token(self, provider: Provider) -> str:
+        """The credential to send: what the fleet was given last, or the configuration's; empty for none."""
+        kept = self.keeper.access_token(provider) if self.keeper is not None else ""
+        return kept or self._credentials.access_token(provider)
 
 
 class Gateway:
@@ -81,9 +90,19 @@ class Gateway:
         self.metrics.open_requests = lambda: self._open_requests
         self._configured: tuple[Directory, Configured] | None = None
         """What the metrics tell of a configuration."""
+        self._plan: tuple[Directory, Plan] | None = None
         self.balance = Balance(url, settings, self._events())
         self._upstream = UpstreamClient(settings.upstream_connections, settings.upstream_ca_file)
-        providers = _Providers(self.balance, Credentials(sealer))
+        credentials = Credentials(sealer)
+        providers = _Providers(self.balance, credentials)
+        self._keeper = providers.keeper = Keeper(
+            self.balance.grants,
+            credentials,
+            sealer,
+            self._renewed,
+            TokenEndpoint(providers, self._upstream),
+            KeeperEvents(changed=self._token_changed, refreshed=self.metrics.refreshed),
+        )
         self._access = AccessLog() if settings.access_log else None
         self._tracing: tracing.Tracing | None = None
         if settings.otel:
@@ -98,6 +117,7 @@ class Gateway:
             plans,
             decision_headers=settings.decision_headers,
             drops=tracing.CONTEXT_HEADERS if settings.otel else frozenset(),
+            renew=self._keeper.renew,
         )
         self._probe = HealthProbe(providers, self._upstream)
         self._handlers = Handlers(settings, self.balance, self._forwarder, self.metrics, plans, self._watch)
@@ -122,6 +142,22 @@ class Gateway:
             ),
         )
 
+    def _renewed(self) -> Plan:
+        """Whose access tokens are renewed, under the configuration that stands."""
+        try:
+            directory = self.balance.directory
+        except StoreUnavailableError:
+            return Plan()
+        if self._plan is None or self._plan[0] is not directory:
+            providers = renewed_providers(directory.configuration.providers)
+            self._plan = directory, Plan(revision=directory.revision, providers=providers)
+            for provider in providers:
+                self.metrics.knows_provider(provider.uuid)
+        return self._plan[1]
+
+    def _token_changed(self, provider: str) -> None:
+        self._forwarder.preparer.look_again(provider)
+
     # -- life ----------------------------------------------------------------------------------------------------------
 
     async def start(
@@ -129,6 +165,7 @@ class Gateway:
     ) -> None:
         """Serves on the first socket; on the second, if there is one, the metrics alone; other planes on their own."""
         await self.balance.start(self._probe)
+        self._keeper.start()
         self._ticker = asyncio.create_task(self._tick())
         data, *metrics = sockets
         await self._serve_data(data, with_metrics=not metrics)
@@ -199,6 +236,7 @@ class Gateway:
             await runner.cleanup()
         if self._ticker:
             self._ticker.cancel()
+        await self._keeper.close(max(_LAST_TOKENS_S, ends_at - time.monotonic()))
         exported = self._tracing.close() if self._tracing is not None else None
         await self.balance.close(_LAST_SETTLES_S)
         self.metrics.flush()
@@ -227,6 +265,7 @@ class Gateway:
             metrics.outbox_age.set(age_s, pool)
         for pool, is_up in balance.pools_up().items():
             metrics.store_up.set(is_up, pool)
+        metrics.tokens_live(self._keeper.left_s())
         try:
             metrics.revision.set(balance.directory.revision)
         except StoreUnavailableError:
@@ -279,6 +318,8 @@ class Gateway:
 
     async def _readyz(self, request: web.BaseRequest) -> web.Response:
         detail = {"pid": os.getpid(), "draining": self._is_draining, **self.balance.readiness()}
+        if faults := self._keeper.faults():
+            detail["oauth"] = faults
         is_ready = self._is_ready
         return _json(200 if is_ready else 503, {"ready": is_ready, **detail})
 

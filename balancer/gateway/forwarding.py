@@ -48,6 +48,7 @@ from balancer.gateway.messages import (
 from balancer.gateway.opening import Opening, described, opening_s, says_error
 from balancer.gateway.outgoing import Outgoing, Preparer, with_model
 from balancer.gateway.relay import Relay
+from balancer.gateway.renewing import Renew, Renewing
 from balancer.gateway.telling import decision_headers, incomplete, left_out_header, send_error
 from balancer.gateway.translated import TranslatedRelay
 from balancer.gateway.translating import Translated, Translation
@@ -122,8 +123,12 @@ class Forwarder:
         *,
         decision_headers: bool,
         drops: frozenset[str] = frozenset(),
+        renew: Renew | None = None,
     ) -> None:
-        """`drops`: the names in lower case of client's headers that are for no upstream."""
+        """`drops`: the names in lower case of client's headers that are for no upstream.
+
+        `renew` has another credential of a provider than the one that was refused, or says that there is none.
+        """
         self._balance = balance
         self._plans = plans
         self._deadlines = Deadlines()
@@ -132,6 +137,7 @@ class Forwarder:
         self._counter = TokenCounter(self.preparer, upstream)
         self._metrics = metrics
         self._decision_headers = decision_headers
+        self._renewing = Renewing(upstream, renew) if renew is not None else None
         self._warned_at = 0.0
 
     async def forward(
@@ -220,7 +226,11 @@ class Forwarder:
         witness = request.witness
         if witness is not None:
             witness.asks()
-        outgoing = self.preparer.request(request, route, service_id, body, needs_plain=needs_plain)
+
+        def made() -> Outgoing:
+            return self.preparer.request(request, route, service_id, body, needs_plain=needs_plain)
+
+        outgoing = made()
         relay = Relay(
             request_id=request.request_id,
             route=route,
@@ -237,6 +247,9 @@ class Forwarder:
             with clock.until_first_byte(most_s=opening_s(outgoing.request.timeouts)):
                 answer = Opening(await self._upstream.send(outgoing.request))
                 await answer.look(route.dialect.name, _now_ms())
+            if answer.status == 401 and self._renewing is not None:
+                provider = self.preparer.provider(service_id)
+                _, answer = await self._renewing.again(clock, route, provider, outgoing, answer, made)
             await relay.run(answer)
         except BalancerError as exc:
             fault = exc.code
@@ -344,6 +357,12 @@ class Forwarder:
                 if body is None or not _is_plain(response, body, errand):
                     answer = Opening(response)
                     await answer.look(outgoing.style or errand.route.dialect.name, _now_ms())
+            if answer is not None and answer.status == 401 and self._renewing is not None:
+                provider = self.preparer.provider(pick.service)
+                outgoing, answer = await self._renewing.again(
+                    clock, errand.route, provider, outgoing, answer, lambda: self._outgoing(errand, attempt, again=True)
+                )
+                attempt.status = answer.status
             if answer is None:
                 assert body is not None, "it is looked at otherwise"
                 attempt.usage = usage_of(body)
@@ -375,13 +394,15 @@ class Forwarder:
             attempt.log(errand.request.request_id)
         return attempt.outcome or Outcome.FAILED
 
-    def _outgoing(self, errand: _Errand, attempt: Attempt) -> Outgoing:
+    def _outgoing(self, errand: _Errand, attempt: Attempt, *, again: bool = False) -> Outgoing:
+        """What is sent to the service, for the first time or `again` in the same attempt."""
         elapsed_s, course, pick = errand.clock.elapsed_s, errand.course, attempt.pick
         translated = errand.translation.to(self.preparer.provider(pick.service), pick.service.partition(":")[2])
         if translated is not None:
             outgoing = self.preparer.translated(errand.request, translated, elapsed_s=elapsed_s)
             attempt.api = translated.service_api
-            self._metrics.translated(pick, translated.client_api, translated.service_api)
+            if not again:
+                self._metrics.translated(pick, translated.client_api, translated.service_api)
         else:
             body, peek = errand.translation.native(
                 self._plans.of(course.rule), errand.peek, pick.service.partition(":")[2]
@@ -395,7 +416,7 @@ class Forwarder:
                 needs_plain=bool(course.response_model),
                 elapsed_s=elapsed_s,
             )
-        if course.attempts == 1:
+        if course.attempts == 1 and not again:
             self._metrics.overhead_s(elapsed_s)
         return outgoing
 

@@ -33,11 +33,12 @@ _USAGE_PATHS = ("/v1/chat/completions", "/v1/completions")
 class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
     """A request for one service, and the mask over what must not come back of it.
 
-    `hides_usage`: its stream will tell a usage that the client did not ask for.
+    `hides_usage`: its stream will tell a usage that the client did not ask for. `token` is the provider's credential.
     """
 
     request: UpstreamRequest
     mask: Mask
+    token: str = ""
     hides_usage: bool = False
     translated: Translated | None = None
     """Where it goes out in another API than it came in."""
@@ -155,8 +156,10 @@ class Preparer:
         if hides_usage:
             body = bodies.ask_for_usage(body, peek)
         is_plain = needs_plain or hides_usage
-        outgoing, mask = self._made(provider, request, route, service_id, body, is_plain, provider.timeout - elapsed_s)
-        return Outgoing(request=outgoing, mask=mask, hides_usage=hides_usage)
+        outgoing, account = self._made(
+            provider, request, route, service_id, body, is_plain, provider.timeout - elapsed_s
+        )
+        return Outgoing(request=outgoing, mask=account.mask, token=account.resolved[0], hides_usage=hides_usage)
 
     def translated(self, request: ClientRequest, translated: Translated, *, elapsed_s: float) -> Outgoing:
         """A request as a service of another API gets it, of whose time so much has passed. Raises as `generation`."""
@@ -180,7 +183,7 @@ class Preparer:
             timeouts=provider.timeouts,
             timeout_s=provider.timeout - elapsed_s,
         )
-        return Outgoing(request=outgoing, mask=account.mask, translated=translated)
+        return Outgoing(request=outgoing, mask=account.mask, token=account.resolved[0], translated=translated)
 
     def account(self, service_id: str) -> Account:
         """The account that serves, as it is now. Raises NoServiceError, ConfigurationError."""
@@ -195,19 +198,19 @@ class Preparer:
         """
         provider = account.provider
         hides_usage = lacks_usage and provider.stream_usage
-        outgoing, mask = self._made(provider, client, route, service_id, b"", hides_usage, provider.timeout)
+        outgoing, made_of = self._made(provider, client, route, service_id, b"", hides_usage, provider.timeout)
         if len(outgoing.more) != 1:
             return None
         outgoing = msgspec.structs.replace(outgoing, more=())
-        return Outgoing(request=outgoing, mask=mask, hides_usage=hides_usage)
+        return Outgoing(request=outgoing, mask=made_of.mask, token=made_of.resolved[0], hides_usage=hides_usage)
 
     def request(
         self, request: ClientRequest, route: Route, service_id: str, body: bytes, *, needs_plain: bool
     ) -> Outgoing:
         """A request with this body, as it is. Raises ConfigurationError when a credential is not there."""
         provider = self.provider(service_id)
-        outgoing, mask = self._made(provider, request, route, service_id, body, needs_plain, provider.timeout)
-        return Outgoing(request=outgoing, mask=mask)
+        outgoing, account = self._made(provider, request, route, service_id, body, needs_plain, provider.timeout)
+        return Outgoing(request=outgoing, mask=account.mask, token=account.resolved[0])
 
     def _made(
         self,
@@ -218,7 +221,7 @@ class Preparer:
         body: bytes,
         is_plain: bool,
         timeout_s: float,
-    ) -> tuple[UpstreamRequest, Mask]:
+    ) -> tuple[UpstreamRequest, Account]:
         account = self._account(provider)
         headers, more = account.headers(request, route.dialect, is_plain=is_plain, drops=self._drops)
         outgoing = UpstreamRequest(
@@ -232,7 +235,13 @@ class Preparer:
             timeouts=provider.timeouts,
             timeout_s=timeout_s,
         )
-        return outgoing, account.mask
+        return outgoing, account
+
+    def look_again(self, provider_uuid: str) -> None:
+        """Has the credentials of a provider resolved again before they are next used: they have changed."""
+        account = self._accounts.get(provider_uuid)
+        if account is not None:
+            account.looked_at = float("-inf")
 
     def _account(self, provider: Provider) -> Account:
         """The provider with its credentials, which are resolved again after a second: they may be in a file."""

@@ -175,7 +175,9 @@ def _referring(provider: Provider, secrets: Secrets) -> Provider:
             access_token=secrets.reference(
                 detail.access_token, f"{provider.name} access token", f"{place}: oauth_detail.access_token"
             ),
-            refresh_token=detail.refresh_token,
+            refresh_token=secrets.reference(
+                detail.refresh_token, f"{provider.name} refresh token", f"{place}: oauth_detail.refresh_token"
+            ),
             expires_at=detail.expires_at,
             provider_type=detail.provider_type,
             user_id=detail.user_id,

@@ -20,6 +20,7 @@ from balancer.domain import Entry, Outcome, Pick, Rule, Selection, Usage
 from balancer.errors import NoServiceError, NotFoundError, RateLimitedError, StoreUnavailableError
 from balancer.store import holds, keys, spill
 from balancer.store.connection import Commands
+from balancer.store.grants import Grants
 from balancer.store.history import Send
 from balancer.store.local import ASIDE
 from balancer.store.pool import Answer, Asked, OnAnswer, PoolClient, PoolEvents
@@ -62,6 +63,7 @@ class Balance:
         self._events = events or BalanceEvents()
         self._commands = Commands(self._topology)
         self.registry = Registry(self._commands, settings.scripts_dir)
+        self.grants = Grants(self._commands, settings.scripts_dir)
         self._outbox_dir = Path(settings.outbox_dir).expanduser() if settings.outbox_dir else None
         self._follower = Follower(self._commands, self.registry, kept_file(settings.outbox_dir))
         self._pools: dict[str, PoolClient] = {}

@@ -130,15 +130,17 @@ class Commands:
         # Fewer than a client has connections, one of which is the feed's: beyond that redis-py would refuse.
         self._places = asyncio.Semaphore(_MOST_AT_ONCE)
 
-    async def run(self, key: str, *command: str | int | bytes) -> Any:
-        """The reply of the master of `key`, as redis-py reads it. Raises RedisError, OSError, StoreUnavailableError."""
+    async def run(self, key: str, *command: str | int | bytes, replica_ms: int = 0) -> Any:
+        """The reply of the master of `key`, as redis-py reads it. Raises RedisError, OSError, StoreUnavailableError.
+
+        With `replica_ms` it is waited for so long that a replica has what was written; in vain where there is none.
+        """
         trying_until = time.monotonic() + _TRYING_S
         while True:
             url, node = await self._client(key)
             try:
                 async with asyncio.timeout(self._timeout_s), self._places:
-                    # redis-py has no types for this one.
-                    return await node.execute_command(*command)  # type: ignore[no-untyped-call]
+                    return await _executed(node, command, replica_ms)
             except (RedisError, OSError) as exc:
                 refused = refusal(exc)
                 if refused is None and not isinstance(exc, ResponseError | MaxConnectionsError):
@@ -189,15 +191,29 @@ class Commands:
             await node.aclose()
 
 
+async def _executed(node: redis.asyncio.Redis, command: tuple[str | int | bytes, ...], replica_ms: int) -> Any:
+    """The reply to a command. What a connection has written is waited for on that connection only."""
+    # redis-py has no types for these.
+    if not replica_ms:
+        return await node.execute_command(*command)  # type: ignore[no-untyped-call]
+    pipeline = node.pipeline(transaction=False)
+    pipeline.execute_command(*command)
+    pipeline.execute_command("WAIT", 1, replica_ms)
+    reply, _ = await pipeline.execute(raise_on_error=False)
+    if isinstance(reply, Exception):
+        raise reply
+    return reply
+
+
 class WrappedClient(Commands):
     """Commands over one client that somebody else made, and closes."""
 
     def __init__(self, only: redis.asyncio.Redis) -> None:
         self._only = only
 
-    async def run(self, key: str, *command: str | int | bytes) -> Any:
+    async def run(self, key: str, *command: str | int | bytes, replica_ms: int = 0) -> Any:
         """The client's reply."""
-        return await self._only.execute_command(*command)  # type: ignore[no-untyped-call]
+        return await _executed(self._only, command, replica_ms)
 
     async def aclose(self) -> None:
         """Leaves the client as it is."""

@@ -1,28 +1,33 @@
 """Credentials: references that each worker resolves, and literals that are sealed before they reach Redis.
 
-A value may be a literal, hold references (`${ENV}`, `${file:/path}`), or be sealed: `sealed:v1:<base64 of nonce and
-ciphertext>`, AES-256-GCM with the place of the value as associated data, so that it opens nowhere else.
+A value may be a literal, hold references (`${ENV}`, `${file:/path}`), or be sealed: `sealed:v2:<id of the key>:<base64
+of nonce and ciphertext>`, AES-256-GCM with the place of the value as associated data, so that it opens nowhere else.
+`sealed:v1:` has no id: each key is tried.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import os
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from balancer.domain import Configuration, Provider, is_secret_name
+from balancer import oauth
+from balancer.domain import Configuration, OAuthDetail, Provider, is_secret_name
 from balancer.errors import ConfigurationError
 
-_SEALED = "sealed:v1:"
+_SEALED, _V1, _V2 = "sealed:v", "sealed:v1:", "sealed:v2:"
 _REFERENCE = re.compile(r"\$\{(file:)?([^}]+)\}")
+_KEY_ID = re.compile(r"[0-9a-f]{8}")
 _NONCE_BYTES = 12
 _MOST_KEPT = 10_000
 _LOOK_AGAIN_S = 1.0
@@ -33,33 +38,69 @@ Place = tuple[str, str]
 
 
 class Sealer:
-    """Seals and opens literals with one key. Its repr shows nothing of it."""
+    """Seals literals with one key, and opens what that has sealed, or a second one. Its repr shows nothing of them.
 
-    def __init__(self, key: str) -> None:
-        """`key`: 32 bytes in base64. Raises ConfigurationError for anything else."""
-        try:
-            raw = base64.b64decode(key, validate=True)
-        except binascii.Error:
-            raw = b""
-        if len(raw) != 32:
-            raise ConfigurationError(f"BALANCER_SECRET_KEY: expected 32 bytes in base64; {_HOW_TO_MAKE_ONE}")
+    The second is the old key, or the one to come: while a fleet turns from one to the other, its workers hold both.
+    """
+
+    def __init__(self, key: str, also: str = "") -> None:
+        """Each is 32 bytes in base64; `also` may be empty. Raises ConfigurationError for anything else."""
+        raw = _raw(key, "BALANCER_SECRET_KEY")
+        self.key_id = _key_id(raw)
+        """Names the key that seals, and tells nothing of it."""
         self._aead = AESGCM(raw)
+        self._opening = {self.key_id: self._aead}
+        if also:
+            raw = _raw(also, "BALANCER_SECRET_KEY_ALSO")
+            self._opening.setdefault(_key_id(raw), AESGCM(raw))
 
     def seal(self, value: str, place: Place) -> str:
         """The value in a form that only this key opens, at this place."""
         nonce = os.urandom(_NONCE_BYTES)
         sealed = nonce + self._aead.encrypt(nonce, value.encode(), _associated(place))
-        return _SEALED + base64.b64encode(sealed).decode()
+        return f"{_V2}{self.key_id}:{base64.b64encode(sealed).decode()}"
 
     def open(self, value: str, place: Place) -> str:
         """What was sealed. Raises ConfigurationError when the key or the place is another one."""
-        try:
-            raw = base64.b64decode(value.removeprefix(_SEALED), validate=True)
-            return self._aead.decrypt(raw[:_NONCE_BYTES], raw[_NONCE_BYTES:], _associated(place)).decode()
-        except (InvalidTag, binascii.Error, ValueError) as exc:
-            raise ConfigurationError(
-                f"providers[{place[0]}].{place[1]}: cannot be opened: it was sealed with another BALANCER_SECRET_KEY"
-            ) from exc
+        key_id, _, text = value.removeprefix(_V2).partition(":") if value.startswith(_V2) else ("", "", value)
+        aeads = self._opening.values() if value.startswith(_V1) else filter(None, [self._opening.get(key_id)])
+        for aead in aeads:
+            try:
+                raw = base64.b64decode(text.removeprefix(_V1), validate=True)
+                return aead.decrypt(raw[:_NONCE_BYTES], raw[_NONCE_BYTES:], _associated(place)).decode()
+            except (InvalidTag, binascii.Error, ValueError):
+                continue
+        whose = "" if not _KEY_ID.fullmatch(key_id) else f", whose id is {key_id}"
+        raise ConfigurationError(
+            f"providers[{place[0]}].{place[1]}: cannot be opened: it was sealed with another BALANCER_SECRET_KEY{whose}"
+        )
+
+    def is_current(self, value: str) -> bool:
+        """True for what the key that seals has sealed, as it would now."""
+        return value.startswith(f"{_V2}{self.key_id}:")
+
+    def resealed(self, value: str, place: Place) -> str:
+        """What was sealed with the second key, or in an older form, sealed anew; anything else as it is.
+
+        Raises ConfigurationError when it cannot be opened.
+        """
+        if not is_sealed(value) or self.is_current(value):
+            return value
+        return self.seal(self.open(value, place), place)
+
+
+def _raw(key: str, variable: str) -> bytes:
+    try:
+        raw = base64.b64decode(key, validate=True)
+    except (binascii.Error, ValueError):  # The latter for what is no ASCII.
+        raw = b""
+    if len(raw) != 32:
+        raise ConfigurationError(f"{variable}: expected 32 bytes in base64; {_HOW_TO_MAKE_ONE}")
+    return raw
+
+
+def _key_id(raw: bytes) -> str:
+    return hashlib.sha256(b"balancer key id\n" + raw).hexdigest()[:8]
 
 
 def _associated(place: Place) -> bytes:
@@ -110,7 +151,13 @@ def seal_configuration(
                 pass  # Sealed with a key that is no longer ours: seal it anew.
         return sealer.seal(value, place)
 
-    providers = tuple(_map_values(provider, seal) for provider in configuration.providers)
+    providers = tuple(map_values(provider, seal) for provider in configuration.providers)
+    if sealer is None:
+        faults += [
+            f"providers[{provider.uuid}].oauth_detail: its tokens are renewed, and would reach Redis in the clear"
+            for provider in configuration.providers
+            if oauth.is_renewed(provider)
+        ]
     if faults:
         raise ConfigurationError(
             f"refused without a key; {_HOW_TO_MAKE_ONE}, or write ${{ENV}} or ${{file:/path}} instead", tuple(faults)
@@ -118,7 +165,7 @@ def seal_configuration(
     return msgspec.structs.replace(configuration, providers=providers)
 
 
-def _map_values(provider: Provider, change: Callable[[str, Place], str]) -> Provider:
+def map_values(provider: Provider, change: Callable[[str, Place], str]) -> Provider:
     """The provider with each of its credentials changed."""
 
     def changed(value: str, path: str) -> str:
@@ -130,12 +177,7 @@ def _map_values(provider: Provider, change: Callable[[str, Place], str]) -> Prov
             detail,
             access_token=changed(detail.access_token, "oauth_detail.access_token"),
             refresh_token=changed(detail.refresh_token, "oauth_detail.refresh_token"),
-            extra_fields={
-                name: changed(value, f"oauth_detail.extra_fields.{name}")
-                if is_secret_name(name) and isinstance(value, str)
-                else value
-                for name, value in detail.extra_fields.items()
-            },
+            extra_fields=_mapped(detail.extra_fields, "oauth_detail.extra_fields", changed),
         )
     return msgspec.structs.replace(
         provider,
@@ -153,6 +195,22 @@ def _map_values(provider: Provider, change: Callable[[str, Place], str]) -> Prov
     )
 
 
+def _mapped(value: Any, path: str, change: Callable[[str, str], str]) -> Any:
+    """A field's value with each credential in it changed, however deep: what has a secret's name, or is sealed."""
+    match value:
+        case dict():
+            return {
+                name: change(inner, f"{path}.{name}")
+                if isinstance(inner, str) and (is_secret_name(name) or is_sealed(inner))
+                else _mapped(inner, f"{path}.{name}", change)
+                for name, inner in value.items()
+            }
+        case list():
+            return [_mapped(inner, f"{path}[{at}]", change) for at, inner in enumerate(value)]
+        case _:
+            return value
+
+
 def _values(provider: Provider) -> dict[str, str]:
     """The provider's credentials by their path."""
     values: dict[str, str] = {}
@@ -161,7 +219,7 @@ def _values(provider: Provider) -> dict[str, str]:
         values[place[1]] = value
         return value
 
-    _map_values(provider, note)
+    map_values(provider, note)
     if is_sealed(provider.proxy_url):
         values["proxy_url"] = provider.proxy_url
     return values
@@ -175,12 +233,34 @@ class Credentials:
         self._clock = clock
         self._resolved: dict[tuple[str, Place], tuple[float, str]] = {}
         self._opened: dict[tuple[str, Place], str] = {}
-        self._files: dict[str, tuple[int, str]] = {}
+        self._files: dict[str, tuple[tuple[int, int, int], str]] = {}
 
     def access_token(self, provider: Provider) -> str:
         """The credential to send, empty for none. Raises ConfigurationError that names the variable or file."""
         path = "oauth_detail.access_token" if provider.auth_type == "oauth" else "token"
         return self._resolve(provider.access_token, (provider.uuid, path))
+
+    def oauth(self, provider: Provider) -> OAuthDetail:
+        """What its tokens are renewed with. Raises as `access_token`, and for a provider without OAuth."""
+        detail = provider.oauth_detail
+        if detail is None:
+            raise ConfigurationError(f"providers[{provider.uuid}].oauth_detail: missing")
+
+        def resolved(value: Any, path: str) -> Any:
+            match value:
+                case str():
+                    return self._resolve(value, (provider.uuid, path))
+                case dict():
+                    return {name: resolved(inner, f"{path}.{name}") for name, inner in value.items()}
+                case _:
+                    return value
+
+        return msgspec.structs.replace(
+            detail,
+            access_token=resolved(detail.access_token, "oauth_detail.access_token"),
+            refresh_token=resolved(detail.refresh_token, "oauth_detail.refresh_token"),
+            extra_fields=resolved(detail.extra_fields, "oauth_detail.extra_fields"),
+        )
 
     def headers(self, provider: Provider) -> dict[str, str]:
         """The provider's own headers."""
@@ -239,7 +319,8 @@ class Credentials:
 
     def _read(self, name: str, place: Place) -> str:
         try:
-            changed = Path(name).stat().st_mtime_ns
+            stat = Path(name).stat()  # Of the file that links lead to: Kubernetes swaps the link of a whole folder.
+            changed = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
             cached = self._files.get(name)
             if cached is None or cached[0] != changed:
                 cached = self._files[name] = (changed, Path(name).read_text(encoding="utf-8").strip())

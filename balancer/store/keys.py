@@ -15,6 +15,8 @@
 | `balancer:{registry}:head` | hash: revision, digest, and a publication in progress | permanent |
 | `balancer:{registry}:snapshot:<revision>` | string: JSON | the last 200 |
 | `balancer:{registry}:digests` | hash: digest of a file to its revision | the last 200 |
+| `balancer:{oauth}:grant:<provider>` | hash: its OAuth tokens, sealed; who renews them | 180 days after the last use |
+| `balancer:{oauth}:grants` | hash: provider to how often its grant has changed | 180 days after the last use |
 | `balancer:{registry}:feed` | channel: announces the head's revision | – |
 
 A Cluster hashes only what stands between the braces, so all keys of a pool lie in one slot. What clients name, sessions
@@ -91,6 +93,16 @@ FEED = f"{_PREFIX}{{registry}}:feed"
 def snapshot(revision: int) -> str:
     """The string that holds the configuration of a revision."""
     return f"{_PREFIX}{{registry}}:snapshot:{revision}"
+
+
+GRANTS = f"{_PREFIX}{{oauth}}:grants"
+GRANT_MS = 180 * 86_400_000
+"""So long a grant is kept that nobody uses: as long as the vendors let refresh tokens lie, and longer."""
+
+
+def grant(provider: str) -> str:
+    """The hash of a provider's OAuth tokens."""
+    return f"{_PREFIX}{{oauth}}:grant:{provider}"
 
 
 HOLD_PREFIX = "api-"

@@ -191,6 +191,12 @@ class Registry:
                 return snapshot
         raise StoreUnavailableError("the registry's head names a snapshot that is not there")
 
+    async def rewrite(self, snapshot: Snapshot) -> None:
+        """Writes a kept snapshot as its credentials are sealed by now; nothing where it is no longer kept."""
+        with translated("writing the registry"):
+            key = keys.snapshot(snapshot.revision)
+            await self._commands.run(keys.HEAD, "SET", key, encoded(snapshot), "XX")
+
     async def revision_of(self, digest: str) -> int:
         """The revision that was made of a file, 0 when the registry has not had it."""
         with translated("reading the registry"):

@@ -304,7 +304,8 @@ class Topology:
         self._moved[slot] = Node(host, port)
 
     async def _know(self) -> None:
-        if not self._is_stale:
+        # While the first answer is on its way there is none to go by; later on, the last one serves until then.
+        if not self._is_stale and (self._master or self._ranges):
             return
         came_at = time.monotonic()
         async with self._lock:

@@ -6,6 +6,7 @@ from grafana.boards.common import (
     ANNOTATIONS,
     ANY_POOL_SERVICE,
     BREAKER,
+    NAMESPACE,
     OUTCOMES,
     POOL,
     SERVICE,
@@ -102,6 +103,34 @@ DASHBOARD = Dashboard(
                     most=1,
                     width=12,
                     calm=0,
+                ),
+            ),
+        ),
+        Row(
+            title="OAuth tokens",
+            panels=(
+                lines(
+                    "Access tokens",
+                    "How much longer each access token lives. Saw teeth that turn five minutes above the ground are "
+                    "well; one that falls through to nothing has no successor: the log of any worker, and `/readyz`, "
+                    "say why.",
+                    Query(
+                        expr=f"min by (namespace, provider) (balancer_oauth_expires_seconds{{{NAMESPACE}}})",
+                        legend="{{provider}}",
+                    ),
+                    unit="s",
+                    width=12,
+                ),
+                lines(
+                    "Refreshes",
+                    "Requests for new tokens, of the whole fleet. `failed` is tried again; after `lost` and `in_doubt` "
+                    "somebody must log in again, and publish the new refresh token, before the access token ends.",
+                    Query(
+                        expr=rate("balancer_oauth_refreshes_total", NAMESPACE, "provider", "outcome"),
+                        legend="{{provider}} {{outcome}}",
+                    ),
+                    unit="reqps",
+                    width=12,
                 ),
             ),
         ),

@@ -16,7 +16,9 @@ from tests import needs
 
 NAMESPACE = "llm"
 WORKLOADS = ("Deployment", "StatefulSet")
-SECRETS_OF_OURS = ("BALANCER_CLIENT_TOKENS", "BALANCER_ADMIN_TOKEN", "BALANCER_SECRET_KEY")
+SECRETS_OF_OURS = (
+    *("BALANCER_CLIENT_TOKENS", "BALANCER_ADMIN_TOKEN", "BALANCER_SECRET_KEY", "BALANCER_SECRET_KEY_ALSO"),
+)
 
 CONFIG: Object = {
     "providers": [{"name": "openai", "api_base": "https://api.openai.com/v1", "token": "${OPENAI_KEY}"}],

@@ -57,7 +57,7 @@ ALL: Object = over(
         "workers": 4,
         "config": CONFIG,
         "credentials": {"environment": ["the-providers"], "files": ["the-files", "more-files"]},
-        "secretKey": {"existingSecret": "the-key"},
+        "secretKey": {"existingSecret": "the-key", "alsoKey": "old-key"},
         "admin": {"existingSecret": "the-admin", "expose": True},
         "redis": {"tls": {"existingSecret": "the-ca"}},
         "tls": {"existingSecret": "the-certificate"},
@@ -165,7 +165,7 @@ SECRETS = {
     "the-users": {"user": "balancer", "password": "p%2F2"},
     "the-sentinels": {"user": "watcher", "password": "p3"},
     "the-admin": {"token": "admin-token"},
-    "the-key": {"secret-key": "A" * 43 + "="},
+    "the-key": {"secret-key": "A" * 43 + "=", "old-key": "B" * 42 + "A="},
     "the-headers": {"OTEL_EXPORTER_OTLP_HEADERS": "x=y"},
     "the-providers": {"OPENAI_KEY": "sk-1"},
     "the-rest": {"REST": "r"},
@@ -393,6 +393,10 @@ REFUSED: list[tuple[Object, str]] = [
     (
         over(LEAST, {"config": {"providers": [{"name": "a", "oauth_detail": {"access_token": "at-secret"}}]}}),
         r"config.providers\[0\].oauth_detail.access_token: a literal",
+    ),
+    (
+        over(LEAST, {"config": {"providers": [{"oauth_detail": {"extra_fields": {"client_secret": "s3cret"}}}]}}),
+        r"config.providers\[0\].oauth_detail.extra_fields.client_secret: a literal",
     ),
     (over(LEAST, {"trial": {"clientTokens": "a"}}), "trial.enabled: set it to true if the literal secrets"),
     (over(LEAST, {"trial": {"enabled": True, "redisPassword": "a/b"}}), "trial.redisPassword: letters and digits only"),

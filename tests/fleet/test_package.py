@@ -33,6 +33,7 @@ COMMANDS = (
     "explain",
     "import",
     "models",
+    "secrets",
     "rollback",
 )
 

@@ -7,6 +7,7 @@ over fake accounts that fail when told to. A third pod, of a fleet of its own, r
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import itertools
 import os
@@ -27,6 +28,7 @@ from aiohttp import web
 from balancer.cli.accounts import FakeAccount, Handler
 from balancer.store import scripts
 from tests import prometheus
+from tests.authority import CLIENT_ID, CLIENT_SECRET, Authority
 from tests.fleet.conftest import Fleet
 from tests.prometheus import Prometheus
 from tests.topologies import Server
@@ -105,8 +107,11 @@ LOADS = (
 )
 
 
-def a_document(accounts: Mapping[str, Account], pace: Pace) -> Json:
-    """Six rules in two pools, of every tactic that has a threshold or a share; one of them needs translation."""
+def a_document(accounts: Mapping[str, Account], pace: Pace, authority: Authority) -> Json:
+    """Six rules in two pools, of every tactic that has a threshold or a share; one of them needs translation.
+
+    One account, which none of them needs, is OAuth's.
+    """
     breaker = {"failures": 3, "open_s": 1, "successes": 2}
     price = {"input": 1.25, "output": 10, "cached": 0.125}
 
@@ -130,6 +135,19 @@ def a_document(accounts: Mapping[str, Account], pace: Pace) -> Json:
             *(provider(name, price=price) for name in openai),
             *(provider(name, "anthropic", price={"input": 5, "output": 25, "cached": 0.5}) for name in anthropic),
             provider("dora", limits={"rpm": 1200, "tpm": 400_000, "in_flight": 6}),
+            {
+                "name": "erik",
+                "api_base": authority.api,
+                "auth_type": "oauth",
+                "oauth_detail": {
+                    "extra_fields": {
+                        "grant": "client_credentials",
+                        "token_url": authority.url,
+                        "client_id": CLIENT_ID,
+                        "client_secret": CLIENT_SECRET,
+                    }
+                },
+            },
         ],
         "rules": [
             rule("gpt-5", "round_robin", of(*openai), {"request_threshold": pace.streak}),
@@ -339,6 +357,8 @@ async def watched(folder: Path, pace: Pace | None = None) -> AsyncIterator[Watch
         for account in made:
             await stack.enter_async_context(account)
         accounts = {account.name: account for account in made}
+        authority = await stack.enter_async_context(Authority().running())
+        authority.lives_s = 2
         store = Server("valkey-9", folder / "store", "--save", "", "--appendonly", "no")
         stack.callback(store.end)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("BALANCER_")} | {
@@ -346,12 +366,13 @@ async def watched(folder: Path, pace: Pace | None = None) -> AsyncIterator[Watch
             "XDG_RUNTIME_DIR": str(folder),
             "XDG_DATA_HOME": str(folder),
             "BALANCER_LEASE_S": str(LEASE_S),
+            "BALANCER_SECRET_KEY": base64.b64encode(bytes(32)).decode(),
             "BALANCER_ADMIN_TOKEN": "admin-of-the-fleet",
             "BALANCER_CLIENT_TOKENS": "token-of-the-clients",
             "BALANCER_HOST": "127.0.0.1",
         }
         url = f"redis://{store.address}"
-        document = a_document(accounts, pace)
+        document = a_document(accounts, pace, authority)
         trial = {
             "providers": document["providers"][:2],
             "rules": [

@@ -16,13 +16,17 @@ from balancer.errors import ConfigurationError
 from balancer.store import scripts
 from balancer.store.scripts import Script, load
 
-NAMES = ("checkpoint", "clear", "commit", "fence", "health", "publish", "reap", "tick")
+NAMES = (
+    *("checkpoint", "clear", "commit", "fence"),
+    *("grant_keep", "grant_lease", "grant_look", "grant_release", "grant_reseal", "grant_restore"),
+    *("health", "publish", "reap", "tick"),
+)
 
 # Commands and their words that Redis 6.2 has, and that the scripts may use. PEXPIRE only without NX, XX, GT, LT (7.0).
 WORDS_OF_REDIS_6_2 = frozenset(
     {
         *("DEL", "EXISTS", "GET", "SET", "PX", "PEXPIRE", "PUBLISH", "TIME"),
-        *("HDEL", "HGET", "HGETALL", "HKEYS", "HMGET", "HSCAN", "COUNT", "HSET"),
+        *("HDEL", "HGET", "HGETALL", "HKEYS", "HMGET", "HSCAN", "COUNT", "HSET", "HSETNX", "HINCRBY"),
         *("ZADD", "ZRANGE", "WITHSCORES", "ZREMRANGEBYSCORE", "ZSCORE"),
         *("XADD", "MAXLEN"),
     }

@@ -37,6 +37,7 @@ def test_with_nothing_given_every_setting_has_its_default() -> None:
         insecure=False,
         client_tokens=(),
         secret_key="",
+        secret_key_also="",
         data_dir=Path("/data/balancer"),
         access_log=False,
         otel=False,

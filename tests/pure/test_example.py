@@ -58,7 +58,7 @@ def test_the_example_is_accepted_without_a_word() -> None:
         (BreakerSettings, "providers", ("breaker",), set()),
         (Price, "providers", ("price",), set()),
         (Health, "providers", ("health",), set()),
-        (OAuthDetail, "providers", ("oauth_detail",), {"refresh_token"}),
+        (OAuthDetail, "providers", ("oauth_detail",), set()),
         (Rule, "rules", (), set()),
         (SmartRoute, "rules", ("smart_routing",), set()),
         (SmartOp, "rules", ("smart_routing", "ops"), {"meta"}),

@@ -48,6 +48,8 @@ SERIES = {
     "balancer_leases_expired_total": {"pool"},
     "balancer_settle_batches_lost_total": {"pool"},
     "balancer_invariant_violations_total": {"pool"},
+    "balancer_oauth_refreshes_total": {"provider", "outcome"},
+    "balancer_oauth_expires_seconds": {"provider"},
     "balancer_outbox_entries": {"pool"},
     "balancer_outbox_age_seconds": {"pool"},
     "balancer_store_up": {"pool"},
@@ -135,6 +137,8 @@ def an_exercised() -> Metrics:
     metrics.first_token_s(a_pick(), 1)
     metrics.select_s("default", 0.001)
     metrics.overhead_s(0.001)
+    metrics.refreshed("a", "success")
+    metrics.tokens_live({"a": 3600})
     for level in (metrics.outbox, metrics.outbox_age, metrics.store_up):
         level.set(1, "default")
     metrics.revision.set(1)
@@ -151,6 +155,15 @@ def test_every_series_has_the_name_and_labels_of_the_contract() -> None:
 
     assert found == SERIES
     assert {family.name: set(family.labels) for family in FAMILIES} == SERIES | FLEET | CONFIGURED
+
+
+def test_the_life_of_a_token_that_nobody_knows_any_more_is_absent() -> None:
+    metrics = Metrics()
+    metrics.tokens_live({"a": 60, "b": 70})
+    metrics.tokens_live({"b": 69})
+    assert named(samples(metrics.exposition()), "balancer_oauth_expires_seconds") == {
+        sample("balancer_oauth_expires_seconds", provider="b"): 69
+    }
 
 
 def test_every_series_says_what_it_is_and_each_is_there_before_it_has_a_value() -> None:

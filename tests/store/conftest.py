@@ -32,8 +32,10 @@ _SERVERS = [
 ]
 _PLACES = {
     # What a worker does all the time runs everywhere. All else runs on each kind of server; two do not depend on it.
-    **dict.fromkeys(("test_auditor", "test_holds", "test_link", "test_pool", "test_recall", "test_topology"), _MATRIX),
-    **dict.fromkeys(("test_outage", "test_reservation", "test_spill"), _SERVERS[:1]),
+    **dict.fromkeys(
+        ("test_auditor", "test_grants", "test_holds", "test_link", "test_pool", "test_recall", "test_topology"), _MATRIX
+    ),
+    **dict.fromkeys(("test_keeper", "test_outage", "test_reservation", "test_spill"), _SERVERS[:1]),
 }
 _IN_MATRIX = re.compile(rf"(.*)\[((?:{'|'.join(_TARGETS)})-resp[23])\b.*\]")
 

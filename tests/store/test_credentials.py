@@ -103,7 +103,51 @@ def test_what_is_no_key_of_32_bytes_is_refused_without_showing_it(key: str) -> N
     assert not key or key not in caught.value.message
 
 
+def test_a_second_key_opens_what_it_has_sealed_and_seals_nothing() -> None:
+    old, both = Sealer(OTHER_KEY), Sealer(KEY, OTHER_KEY)
+    value = old.seal("sk-secret", PLACE)
+    assert both.open(value, PLACE) == "sk-secret"
+    assert Sealer(KEY).open(both.seal("sk-secret", PLACE), PLACE) == "sk-secret"
+    assert (both.is_current(value), both.is_current(both.resealed(value, PLACE))) == (False, True)
+    assert both.resealed("${ENV}", PLACE) == "${ENV}"
+
+
+def test_what_was_sealed_before_keys_had_ids_opens_with_either_key_and_is_sealed_anew() -> None:
+    for key in (KEY, OTHER_KEY):
+        value = Sealer(key).seal("sk-secret", PLACE)
+        older = f"sealed:v1:{value.rpartition(':')[2]}"
+        both = Sealer(KEY, OTHER_KEY)
+        assert both.open(older, PLACE) == "sk-secret"
+        assert both.is_current(both.resealed(older, PLACE))
+
+
+def test_a_key_that_is_missing_is_named_by_its_id() -> None:
+    other = Sealer(OTHER_KEY)
+    with pytest.raises(ConfigurationError, match=f"whose id is {other.key_id}"):
+        Sealer(KEY).open(other.seal("sk-secret", PLACE), PLACE)
+
+
+def test_a_second_key_that_is_none_is_refused_by_its_own_name() -> None:
+    with pytest.raises(ConfigurationError, match="BALANCER_SECRET_KEY_ALSO: expected 32 bytes"):
+        Sealer(KEY, "short")
+
+
 # -- a configuration ---------------------------------------------------------------------------------------------------
+
+
+def test_what_lies_deeper_in_the_fields_of_oauth_is_sealed_too() -> None:
+    fields = {"client_secret": "s-1", "token_url": "https://a.invalid/t", "more": [{"api_key": "s-2", "name": "n"}]}
+    detail = sealed(a_provider("eu", oauth_detail=OAuthDetail(extra_fields=fields))).oauth_detail
+    assert detail is not None
+    assert is_sealed(detail.extra_fields["client_secret"])
+    assert is_sealed(detail.extra_fields["more"][0]["api_key"])
+    assert (detail.extra_fields["token_url"], detail.extra_fields["more"][0]["name"]) == (fields["token_url"], "n")
+
+
+def test_a_provider_whose_tokens_are_renewed_is_refused_without_a_key() -> None:
+    detail = OAuthDetail(refresh_token="${R}", provider_type="anthropic")
+    with pytest.raises(ConfigurationError, match=r"providers\[eu\].oauth_detail: its tokens are renewed"):
+        seal_configuration(of(a_provider("eu", token="", auth_type="oauth", oauth_detail=detail)), None)
 
 
 def test_every_literal_credential_is_sealed_and_the_rest_stays() -> None:
@@ -265,6 +309,24 @@ def test_a_file_that_is_swapped_by_its_link_is_read_again(tmp_path: Path) -> Non
     assert credentials.access_token(provider) == "two"
 
 
+def test_a_mounted_secret_that_kubernetes_renews_is_read_again(tmp_path: Path) -> None:
+    """The kubelet swaps `..data`, a link to a folder; old and new may have the same size, and times of one tick."""
+    for name, text in (("..2026_1", "one"), ("..2026_2", "two")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "token").write_text(text)
+        os.utime(tmp_path / name / "token", ns=(7, 7))
+    data, link = tmp_path / "..data", tmp_path / "token"
+    data.symlink_to("..2026_1")
+    link.symlink_to("..data/token")
+    seconds = iter([0.0, 1.0])
+    credentials = Credentials(None, lambda: next(seconds))
+    provider = a_provider("eu", token=f"${{file:{link}}}")
+    assert credentials.access_token(provider) == "one"
+    (tmp_path / "..data_tmp").symlink_to("..2026_2")
+    (tmp_path / "..data_tmp").rename(data)
+    assert credentials.access_token(provider) == "two"
+
+
 def test_a_variable_that_is_not_set_is_named_with_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EU_KEY", raising=False)
     with pytest.raises(ConfigurationError, match=r"providers\[eu\]\.token: the variable EU_KEY is not set"):
@@ -329,7 +391,7 @@ async def test_no_value_in_redis_holds_a_literal_credential(url: str, control: A
     await balance.close()
     values = await everything(control)
     assert len(values) >= 8
-    assert any("sealed:v1:" in text for text in values)
+    assert any("sealed:v2:" in text for text in values)
     for text in values:
         assert not [secret for secret in secrets if secret in text]
 

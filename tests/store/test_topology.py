@@ -639,6 +639,12 @@ async def test_writes_that_the_promoted_replica_lacks_raise_the_epoch_and_settle
     assert load.bumps == [20]
 
 
+async def test_all_who_ask_before_the_first_answer_has_come_wait_for_it(url: str) -> None:
+    """They took an answer that was on its way for one that had come, and met an assertion."""
+    topology = Topology(url)
+    assert len(set(await asyncio.gather(*(topology.locate(KEY) for _ in range(8))))) == 1
+
+
 async def pool_is_back(pool: PoolClient) -> None:
     async def is_up() -> bool:
         return pool.is_up

@@ -63,7 +63,7 @@ class UpstreamClient:
             # Nothing was sent: an idle connection has ended unseen.
             connection.drop()
             if is_new:
-                raise UpstreamError(f"{request.provider} broke off before it answered")
+                raise UpstreamError(f"{request.provider} broke off before it answered", was_sent=False)
             pool = self._pools.get(target.origin) or self._new_pool(target.origin)
             connection = pool.take()
             if connection is None:
@@ -162,15 +162,17 @@ class UpstreamClient:
                 connection = await self._dialer.dial(origin, new)
         except (OSError, UnicodeError) as exc:  # The latter for a name that no name service would take.
             if not limit.expired():
-                raise UpstreamError(f"{request.provider} cannot be reached{_why(exc)}") from exc
+                raise UpstreamError(f"{request.provider} cannot be reached{_why(exc)}", was_sent=False) from exc
             if left_s < connect_s:
                 raise answer.unanswered() from None
-            raise UpstreamTimeoutError(f"{request.provider} could not be reached in time (connect_s)") from exc
+            raise UpstreamTimeoutError(
+                f"{request.provider} could not be reached in time (connect_s)", was_sent=False
+            ) from exc
         if self._is_closed:
             connection.drop()
-            raise UpstreamError(_CLOSING)
+            raise UpstreamError(_CLOSING, was_sent=False)
         if not connection.is_usable:
-            raise UpstreamError(f"{request.provider} broke off before it answered")
+            raise UpstreamError(f"{request.provider} broke off before it answered", was_sent=False)
         self._connections.add(connection)
         return connection
 

@@ -98,7 +98,7 @@ class Pool:
     def close(self, why: str) -> None:
         """Whoever waits is told why it is in vain."""
         while (waiter := self._next()) is not None:
-            waiter.set_exception(UpstreamError(why))
+            waiter.set_exception(UpstreamError(why, was_sent=False))
 
     def _next(self) -> asyncio.Future[Connection | None] | None:
         while self._waiters:

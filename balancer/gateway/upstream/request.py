@@ -76,7 +76,9 @@ class Targets:
 
 def _parsed(url: str, proxy_url: str) -> Target:
     if _UNSENDABLE.search(url):
-        raise UpstreamError("the upstream's URL holds white space or control characters: it cannot be requested")
+        raise UpstreamError(
+            "the upstream's URL holds white space or control characters: it cannot be requested", was_sent=False
+        )
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""
@@ -84,9 +86,9 @@ def _parsed(url: str, proxy_url: str) -> Target:
             host = yarl.URL(url).raw_host or ""  # IDNA 2008; Python's own codec makes another host of some.
         port = parts.port
     except ValueError as exc:  # Among them UnicodeError.
-        raise UpstreamError("the upstream's URL has no valid host and port") from exc
+        raise UpstreamError("the upstream's URL has no valid host and port", was_sent=False) from exc
     if parts.scheme not in _PORTS or not host:
-        raise UpstreamError("the upstream's URL is none of http:// or https:// with a host")
+        raise UpstreamError("the upstream's URL is none of http:// or https:// with a host", was_sent=False)
     default = _PORTS[parts.scheme]
     name = f"[{host}]" if ":" in host else host
     authority = name if port in (None, default) else f"{name}:{port}"
@@ -151,7 +153,7 @@ def head_of(request: UpstreamRequest, target: Target, headers: Headers) -> bytes
     """The first line, and those of these headers. Raises UpstreamError that names the header which cannot be sent."""
     method = request.method
     if method not in _METHODS and not _TOKEN.fullmatch(method):
-        raise UpstreamError("the request's method is none")
+        raise UpstreamError("the request's method is none", was_sent=False)
     parts = [method, target.line, target.host, target.proxy_lines]
     lines = 3 if target.proxy_lines else 2
     starts = _starts
@@ -172,7 +174,9 @@ def head_of(request: UpstreamRequest, target: Target, headers: Headers) -> bytes
 
 def _start_of(name: str) -> str:
     if not _TOKEN.fullmatch(name):
-        raise UpstreamError(f"the header {name[:64]!r} has a name that cannot be sent; see the provider's `headers`")
+        raise UpstreamError(
+            f"the header {name[:64]!r} has a name that cannot be sent; see the provider's `headers`", was_sent=False
+        )
     lower = name.lower()
     start = "" if lower in _OURS else "Host: " if lower == "host" else f"{name}: "
     if len(_starts) < _KEPT:
@@ -188,6 +192,9 @@ def _check(request: UpstreamRequest, headers: Headers, text: str, lines: int) ->
         if any(sign in value for sign in "\r\n\0"):
             raise UpstreamError(
                 f"the header {name!r} for {request.provider} holds a line break or NUL and is not sent; "
-                "see the provider's token and `headers`"
+                "see the provider's token and `headers`",
+                was_sent=False,
             )
-    raise UpstreamError(f"a line of the request for {request.provider} holds a line break or NUL and is not sent")
+    raise UpstreamError(
+        f"a line of the request for {request.provider} holds a line break or NUL and is not sent", was_sent=False
+    )

@@ -160,12 +160,14 @@ class SocksUpstream:
                     timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s),
                 )
         except (aiohttp.ConnectionTimeoutError, aiohttp.ServerTimeoutError, ProxyTimeoutError) as exc:
-            raise UpstreamTimeoutError(f"{request.provider} could not be reached in time (connect_s)") from exc
+            raise UpstreamTimeoutError(
+                f"{request.provider} could not be reached in time (connect_s)", was_sent=False
+            ) from exc
         except TimeoutError:
             name = "headers_s" if headers_s < request.timeout_s else "timeout"
             raise UpstreamTimeoutError(f"{request.provider} did not answer in time ({name})") from None
         except (aiohttp.ClientConnectorError, ProxyConnectionError, ProxyError) as exc:
-            raise UpstreamError(f"{request.provider} cannot be reached") from exc
+            raise UpstreamError(f"{request.provider} cannot be reached", was_sent=False) from exc
         except (aiohttp.ClientError, OSError) as exc:
             raise UpstreamError(f"{request.provider} broke off before it answered") from exc
         return SocksAnswer(request, response, deadline)

@@ -105,6 +105,18 @@ def test_no_token_of_the_file_is_written_or_told() -> None:
     assert result.document["providers"][1]["oauth_detail"] == {"access_token": "${TWO_ACCESS_TOKEN}"}
 
 
+def test_a_login_that_can_be_renewed_keeps_both_its_tokens_by_name() -> None:
+    detail = {"access_token": "oauth-literal", "refresh_token": "refresh-literal", "provider_type": "claude_code"}
+    result = tingly(a_config(providers_v2=[a_provider("two", auth_type="oauth", oauth_detail=detail)]))
+    everything = msgspec.json.encode(result.document).decode() + "\n".join(result.warnings)
+    assert [secret for secret in ("oauth-literal", "refresh-literal") if secret in everything] == []
+    assert result.document["providers"][0]["oauth_detail"] == {
+        "access_token": "${TWO_ACCESS_TOKEN}",
+        "refresh_token": "${TWO_REFRESH_TOKEN}",
+        "provider_type": "claude_code",
+    }
+
+
 def test_literals_are_kept_where_that_is_wanted() -> None:
     raw = a_config(providers_v2=[a_provider("one", token="sk-literal"), a_provider("two")])
 

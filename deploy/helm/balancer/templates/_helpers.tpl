@@ -137,6 +137,9 @@ redis://:$(REDIS_PASSWORD)@{{ include "balancer.fullname" . }}-valkey:6379/0
 {{- with .Values.secretKey }}
 {{- if .existingSecret }}
 {{ include "balancer.secretEnv" (list "BALANCER_SECRET_KEY" .existingSecret .key) }}
+{{- if .alsoKey }}
+{{ include "balancer.secretEnv" (list "BALANCER_SECRET_KEY_ALSO" .existingSecret .alsoKey) }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- if eq .Values.redis.mode "url" }}
