@@ -96,6 +96,13 @@ def read(raw: Any, *, door: Door) -> Reading:
     return Reading(configuration=configuration, warnings=tuple(reader.warnings))
 
 
+def faults_of(raw: Any) -> tuple[list[str], list[str]]:
+    """What the strict door refuses in a document, and what it warns of."""
+    reader = _Reader("strict")
+    reader.configuration(raw)
+    return reader.faults, reader.warnings
+
+
 def read_tactic(raw: Any) -> Tactic:
     """The tactic of `{type, params}`, by the strict door. Raises ConfigurationError with every fault."""
     reader = _Reader("strict")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -19,8 +20,9 @@ def _empty(client: Any) -> Iterator[None]:
 
 
 def publish(client: Any, base: int, revision: int, document: str = "{}") -> Any:
-    names = {"head": keys.HEAD, "snapshot": keys.snapshot(revision)}
-    return evaluate(client, "publish", names, {"base": base, "revision": revision, "document": document})
+    names = {"head": keys.HEAD, "snapshot": keys.snapshot(revision), "changes": keys.CHANGES}
+    log: dict[str, str | int] = {"now_ms": 0, "change": f"made {revision}", "kept": 3, "age_ms": 60_000}
+    return evaluate(client, "publish", names, log | {"base": base, "revision": revision, "document": document})
 
 
 def commit(client: Any, revision: int, digest: str = "", *, kept: int = 200, outdated: int = 0) -> Any:
@@ -45,6 +47,7 @@ def test_a_prepared_revision_is_pending_until_it_is_committed(client: Any) -> No
         keys.HEAD: {b"revision": b"1", b"digest": b"d1"},
         keys.DIGESTS: {b"d1": b"1"},
         keys.snapshot(1): b"first",
+        keys.CHANGES: [(ANY, {b"change": b"made 1"})],
     }
 
 

@@ -16,7 +16,7 @@ from balancer.errors import ConfigurationError
 from balancer.store import scripts
 from balancer.store.scripts import Script, load
 
-NAMES = ("checkpoint", "clear", "commit", "fence", "health", "publish", "reap", "tick")
+NAMES = ("checkpoint", "clear", "commit", "fence", "health", "note", "publish", "reap", "tick")
 
 # Commands and their words that Redis 6.2 has, and that the scripts may use. PEXPIRE only without NX, XX, GT, LT (7.0).
 WORDS_OF_REDIS_6_2 = frozenset(
