@@ -51,14 +51,14 @@ def read_principals(text: str) -> tuple[Principal, ...]:
         role, _, token = rest.partition(":")
         fault = _fault(name, role, token)
         if not fault and name in found:
-            fault = f"the name {name!r} is there twice"
+            fault = "an entry before it has the same name"
         if fault:
             faults.append(f"entry {number}: {fault}")
             continue
         known = _DIGEST.fullmatch(token)
         digest = known[1] if known else digest_of(token)
-        if other := next((p.name for p in found.values() if p.digest == digest), ""):
-            faults.append(f"entry {number}: has the token of {other!r}")
+        if any(principal.digest == digest for principal in found.values()):
+            faults.append(f"entry {number}: an entry before it has the same token")
         found[name] = Principal(name=name, role=msgspec.convert(role, Role), digest=digest)
     if faults:
         raise ConfigurationError("BALANCER_ADMIN_TOKENS: expected name:role:token", tuple(faults))
@@ -66,17 +66,17 @@ def read_principals(text: str) -> tuple[Principal, ...]:
 
 
 def _fault(name: str, role: str, token: str) -> str:
-    """What is wrong with an entry. It shows nothing of it but a good name: a token may stand in a wrong place."""
+    """What is wrong with an entry. It shows nothing of it: a token may stand in any wrong place."""
     if not _NAME.fullmatch(name):
         return "the name: expected 1 to 64 letters, digits, or any of . _ @ -, and a colon behind it"
     if name == ADMIN_NAME:
         return f"the name {ADMIN_NAME!r} is that of BALANCER_ADMIN_TOKEN"
     if role not in ROLES:
-        return f"{name}: expected a role ({', '.join(ROLES)}) between two colons"
+        return f"the role: expected {', '.join(ROLES)} between two colons"
     if token.startswith("sha256:"):
-        return "" if _DIGEST.fullmatch(token) else f"{name}: expected 64 digits of SHA-256, in hex and lower case"
+        return "" if _DIGEST.fullmatch(token) else "the token: expected 64 digits of SHA-256, in hex and lower case"
     if len(token) < SHORTEST_TOKEN:
-        return f"{name}: a token has at least {SHORTEST_TOKEN} characters"
+        return f"the token: expected at least {SHORTEST_TOKEN} characters"
     return ""
 
 

@@ -1,4 +1,4 @@
--- Appends to the log of changes. What is older than that is trimmed, else what is beyond the number kept: XADD takes one
+-- Appends to the log of changes. What is older than that is trimmed, else what is beyond the number kept: XADD does one
 -- of the two, and an entry that is too old leaves its place to the new one.
 local function note_change(key, change, kept, oldest_ms)
   local first = redis.call('XRANGE', key, '-', '+', 'COUNT', 1)[1]

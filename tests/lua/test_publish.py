@@ -130,7 +130,7 @@ def test_the_outdated_snapshot_is_dropped_with_the_commit(client: Any) -> None:
     for revision in (1, 2, 3):
         publish(client, revision - 1, revision)
         commit(client, revision, outdated=max(0, revision - 2))
-    assert sorted(contents(client)) == [keys.HEAD, keys.snapshot(2), keys.snapshot(3)]
+    assert sorted(contents(client)) == [keys.CHANGES, keys.HEAD, keys.snapshot(2), keys.snapshot(3)]
 
 
 def test_of_the_digests_the_oldest_goes(client: Any) -> None:

@@ -24,7 +24,7 @@ WORDS_OF_REDIS_6_2 = frozenset(
         *("DEL", "EXISTS", "GET", "SET", "PX", "PEXPIRE", "PUBLISH", "TIME"),
         *("HDEL", "HGET", "HGETALL", "HKEYS", "HMGET", "HSCAN", "COUNT", "HSET"),
         *("ZADD", "ZRANGE", "WITHSCORES", "ZREMRANGEBYSCORE", "ZSCORE"),
-        *("XADD", "MAXLEN"),
+        *("XADD", "MAXLEN", "MINID", "XRANGE"),
     }
 )
 GLOBALS_OF_A_SCRIPT = frozenset(

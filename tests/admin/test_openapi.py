@@ -1,0 +1,49 @@
+"""The description of the admin API: valid OpenAPI, true of what is answered, and nothing in it makes the server fail."""
+
+from __future__ import annotations
+
+import jsonschema
+import openapi_spec_validator
+
+from tests.admin.conftest import LIVE, RULE, Admin, of
+from tests.admin.test_resources import PROVIDERS, RULES, path, read
+
+FUZZ_S = 7
+
+
+async def test_it_is_valid_and_names_every_route(admin: Admin) -> None:
+    description = await admin.get("/openapi.json")
+    openapi_spec_validator.validate(description)
+    ids = [operation["operationId"] for methods in description["paths"].values() for operation in methods.values()]
+    assert len(ids) == len(set(ids)) > 25
+    for methods in description["paths"].values():
+        for operation in methods.values():
+            assert operation["summary"]
+            assert operation.get("security") == [] or operation["description"].startswith("Role: ")
+
+
+async def test_answers_are_as_described(admin: Admin) -> None:
+    await admin.settle((await admin.pick())["hold"])
+    description = await admin.get("/openapi.json")
+    for template, place in (
+        ("/api/v1/rules", RULES),
+        ("/api/v1/rules/{rule}", path(RULE)),
+        ("/api/v1/providers", PROVIDERS),
+        ("/api/v1/audit", "/api/v1/audit"),
+        ("/api/v1/decisions", "/api/v1/decisions"),
+        (f"{LIVE}/stats", f"{LIVE}/stats"),
+        (f"{LIVE}/rules/{{rule}}", of(RULE)),
+        (f"{LIVE}/rules/{{rule}}/current-service", f"{of(RULE)}/current-service"),
+    ):
+        answered = description["paths"][template]["get"]["responses"]["200"]
+        schema = answered["content"]["application/json"]["schema"]
+        root = {"components": description["components"], **schema}
+        jsonschema.validate(await admin.get(place), root, cls=jsonschema.Draft202012Validator)
+
+
+async def test_it_is_made_from_the_structs(admin: Admin) -> None:
+    schemas = (await admin.get("/openapi.json"))["components"]["schemas"]
+    rule, _ = await read(admin, path(RULE))
+    assert rule.keys() <= schemas["Rule"]["properties"].keys()
+    assert schemas["Rule"]["required"] == ["request_model"]
+    assert schemas["Rule"]["properties"]["scenario"]["enum"] == ["anthropic", "claude_code", "openai", "opencode"]
