@@ -56,7 +56,9 @@ def create_app(settings: Settings, balance: Balance, metrics: Metrics, sealer: S
         )
 
     app = web.Application(client_max_size=0)
-    app.router.add_route("*", "/{path:.*}", answer)
+    app.router.add_route(
+        "*", "/{path:(?s:.*)}", answer
+    )  # A name may hold a line end, which a dot alone does not match.
     return app
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from balancer import __version__
+from balancer import __version__, domain
 from balancer.admin.routing import Parameter, Route
 from balancer.admin.shapes import Problem
 from balancer.domain import Provider, Rule, ScenarioConfig, Tactic
@@ -84,9 +84,22 @@ def _schemas(routes: Iterable[Route]) -> tuple[dict[Any, Any], dict[str, Any]]:
             components[name].pop("required", None)
             if required:
                 components[name]["required"] = required
+    for name, schema in components.items():
+        if isinstance(getattr(domain, name, None), type):
+            components[name] = _lenient_of_null(schema)
     if Tactic.__name__ in components:
         components[Tactic.__name__] = _tactic()
     return dict(zip(kinds, found, strict=True)), components
+
+
+def _lenient_of_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of what a document holds: null is as good as nothing wherever nothing is."""
+    required = schema.get("required", [])
+    properties = {
+        name: field if name in required else {"anyOf": [field, {"type": "null"}]}
+        for name, field in schema.get("properties", {}).items()
+    }
+    return schema | {"properties": properties} if properties else schema
 
 
 def _tactic() -> dict[str, Any]:
@@ -109,11 +122,11 @@ def _tactic() -> dict[str, Any]:
         "description": "How a service is picked. `type` may also be one of the legacy numbers 0 to 3.",
         "type": "object",
         "properties": {
-            "type": {"anyOf": [{"enum": list(TACTIC_NAMES)}, {"type": "integer", "minimum": 0, "maximum": 3}]},
+            "type": {"anyOf": [{"enum": [*TACTIC_NAMES, "", None]}, {"type": "integer", "minimum": 0, "maximum": 3}]},
             "params": {"type": ["object", "null"]},
         },
         "examples": [{"type": name, "params": {}} for name in TACTIC_NAMES],
-        "anyOf": [*alternatives, {"properties": {"type": {"type": "integer"}}}],
+        "anyOf": [*alternatives, {"properties": {"type": {"enum": ["", None, 0, 1, 2, 3]}}}],
     }
 
 
