@@ -261,6 +261,7 @@ class Checker:
             affinity_ms=int(event["affinity_ms"]),
             only=event["only"],
             excluded=tuple(filter(None, event["excluded"].split("\n"))),
+            barred=tuple(filter(None, event.get("barred", "").split("\n"))),
         )
         if not self._agrees_before(event, PICK_COUNTERS):
             return

@@ -489,9 +489,9 @@ class Selection(Struct, frozen=True, kw_only=True, gc=False, array_like=True):
     """One pick asked for: its name within the worker, the partition and the revision it is meant under.
 
     `draw` in [0, 2^32) brings the randomness, `reserved` tokens are held until the settle, `deadline_ms` from now on
-    the attempt counts as lost; `excluded` services were tried before. `session` (a digest, empty for none) is pinned
-    for `affinity_ms` to the service that it gets; `only` (a service id, empty for any) leaves no choice. The script
-    reads them in this order.
+    the attempt counts as lost; `excluded` services were tried before, `barred` ones cannot serve this request.
+    `session` (a digest, empty for none) is pinned for `affinity_ms` to the service that it gets; `only` (a service id,
+    empty for any) leaves no choice. The script reads them in this order.
     """
 
     number: int
@@ -505,6 +505,7 @@ class Selection(Struct, frozen=True, kw_only=True, gc=False, array_like=True):
     only: str = ""
     excluded: tuple[str, ...] = ()
     session: str = ""
+    barred: tuple[str, ...] = ()
 
 
 class Entry(Struct, frozen=True, kw_only=True, gc=False, array_like=True):

@@ -184,7 +184,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return [line for line in self.services if not self.status(line)]
 
     def open(self) -> list[ServiceDefinition]:
-        """The services that are switched on and were not tried before."""
+        """The services that are switched on, can serve the request, and were not tried before."""
         return [line for line in self.services if line.active and not self._is_excluded(line)]
 
     def probe(self) -> ServiceDefinition | None:
@@ -246,7 +246,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True):
         return ["none", "cooling", min(self._state(line).cooldown - self.now_ms for line in within)]
 
     def _is_excluded(self, line: ServiceDefinition) -> bool:
-        return line.id in self.selection.excluded or self.selection.only not in ("", line.id)
+        selection = self.selection
+        return line.id in selection.excluded or line.id in selection.barred or selection.only not in ("", line.id)
 
     def _state(self, line: ServiceDefinition) -> ServiceState:
         return self.pool.service(line.id)
@@ -496,13 +497,13 @@ class Pool:
         return Decision(service=chosen.service, reason=chosen.reason, streak=chosen.streak, is_switch=is_switch)
 
     def _pinned(self, situation: Situation) -> ServiceDefinition | None:
-        """The service that the session is pinned to; a pin on one that cannot serve for long is dropped."""
+        """The service that the session is pinned to; a pin on one that can serve none of it for long is dropped."""
         session = situation.selection.session
         pinned, _ = self.pins.get(session, ("", 0))
         if not situation.selection.affinity_ms or not pinned:
             return None
         line = situation.find(pinned)
-        if line and situation.status(line) in ("", "limited", "cooling"):
+        if line and situation.status(line) in ("", "limited", "cooling", "excluded"):
             return line
         del self.pins[session]
         return None

@@ -90,6 +90,7 @@ class _Balance:
         only: str = "",
         begun: Asked | None = None,
         variant: Callable[[Rule], Rule] | None = None,
+        barred: tuple[str, ...] = (),
     ) -> tuple[Pick, Rule]:
         self._number += 1
         pick = Pick(

@@ -15,7 +15,8 @@
 --   output, cached, cache_creation, reasoning), cooldown_ms (how long the service asks to be left alone),
 --   first_token_us and stream_us (how fast it was, 0 for not known).
 --   A selection: number, revision, draw, reserved, deadline_ms (from now), affinity_ms (how long the session stays
---   pinned, 0 without one), rule, partition, only (the one service that may be picked, '' for any), excluded (ids)
+--   pinned, 0 without one), rule, partition, only (the one service that may be picked, '' for any), excluded (ids of
+--   those that were tried before), session, barred (ids of those that cannot serve what is asked; may be missing)
 -- Returns {word, last, epoch, position, lost}: the word is 'applied', 'none' without a batch, or 'gap' for one that
 --   does not follow the last, and changes nothing (without selections the rest is 0 then); and for each selection, in
 --   order: {'pick', service, reason, seq, epoch, position, streak, is_switch}, {'none', cause, retry_ms}: the cause
@@ -34,6 +35,7 @@ local NOW_MS, EPOCH, POSITION, LEASE_MS, BATCH, SKIPS, ENTRIES, SELECTIONS = 1, 
 local NUMBER, SERVICE_ID, OUTCOME, AGE_MS, USAGE, COOLDOWN_MS, FIRST_TOKEN_US, STREAM_US = 1, 2, 3, 4, 5, 6, 7, 8
 local USED_INPUT, USED_OUTPUT, USED_CACHED, USED_CREATION, USED_REASONING = 1, 2, 3, 4, 5
 local REVISION, DRAW, TO_RESERVE, DEADLINE_MS, AFFINITY_MS, RULE, PARTITION, ONLY, EXCLUDED = 2, 3, 4, 5, 6, 7, 8, 9, 10
+local BARRED = 12
 local metered_text = {[0] = '0 ', '1 ', '2 ', '3 '}
 -- Whether an outcome is a failure, and what it says of the service: all others say nothing.
 local is_failure = {
@@ -63,11 +65,11 @@ local function is_entry(entry)
     + creation % 1 + reasoning % 1 == 0
 end
 
--- Takes the ids of the excluded for what they are looked up by, too.
-local function exclude(excluded) -- apart: special
-  for i = 1, #excluded do
-    if type(excluded[i]) ~= 'string' then return false end
-    excluded[excluded[i]] = true
+-- Takes ids for what the excluded are looked up by, too.
+local function exclude(ids, excluded) -- apart: special
+  for i = 1, #ids do
+    if type(ids[i]) ~= 'string' then return false end
+    excluded[ids[i]] = true
   end
   return true
 end
@@ -75,12 +77,13 @@ end
 local function is_selection(selection)
   local number, revision, draw = selection[NUMBER], selection[REVISION], selection[DRAW]
   local reserved, deadline, affinity = selection[TO_RESERVE], selection[DEADLINE_MS], selection[AFFINITY_MS]
-  local excluded = selection[EXCLUDED]
+  local excluded, barred = selection[EXCLUDED], selection[BARRED]
   return number > 0 and revision > 0 and draw >= 0 and draw < 4294967296 and reserved >= 0 and deadline >= 0
     and affinity >= 0 and number + revision + reserved + deadline + affinity <= MOST_WHOLE
     and number % 1 + revision % 1 + draw % 1 + reserved % 1 + deadline % 1 + affinity % 1 == 0
     and selection[RULE] >= '' and selection[PARTITION] >= '' and selection[ONLY] >= ''
-    and type(excluded) == 'table' and (excluded[1] == nil or exclude(excluded))
+    and type(excluded) == 'table' and (excluded[1] == nil or exclude(excluded, excluded))
+    and (barred == nil or type(barred) == 'table' and (barred[1] == nil or exclude(barred, excluded)))
 end
 
 -- The numbers that the call begins with.
@@ -408,6 +411,8 @@ local function record_pick(selection, part, fields, sample) -- apart: special
     'excluded', table.concat(selection[EXCLUDED], '\n'), 'affinity_ms', whole(selection[AFFINITY_MS]),
     'only', selection[ONLY], 'pin', selection.pin or '',
   }
+  local barred = selection[BARRED]
+  if barred and barred[1] then event[#event + 1], event[#event + 2] = 'barred', table.concat(barred, '\n') end
   for _, list in ipairs({fields, sample}) do
     for _, value in ipairs(list) do event[#event + 1] = value end
   end
@@ -421,15 +426,15 @@ local function send_probe(service, id) -- apart: special
   return whole(call.pool.position)
 end
 
--- The service that the session is pinned to, when it may be picked. A limit or a cooldown passes, and the pin stands
--- meanwhile (selection.keeps_pin); all else ends it.
+-- The service that the session is pinned to, when it may be picked. A limit or a cooldown passes, and what it cannot
+-- serve may be this request alone: the pin stands meanwhile (selection.keeps_pin); all else ends it.
 local function pinned(part, selection) -- apart: special
   selection.pin = redis.call('GET', selection.pin_key) or ''
   if selection.pin == '' then return nil end
   local line = find_line(part, selection.pin)
   local status = line and status_of(line) or 'inactive'
   if status == '' then return line end
-  selection.keeps_pin = status == 'limited' or status == 'cooling'
+  selection.keeps_pin = status == 'limited' or status == 'cooling' or status == 'excluded'
   if not selection.keeps_pin then redis.call('DEL', selection.pin_key) end
   return nil
 end

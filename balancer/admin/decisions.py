@@ -234,6 +234,7 @@ def _pick(pool: str, event: Event) -> dict[str, object]:
         "affinity_s": int(event["affinity_ms"]) // 1000,
         "only": event["only"] or None,
         "excluded": [service for service in event["excluded"].split("\n") if service],
+        "barred": [service for service in event.get("barred", "").split("\n") if service],
         "reserved": int(event["reserved"]),
         "deadline": at(int(event["deadline_ms"])),
         "worker": event["worker"],

@@ -27,6 +27,7 @@ class Balance(Protocol):
         only: str = "",
         begun: Asked | None = None,
         variant: Callable[[Rule], Rule] | None = None,
+        barred: tuple[str, ...] = (),
     ) -> tuple[Pick, Rule]:
         """The pick, and the rule as it stood at the pick; `begun` was asked already, and has brought none."""
 

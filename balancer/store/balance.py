@@ -295,6 +295,7 @@ class Balance:
         holder: str = "",
         begun: Asked | None = None,
         variant: Callable[[Rule], Rule] | None = None,
+        barred: tuple[str, ...] = (),
     ) -> Coroutine[Any, Any, tuple[Pick, Rule]]:
         """The pick for a rule, and the rule as it stood at the pick: an edit in between is followed.
 
@@ -315,7 +316,7 @@ class Balance:
         def ask() -> Coroutine[Any, Any, tuple[Pick, Rule]]:
             nonlocal begun
             first, begun = begun, None
-            return self._select(rule, reserved, deadline_ms, excluded, session, only, holder, first, variant)
+            return self._select(rule, reserved, deadline_ms, excluded, session, only, holder, first, variant, barred)
 
         return self._queues.wait(rule, only, ask) if rule.queue_timeout_ms and not excluded else ask()
 
@@ -330,6 +331,7 @@ class Balance:
         holder: str,
         begun: Asked | None,
         variant: Callable[[Rule], Rule] | None,
+        barred: tuple[str, ...],
     ) -> tuple[Pick, Rule]:
         current: Rule | None = rule
         if rule.entry and excluded:  # Its entry may be gone since the first attempt.
@@ -344,7 +346,7 @@ class Balance:
                 selection = begun.selection
             else:
                 number = 1 if holder else next(self._numbers)
-                selection = self._selection(current, number, reserved, deadline_ms, session, only, excluded)
+                selection = self._selection(current, number, reserved, deadline_ms, session, only, excluded, barred)
             try:
                 if begun is not None:
                     answer, begun = begun.result(), None
@@ -386,6 +388,7 @@ class Balance:
         session: str,
         only: str = "",
         excluded: tuple[str, ...] = (),
+        barred: tuple[str, ...] = (),
     ) -> Selection:
         directory = self._follower.directory or self.directory
         name = (rule.uuid, rule.entry) if rule.entry else rule.uuid
@@ -409,6 +412,7 @@ class Balance:
             affinity_ms=rule.session_affinity * 1000 if is_pinned else 0,
             only=only,
             excluded=excluded,
+            barred=barred,
         )
 
     async def _ask(self, pool: PoolClient, selection: Selection, holder: str) -> Answer:

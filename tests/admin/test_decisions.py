@@ -77,6 +77,7 @@ async def test_a_decision_is_told_in_full(admin: Admin) -> None:
         "streak": 1,
         "draw": ANY,
         "excluded": [],
+        "barred": [],
         "reserved": 70,
         "deadline": ANY,
         "worker": ANY,

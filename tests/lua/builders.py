@@ -113,6 +113,7 @@ def a_selection(
     affinity_ms: int = 0,
     only: str = "",
     excluded: Sequence[str] = (),
+    barred: Sequence[str] = (),
 ) -> Selection:
     return Selection(
         number=number,
@@ -126,6 +127,7 @@ def a_selection(
         affinity_ms=affinity_ms,
         only=only,
         excluded=tuple(excluded),
+        barred=tuple(barred),
     )
 
 

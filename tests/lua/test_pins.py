@@ -192,6 +192,13 @@ def test_a_retry_leaves_the_pin_of_its_session(fleet: Fleet) -> None:
     assert chosen(fleet, **S) == (A, "pinned")
 
 
+def test_a_request_that_the_pinned_service_cannot_serve_leaves_the_pin(fleet: Fleet) -> None:
+    fleet.fence(a_rule(requests=9))
+    assert chosen(fleet, **S)[0] == A
+    assert chosen(fleet, barred=[A], **S)[0] == B
+    assert chosen(fleet, **S) == (A, "pinned")
+
+
 def test_an_abandoned_first_pick_leaves_its_pin(fleet: Fleet) -> None:
     fleet.fence(a_rule(requests=1))
     ask(fleet, **S)

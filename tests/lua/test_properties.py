@@ -71,6 +71,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     draw: int
     reserved: int
     excluded: tuple[str, ...]
+    barred: tuple[str, ...]
 
 
 asked = st.builds(
@@ -80,6 +81,7 @@ asked = st.builds(
     draw=draws,
     reserved=st.integers(0, 60),
     excluded=st.lists(st.sampled_from(IDS), max_size=2, unique=True).map(tuple) | st.just(()),
+    barred=st.just(()) | st.lists(st.sampled_from(IDS), max_size=2, unique=True).map(tuple),
 )
 batches = st.lists(
     st.tuples(st.lists(asked, min_size=1, max_size=12), st.integers(0, 6_000), st.integers(0, 3)),

@@ -366,6 +366,35 @@ def test_a_retry_draws_among_the_weights_of_what_was_not_tried(fleet: Fleet) -> 
     assert answers == [B, C]
 
 
+def test_a_first_attempt_that_some_cannot_serve_moves_the_cursor_past_them_and_costs_no_budget(fleet: Fleet) -> None:
+    """Requests that only some services can carry would else use the budget of retries up, or all go to one of them."""
+    fleet.fence(a_rule("round_robin", requests=2, retry_permille=0))
+    assert fleet.picks(8, barred=(B,)) == "aaccaacc"
+    assert fleet.cursor() == (C, 2)
+    assert [fleet.picks(1, barred=(A,)), fleet.picks(2), fleet.picks(1, barred=(B, C))] == ["b", "bc", "a"]
+
+
+def test_a_first_attempt_that_the_cursor_can_serve_goes_on_with_its_streak(fleet: Fleet) -> None:
+    fleet.fence(a_rule("round_robin", requests=3))
+    assert fleet.ask(2, barred=(B,))[1] == ["pick", A, "streak", 2, 1, 3, 2, 0]
+    assert fleet.picks(2) == "ab"
+
+
+@pytest.mark.parametrize("tactic", ["token_based", "hybrid"])
+def test_a_first_attempt_takes_the_least_of_those_that_can_serve_it(fleet: Fleet, tactic: str) -> None:
+    for service, used in ((A, 90), (B, 10), (C, 50)):
+        fleet.use(service, tokens=used)
+    fleet.fence(a_rule(tactic, requests=9, tokens=60, cursor=A))
+    assert fleet.ask(barred=(B,))[0][1] == C
+
+
+def test_nothing_is_picked_when_all_are_barred_and_a_retry_says_that_the_rest_was_tried(fleet: Fleet) -> None:
+    fleet.fence(a_rule())
+    assert fleet.ask(barred=(A, B, C))[0] == ["none", "inactive", 0]
+    assert fleet.ask(barred=(B, C), excluded=(A,))[0] == ["none", "tried", 0]
+    assert fleet.ask(barred=(B,), excluded=(A,))[0][1:3] == [C, "retry"]
+
+
 def test_a_retry_sets_no_cursor_where_there_was_none(fleet: Fleet) -> None:
     fleet.fence(a_rule("round_robin"))
     assert fleet.ask(excluded=(A,))[0] == ["pick", B, "retry", 1, 1, 2, 0, 0]
@@ -700,7 +729,16 @@ def test_the_selection_of_the_cases_below_is_taken_when_it_is_not_malformed(new_
     fleet = used(new_pool)
     assert ask_raw(fleet, {}, [100, *SELECTION[1:]])[1][0] == "pick"
     selection = a_selection(1, reserved=5, deadline_ms=1000, excluded=[A])
-    assert msgspec.to_builtins(selection) == [*SELECTION[:9], (A,), ""]
+    assert msgspec.to_builtins(selection) == [*SELECTION[:9], (A,), "", ()]
+
+
+@pytest.mark.parametrize("value", [1, True, A, [1], [A, 1], [[A]]])
+def test_a_selection_with_malformed_barred_ones_is_refused(new_pool: NewPool, value: Any) -> None:
+    fleet = used(new_pool)
+    assert isinstance(fleet.pool, LuaPool)
+    with refused(fleet.pool.client, "tick"):
+        ask_raw(fleet, {}, [100, *SELECTION[1:], "", value])
+    assert ask_raw(fleet, {}, [100, *SELECTION[1:], "", [B]])[1][0] == "pick"
 
 
 @pytest.mark.parametrize("count", [1, 64])

@@ -238,6 +238,7 @@ class Trace:
                     affinity_ms=AFFINITIES.get(session, 0),
                     only=self.random.choice(SERVICES) if self.random.random() < 0.07 else "",
                     excluded=tuple(self.random.sample(SERVICES, 2)) if self.random.random() < 0.2 else (),
+                    barred=tuple(self.random.sample(SERVICES, 2)) if self.random.random() < 0.1 else (),
                 )
             )
         return selections

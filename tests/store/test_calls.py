@@ -42,6 +42,7 @@ SELECTION = Selection(
     affinity_ms=60_000,
     only="a:m",
     excluded=("b:m", "c:m"),
+    barred=("d:m",),
 )
 ENTRY = Entry(
     number=7,
@@ -62,7 +63,7 @@ def test_a_call_is_its_numbers_its_entries_and_its_selections_in_the_order_of_th
     assert msgspec.msgpack.decode(call) == [
         *(1, 2, 3, 30_000, 4, True),
         [[7, "a:m", "rate_limited", 5, [1, 2, 3, 4, 5], 1000, 20, 30]],
-        [[7, 3, 9, 11, 500, 60_000, "r", "|r", "a:m", ["b:m", "c:m"], "d" * 32]],
+        [[7, 3, 9, 11, 500, 60_000, "r", "|r", "a:m", ["b:m", "c:m"], "d" * 32, ["d:m"]]],
     ]
 
 

@@ -253,6 +253,11 @@ def test_reserved_tokens_count_against_the_limit() -> None:
     assert alone.picks(2, reserved=60) == ["a:m", "limited"]
 
 
+def test_what_cannot_serve_a_request_is_no_candidate_alone_either() -> None:
+    alone = Alone(a_rule(services=("a:m", "b:m"), retry=Retry(budget_ratio=0)))
+    assert alone.picks(3, barred=("a:m",)) == ["b:m"] * 3
+
+
 def test_the_retry_budget_is_divided_too() -> None:
     alone = Alone(a_rule(services=("a:m", "b:m"), retry=Retry(budget_ratio=0.1)))
     alone.pool.saw_workers(4)
