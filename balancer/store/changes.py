@@ -123,5 +123,8 @@ def _noted(id_: bytes, fields: Any) -> Noted:
     """The fields as a client parses them (a mapping), or as the server sends them (a flat list)."""
     pairs = fields.items() if isinstance(fields, dict) else zip(fields[::2], fields[1::2], strict=True)
     name = id_.decode()
-    change = msgspec.json.decode(dict(pairs)[b"change"], type=Change)
+    try:
+        change = msgspec.json.decode(dict(pairs)[b"change"], type=Change)
+    except (KeyError, msgspec.DecodeError):
+        change = Change(who="unknown", via="unknown", action="an entry that is not of this program")
     return Noted(id=name, at_ms=int(name.partition("-")[0]), change=change)

@@ -122,6 +122,12 @@ async def test_of_a_long_difference_the_beginning_is_kept(admin: Admin) -> None:
     assert (len(told_lines), left_out) == (10, 40)
 
 
+async def test_an_entry_of_somebody_else_s_hinders_no_reader(admin: Admin, control: Any) -> None:
+    await control.xadd(keys.CHANGES, {"x": "y"})
+    await control.xadd(keys.CHANGES, {"change": "{"})
+    assert [c["action"] for c in await told(admin)][:2] == ["an entry that is not of this program"] * 2
+
+
 async def test_without_its_log_nothing_is_cleared(admin: Admin, control: Any) -> None:
     await admin.settle((await admin.pick())["hold"])
     await control.set(keys.CHANGES, "no stream")

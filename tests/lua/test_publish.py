@@ -145,3 +145,33 @@ def test_a_file_that_returns_is_known_by_its_newest_revision(client: Any) -> Non
         publish(client, revision - 1, revision)
         commit(client, revision, digest, kept=3)
     assert digests(client) == {"d1": 4, "d2": 2, "d3": 3}
+
+
+def noted(client: Any) -> list[bytes]:
+    return [fields[b"change"] for _, fields in client.xrange(keys.CHANGES)]
+
+
+def note(client: Any, change: str, now_ms: int = 0, age_ms: int = 60_000) -> Any:
+    arguments: dict[str, str | int] = {"now_ms": now_ms, "change": change, "kept": 3, "age_ms": age_ms}
+    return evaluate(client, "note", {"changes": keys.CHANGES}, arguments)
+
+
+def test_a_revision_is_noted_as_it_is_prepared_and_one_that_is_refused_is_not(client: Any) -> None:
+    publish(client, 0, 1)
+    assert publish(client, 1, 2) == ["pending", 1]
+    commit(client, 1)
+    assert publish(client, 0, 1) == ["conflict", 1]
+    assert noted(client) == [b"made 1"]
+
+
+def test_the_log_keeps_so_many_changes(client: Any) -> None:
+    for i in range(5):
+        assert note(client, str(i))[0] == "noted"
+    assert noted(client) == [b"2", b"3", b"4"]
+
+
+def test_the_log_keeps_changes_for_so_long(client: Any) -> None:
+    for at_ms in (1_000, 2_000, 3_000):
+        client.xadd(keys.CHANGES, {"change": str(at_ms)}, id=f"{at_ms}-0")
+    note(client, "new", now_ms=62_000)
+    assert noted(client) == [b"2000", b"3000", b"new"]
