@@ -59,7 +59,7 @@ verify-deploy: $(VENV)/.developed  ## the image built on a Debian root and run i
 	$(BIN)/python -m deploy.verify $(ARGS)
 
 fuzz-admin: $(VENV)/.developed  ## Schemathesis at the admin API for five minutes (FUZZ_S=SECONDS)
-	BALANCER_TEST_FUZZ_S=$(or $(FUZZ_S),300) $(BIN)/python -m pytest tests/admin/test_openapi.py $(ARGS)
+	BALANCER_TEST_FUZZ_S=$(or $(FUZZ_S),300) $(BIN)/python -m pytest -o faulthandler_timeout=0 tests/admin/test_openapi.py $(ARGS)
 
 check: lint test  ## what the gate runs
 

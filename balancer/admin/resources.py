@@ -6,6 +6,7 @@ the registry publishes only what was made from the revision that stands: of two 
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated
 from urllib.parse import quote
 
@@ -102,9 +103,15 @@ class Resources:
         offset = call.parameter("offset", _Offset, default=0)
         limit = call.parameter("limit", _Limit, default=_DEFAULT_LIMIT)
         page = found[offset : offset + limit]
+        shown, etags = await asyncio.to_thread(
+            lambda: (
+                [editing.shown(resource) for resource in page],
+                {editing.name_of(resource): editing.etag(resource) for resource in page},
+            )
+        )
         return {
-            f"{kind}s": [editing.shown(resource) for resource in page],
-            "etags": {editing.name_of(resource): editing.etag(resource) for resource in page},
+            f"{kind}s": shown,
+            "etags": etags,
             "total": len(found),
             "offset": offset,
             "limit": limit,
@@ -143,7 +150,8 @@ class Resources:
             call.check(None if standing is None else editing.etag(standing))
             edited = editing.put(configuration, kind, name, table)
             after = editing.find(edited.after, kind, name)
-            if not call.principal.may("admin") and after and (fields := editing.beyond(kind, standing, after)):
+            fields = editing.beyond(standing, after) if standing and after else []
+            if fields and not call.principal.may("admin"):
                 raise ForbiddenError(
                     f"to change {', '.join(fields)} takes the role admin, and {call.principal.name} is an operator"
                 )

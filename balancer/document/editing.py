@@ -123,10 +123,8 @@ def merged(file: Configuration, standing: Configuration, additions: Sequence[str
         ) from exc
 
 
-def beyond(kind: Kind, before: Resource | None, after: Resource) -> list[str]:
+def beyond(before: Resource, after: Resource) -> list[str]:
     """Which fields an edit changes that are no operator's: all but what switches and weighs. Empty for none."""
-    if before is None:
-        return [kind]
     old, new = _operable(before), _operable(after)
     return sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
 
@@ -194,9 +192,11 @@ def _without_index(configuration: Configuration, kind: Kind, name: str) -> Confi
 
 def _checked(before: Configuration, document: dict[str, Any], place: str = "") -> tuple[Configuration, tuple[str, ...]]:
     """The configuration of the document, and warnings that are new. Raises ConfigurationError for faults that are."""
+    configuration, faults, warnings = faults_of(document)
+    if not faults and not warnings:
+        return configuration, ()
     old = write(before)
-    known_faults, known_warnings = (set(_by_name(lines, old)) for lines in faults_of(old))
-    faults, warnings = faults_of(document)
+    known_faults, known_warnings = (set(_by_name(lines, old)) for lines in faults_of(old)[1:])
     own = tuple(line for line in faults if place and _is_in(line, place))
     others = [line for line in faults if line not in own]
     new = [line for line in _by_name(others, document) if line not in known_faults]
@@ -205,7 +205,8 @@ def _checked(before: Configuration, document: dict[str, Any], place: str = "") -
         told = (*_by_name(inner, document), *new)
         raise ConfigurationError(f"{len(told)} fault{'s' if len(told) > 1 else ''}", told)
     fresh = tuple(line for line in _by_name(warnings, document) if line not in known_warnings)
-    return read(document, door="stored").configuration, fresh
+    # What is refused, but stood before, stands as it did.
+    return read(document, door="stored").configuration if faults else configuration, fresh
 
 
 def _is_in(line: str, place: str) -> bool:

@@ -98,11 +98,14 @@ def read(raw: Any, *, door: Door) -> Reading:
     return Reading(configuration=configuration, warnings=tuple(reader.warnings))
 
 
-def faults_of(raw: Any) -> tuple[list[str], list[str]]:
-    """What the strict door refuses in a document, and what it warns of."""
+def faults_of(raw: Any) -> tuple[Configuration, list[str], list[str]]:
+    """What the strict door makes of a document, what it refuses there, and what it warns of.
+
+    The configuration is of use where nothing is refused.
+    """
     reader = _Reader("strict")
-    reader.configuration(raw)
-    return reader.faults, reader.warnings
+    configuration = reader.configuration(raw)
+    return configuration, reader.faults, reader.warnings
 
 
 def read_tactic(raw: Any) -> Tactic:

@@ -232,24 +232,12 @@ class Registry:
 
     async def _publish(self, draft: Snapshot, base: Snapshot | None, standing: int, deed: changes.Deed) -> Snapshot:
         """Publishes the draft, if the standing revision is still the head's."""
-        configuration, revision = draft.configuration, draft.revision
-        snapshot = msgspec.structs.replace(
-            draft,
-            rule_revisions=_rule_revisions(configuration, base, revision),
-            tombstones=_tombstones(configuration, base),
-            edits=_edits(configuration, base, revision),
-        )
-        before = base.configuration if base else Configuration()
-        change = await asyncio.to_thread(changes.of_revision, deed, revision, before, configuration)
+        # Of thousands of rules this takes a second, for which the worker's requests must not wait.
+        snapshot, text, change = await asyncio.to_thread(_prepared, draft, base, deed)
         word, found = await self._run(
             "publish",
-            {"head": keys.HEAD, "snapshot": keys.snapshot(revision), "changes": keys.CHANGES},
-            {
-                "base": standing,
-                "revision": revision,
-                "document": encoded(snapshot).decode(),
-                **changes.arguments(change),
-            },
+            {"head": keys.HEAD, "snapshot": keys.snapshot(draft.revision), "changes": keys.CHANGES},
+            {"base": standing, "revision": draft.revision, "document": text, **changes.arguments(change)},
         )
         if word != b"prepared":
             raise ConflictError(f"revision {int(found)} was published in between; read it and try again")
@@ -315,6 +303,19 @@ class Registry:
             key = next(iter(names.values()))
             reply: Any = await self._commands.run(key, "EVAL", script.source, *script.command(names, arguments, rest))
         return list(reply)
+
+
+def _prepared(draft: Snapshot, base: Snapshot | None, deed: changes.Deed) -> tuple[Snapshot, str, changes.Change]:
+    """The draft with what follows from `base`, as it is stored, and what is noted of it."""
+    configuration, revision = draft.configuration, draft.revision
+    snapshot = msgspec.structs.replace(
+        draft,
+        rule_revisions=_rule_revisions(configuration, base, revision),
+        tombstones=_tombstones(configuration, base),
+        edits=_edits(configuration, base, revision),
+    )
+    before = base.configuration if base else Configuration()
+    return snapshot, encoded(snapshot).decode(), changes.of_revision(deed, revision, before, configuration)
 
 
 def encoded(snapshot: Snapshot) -> bytes:

@@ -310,7 +310,7 @@ async def test_a_body_that_is_no_rule_is_refused(admin: Admin, body: bytes) -> N
 
 
 async def test_a_name_that_is_no_text_is_refused(admin: Admin) -> None:
-    for place in (f"{RULES}/%FF", f"{RULES}/\udcff", "/\udcff", f"{RULES}/%00", f"{RULES}/"):
+    for place in (f"{RULES}/%FF", f"{RULES}/\udcff", "/\udcff", f"{RULES}/%00", f"{RULES}/a%0Ab", f"{RULES}/"):
         status, answer, _ = await admin.ask("PUT", place, LATER, If_None_Match="*")
         assert status in (201, 400, 404), answer
 
