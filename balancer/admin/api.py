@@ -100,6 +100,7 @@ class Api:
             raise MethodNotAllowedError(f"{request.method} is not allowed here: {self._allowed(request.path)}")
         route, named = found[method]
         if not principal.may(route.role):
+            log.warning("refused in the admin server", who=principal.name, method=route.method, route=route.path)
             raise ForbiddenError(f"this takes the role {route.role}, and {principal.name} is a {principal.role}")
         if request.body:
             _check_content(request)

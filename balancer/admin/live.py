@@ -133,7 +133,8 @@ class Live:
             # An index in the configuration would move the cursor once more: it was meant for an earlier edit.
             edited = msgspec.structs.replace(rule, lb_tactic=tactic, current_service_index=None)
             rules = tuple(edited if other.uuid == uuid else other for other in configuration.rules)
-            return Edited(before=configuration, after=msgspec.structs.replace(configuration, rules=rules))
+            before = editing.without_index(configuration, "rule", uuid)
+            return Edited(before=before, after=msgspec.structs.replace(configuration, rules=rules))
 
         edition = await published(self._balance, call, edit, f"change the tactic of rule {uuid}")
         answer = {

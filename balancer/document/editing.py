@@ -74,6 +74,17 @@ def etag(resource: Resource) -> str:
     return f'"{hashlib.sha256(text).hexdigest()[:32]}"'
 
 
+def without_index(configuration: Configuration, kind: Kind, name: str) -> Configuration:
+    """The configuration, of whose rule of that name no `current_service_index` is known."""
+    if kind != "rule":
+        return configuration
+    rules = tuple(
+        msgspec.structs.replace(rule, current_service_index=None) if rule.uuid == name else rule
+        for rule in configuration.rules
+    )
+    return msgspec.structs.replace(configuration, rules=rules)
+
+
 def put(configuration: Configuration, kind: Kind, name: str, raw: Mapping[str, Any]) -> Edited:
     """The configuration with this resource, in its place if there is one of that name, else behind the others.
 
@@ -84,7 +95,7 @@ def put(configuration: Configuration, kind: Kind, name: str, raw: Mapping[str, A
     table = _named(kind, name, raw)
     if isinstance(standing, Provider):
         table = _unmasked(table, standing)
-    before = _without_index(configuration, kind, name)
+    before = without_index(configuration, kind, name)
     document = write(before)
     items = document.setdefault(f"{kind}s", [])
     place = next((i for i, item in enumerate(items) if item[KEYS[kind]] == name), len(items))
@@ -178,16 +189,6 @@ def _named(kind: Kind, name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
     if table[key] != name:
         raise ConfigurationError(f"the {kind} is refused", (f"{key}: expected {name!r}, as in the path, or nothing",))
     return table
-
-
-def _without_index(configuration: Configuration, kind: Kind, name: str) -> Configuration:
-    if kind != "rule":
-        return configuration
-    rules = tuple(
-        msgspec.structs.replace(rule, current_service_index=None) if rule.uuid == name else rule
-        for rule in configuration.rules
-    )
-    return msgspec.structs.replace(configuration, rules=rules)
 
 
 def _checked(before: Configuration, document: dict[str, Any], place: str = "") -> tuple[Configuration, tuple[str, ...]]:

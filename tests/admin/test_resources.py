@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
 import pytest
 
 from balancer import document
+from balancer.__main__ import main
 from balancer.document.fields import MASK
 from balancer.store import connection
 from balancer.store.credentials import Sealer
@@ -452,6 +455,28 @@ async def test_what_was_made_here_stays_when_a_file_is_published_unless_it_is_pr
     pruned = await publish_file(registry, file, None, prune=True)
     assert (pruned.result, pruned.differences) == ("published", ("- provider z",))
     await client.aclose()
+
+
+async def test_the_commands_prune_what_was_made_here_when_they_are_told_to(
+    admin: Admin, store_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await put_new(admin, path("later"), LATER)
+    file = tmp_path / "file.json"
+    file.write_bytes(msgspec.json.encode(a_document()))
+    there = [str(file), "--redis", store_url]
+    # The file is the one that stands, with what was added beside it.
+    assert await asyncio.to_thread(main, ["diff", *there]) == 0
+    assert await asyncio.to_thread(main, ["diff", "--prune", *there]) == 1
+    assert capsys.readouterr().out == "- rule later\n"
+    assert await asyncio.to_thread(main, ["apply", "--prune", "--force", *there]) == 0
+    assert [rule["uuid"] for rule in (await admin.get(RULES))["rules"]] == [RULE, "side", "off"]
+
+
+async def test_a_tactic_set_by_itself_tells_of_no_index_of_an_earlier_edit(admin: Admin) -> None:
+    rule, _ = await read(admin, path(RULE))
+    await put(admin, path(RULE), rule | {"current_service_index": 1})
+    answer = await admin.send(f"{of(RULE)}/tactic?dry_run=true", {"tactic": "random"}, "PUT")
+    assert [line for line in answer["changes"] if "index" in line] == []
 
 
 async def test_a_file_that_takes_away_what_was_relied_on_here_is_refused(admin: Admin, store_url: str) -> None:
