@@ -25,6 +25,10 @@ class _Choice(msgspec.Struct):
     finish_reason: Any = None
 
 
+class _Candidate(msgspec.Struct):
+    finishReason: Any = None  # noqa: N815 - Google's name
+
+
 class _Part(msgspec.Struct):
     id: Any = None
     model: Any = None
@@ -44,6 +48,9 @@ class _Answer(msgspec.Struct):
     delta: _Part | str | None = None
     message: _Part | str | None = None
     response: _Part | None = None
+    responseId: Any = None  # noqa: N815 - Google's names, here and below
+    modelVersion: Any = None  # noqa: N815
+    candidates: list[_Candidate] | None = None
 
 
 _answer = msgspec.json.Decoder(_Answer)
@@ -65,14 +72,22 @@ class Details:
             answer = lenient.decode(_answer, data)
         except lenient.UNREADABLE:
             return
-        self._take(answer.id, answer.model)
+        self._take(answer.id or answer.responseId, answer.model or answer.modelVersion)
         self._end(answer.stop_reason, *(choice.finish_reason for choice in (answer.choices or ())[:_MOST_REASONS]))
+        if answer.candidates:
+            self._end(*(candidate.finishReason for candidate in answer.candidates[:_MOST_REASONS]))
         if answer.object == "response":
             self._end(answer.status)
         for part in (answer.delta, answer.message, answer.response):
             if isinstance(part, _Part):
                 self._take(part.id, part.model)
                 self._end(part.stop_reason, part.status)
+
+    def hear(self, id_: str = "", model: str = "", reason: str = "") -> None:
+        """Takes over what others have read in it, where nothing is known yet."""
+        self._take(id_, model)
+        if not self.finish_reasons:
+            self._end(reason)
 
     def _take(self, id_: object, model: object) -> None:
         self.id = self.id or _name(id_)

@@ -21,7 +21,7 @@ DEFAULT_POOL = "default"
 DEFAULT_RECORD_EVENTS = 100_000
 OAUTH_EXPIRY_MARGIN = timedelta(minutes=5)
 
-ApiStyle = Literal["openai", "anthropic"]
+ApiStyle = Literal["openai", "anthropic", "google"]
 AuthType = Literal["api_key", "oauth"]
 ScenarioName = Literal["openai", "anthropic", "claude_code", "opencode"]
 Reserve = Literal["none", "input", "full"]
@@ -120,7 +120,10 @@ class Health(Struct, frozen=True, kw_only=True):
 
 
 class Provider(Struct, frozen=True, kw_only=True):
-    """An account that serves models, and how to reach it."""
+    """An account that serves models, and how to reach it.
+
+    `stream_usage` false: it refuses `stream_options`. `responses` false: it has no /v1/responses.
+    """
 
     uuid: str
     name: str
@@ -138,6 +141,7 @@ class Provider(Struct, frozen=True, kw_only=True):
     headers: dict[str, str] = {}
     query: dict[str, str] = {}
     stream_usage: bool = True
+    responses: bool = True
     limits: Limits = Limits()
     breaker: BreakerSettings = BreakerSettings()
     price: Price = Price()

@@ -90,7 +90,9 @@ _OVERLOADED = frozenset(
 _REJECTED = ("invalid_", "bad_request", "badrequest", "unsupported_", "image_", "content_", "responsibleai")
 
 _QUOTA_MESSAGE = re.compile(r"your credit balance is too low|you have reached your specified (?:api )?usage limits")
-_DISABLED_MESSAGE = re.compile(r"this organization has been disabled")
+_DISABLED_MESSAGE = re.compile(
+    r"this organization has been disabled|user location is not supported|gemini api free tier is not available"
+)
 # The account serves others: this one request is larger than all that a minute, or the plan, grants.
 _TOO_LARGE_MESSAGE = re.compile(r"request too large|extra usage is required for long context")
 # What was written, not who wrote it: accounts are flagged and blocked too.
@@ -108,7 +110,8 @@ _OVERFLOW_MESSAGE = re.compile(
     r"maximum context length|max(?:imum)? (?:model|prompt) length|model's context length|context length is only"
     r"|prompt (?:is )?too long|input is too long|exceeds? (?:the |your )?(?:available |model's )?context"
     r"|context window exceeds|requested tokens .{0,20}exceed|greater than the context length|exceeded model token limit"
-    r"|input token count .{0,40}exceeds|prompt token count .{0,40}exceeds|reduce the length of the messages"
+    r"|input token count .{0,40}exceeds|prompt token count .{0,40}exceeds|token count is .{0,40}only supports"
+    r"|reduce the length of the messages"
     r"|`?inputs`? (?:tokens \+|must have less than)|range of input length|tokens in request more than max"
 )
 

@@ -24,6 +24,7 @@ from balancer.errors import REASONS
 from balancer.exposition import Family, Lines, Scrape, Source
 from balancer.steps import Steps, finished
 from balancer.tally import Counts, Level, Times
+from balancer.translation.apis import ClientApi, ServiceApi
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """Of what an upstream has a part in: from an answer out of a cache to the longest that one thinks."""
@@ -58,6 +59,8 @@ LABELS: Mapping[str, str] = {
     "`tpm`, `in_flight`",
     "entry": "the smart-routing entry's `uuid`, or the digest of its ops; empty for none",
     "window": "its length in seconds",
+    "client": "the API that the client speaks: `chat`, `messages`, `responses`",
+    "upstream": "the API that the service speaks: `chat`, `messages`, `google`",
     "version": "of the program",
 }
 
@@ -138,6 +141,12 @@ FAMILIES: tuple[Family, ...] = (
     _counter("degraded_picks_total", "pool rule", "Services picked without Redis.", "picks"),
     _counter("stale_picks_total", "pool", "Selections made under an outdated revision, and made again.", "picks"),
     _counter("attempts_total", "pool rule service outcome", "Attempts settled.", "attempts", has_exemplars=True),
+    _counter(
+        "translated_total",
+        "pool rule client upstream",
+        "Attempts at services that speak another API than their client.",
+        "attempts",
+    ),
     _counter("retries_total", "pool rule", "Second and later attempts of a request.", "attempts"),
     _durations("upstream_duration", "service", "Whole attempts.", BUCKETS, has_exemplars=True),
     _durations(
@@ -243,6 +252,7 @@ class Metrics:
         self.refusals = self._counts("balancer_refused_total")
         self.attempts = self._counts("balancer_attempts_total")
         self.retries = self._counts("balancer_retries_total")
+        self.translations = self._counts("balancer_translated_total")
         self.picks = self._counts("balancer_picks_total")
         self.switches = self._counts("balancer_switches_total")
         self.routings = self._counts("balancer_routed_total")
@@ -347,6 +357,11 @@ class Metrics:
     def retried(self, pick: Pick) -> None:
         """Counts a second or later attempt."""
         self.retries.pending[pick.pool, pick.rule] += 1
+        self._flush_soon()
+
+    def translated(self, pick: Pick, client: ClientApi, upstream: ServiceApi) -> None:
+        """Counts an attempt at a service that speaks another API than its client."""
+        self.translations.pending[pick.pool, pick.rule, client, upstream] += 1
         self._flush_soon()
 
     def settled(

@@ -103,6 +103,7 @@ class Tried(msgspec.Struct, frozen=True, kw_only=True):
     first_token_s: float = 0.0
     usage: Usage | None = None
     details: Details | None = None
+    api: str = ""
 
 
 class Told(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,6 +131,8 @@ def peer_of(provider: Provider) -> Peer:
         vendor = "azure.ai.openai"
     elif provider.api_style == "openai":
         vendor = next((name for end, name in _VENDORS if host.endswith(end)), vendor)
+    elif provider.api_style == "google":
+        vendor = "gcp.vertex_ai" if host.endswith("aiplatform.googleapis.com") else "gcp.gemini"
     return Peer(vendor=vendor, address=host, port=base.port or (443 if base.scheme == "https" else 80))
 
 
@@ -187,6 +190,8 @@ def attempt_attributes(told: Told, tried: Tried, number: int, peer: Peer | None,
         attributes["http.response.status_code"] = tried.status
     if tried.outcome:
         attributes["balancer.outcome"] = tried.outcome
+    if tried.api:
+        attributes["balancer.translated_to"] = tried.api
     if tried.cooldown_ms:
         attributes["balancer.cooldown_ms"] = tried.cooldown_ms
     if is_attempt_fault(tried):

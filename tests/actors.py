@@ -182,6 +182,7 @@ class Upstream:
                 await writer.drain()
             writer.write(b"0\r\n\r\n")
             gone.cancel()
+            await asyncio.wait({gone})  # The next request is read from the same reader.
 
         self._behaviour = behave
 

@@ -131,7 +131,8 @@ def _tactic() -> dict[str, Any]:
 
 
 def _fields(kind: type[Tactic]) -> dict[str, Any]:
-    return {name: msgspec.json.schema(type_) for name, type_ in parameters(kind).items()}
+    schemas = {name: msgspec.json.schema(type_) for name, type_ in parameters(kind).items()}
+    return {name: {"anyOf": [schema, {"type": "null"}]} for name, schema in schemas.items()}
 
 
 def _operation(route: Route, schemas: dict[Any, Any]) -> dict[str, Any]:

@@ -64,6 +64,8 @@ _NOT_UP = HOP_BY_HOP | _FROM_CLIENT
 NOT_DOWN = HOP_BY_HOP | _FROM_UPSTREAM
 OURS = "x-balancer-"
 _OURS_OR_FORWARDED = (OURS, "x-forwarded-")
+_OF_APIS = ("anthropic-", "openai-", "x-stainless-", "x-goog-", "content-", "accept")
+"""What begins so is said to the API of a vendor, or of the body as the client sent it."""
 LIST_NOTHING = ("keep-alive", "close")
 _SECONDS = re.compile(r"[0-9]+(?:\.[0-9]*)?")
 
@@ -90,6 +92,11 @@ def request_headers(client: Headers, ours: Mapping[str, str], *, identity_only: 
     coding = "identity" if identity_only else restrict_accept_encoding(",".join(asked))
     first = {"accept-encoding": ("Accept-Encoding", coding)}
     return (*kept, *(first | added).values())
+
+
+def is_of_an_api(name: str) -> bool:
+    """True for a client's header (its name in lower case) that is not for services of another API."""
+    return name.startswith(_OF_APIS)
 
 
 def response_headers(upstream: Headers) -> Headers:

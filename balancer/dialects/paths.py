@@ -10,10 +10,11 @@ from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import msgspec
 
-from balancer.dialects import Dialect
+from balancer.dialects import Dialect, google
 from balancer.dialects.anthropic import ANTHROPIC
 from balancer.dialects.openai import OPENAI
 from balancer.domain import Provider, ScenarioName
+from balancer.translation.apis import ClientApi, client_api
 
 AZURE_API_VERSION = "2024-10-21"
 _VERSION_SEGMENT = re.compile(r"/v\d+[a-z0-9]*(?:/|$)")
@@ -58,6 +59,8 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     dialect: Dialect
     path: str
     kind: Kind
+    api: ClientApi = "other"
+    """What is spoken there, where a model answers."""
 
 
 @functools.lru_cache(maxsize=512)
@@ -81,7 +84,7 @@ def route(method: str, path: str, *, speaks_anthropic: bool) -> Route | None:
     if method != "POST" or not _PLAIN.fullmatch(rest):
         return None
     kind: Kind = "count_tokens" if rest == "/v1/messages/count_tokens" else "generation"
-    return Route(scenario=scenario, dialect=dialect, path=rest, kind=kind)
+    return Route(scenario=scenario, dialect=dialect, path=rest, kind=kind, api=client_api(rest))
 
 
 @functools.lru_cache(maxsize=512)
@@ -101,6 +104,7 @@ def upstream_url(provider: Provider, path: str, model: str, query: str, own: Map
     """Where a request goes: the provider's base, /v1 if that has no version, and the path after /v1.
 
     Azure's deployments have the model in their path and an api-version in their query, unless the base has a version.
+    Google has the model and the method in the path (`google.METHODS`), and refuses parameters that it does not know.
     `own`: the provider's query parameters, resolved; they win over the client's.
     """
     base = urlsplit(provider.api_base)
@@ -108,7 +112,13 @@ def upstream_url(provider: Provider, path: str, model: str, query: str, own: Map
     parameters = [(k, v) for k, v in parse_qsl(query, keep_blank_values=True) if k not in own]
     parameters += list(own.items())
     rest = path.removeprefix("/v1")
-    if _VERSION_SEGMENT.search(root):
+    if provider.api_style == "google":
+        if path in google.METHODS:
+            parameters = [*own.items()]
+        if path == google.STREAM:
+            parameters = [*((k, v) for k, v in parameters if k != "alt"), ("alt", "sse")]
+        full = google.upstream_path(root, path, model, has_version=bool(_VERSION_SEGMENT.search(root)))
+    elif _VERSION_SEGMENT.search(root):
         full = root + rest
     elif provider.provider_type == "azure":
         root = root.removesuffix("/openai")

@@ -365,10 +365,6 @@ class _Reader:
             del table["auth_type"]
         if table.get("api_style") == "":
             del table["api_style"]
-        if table.get("api_style") == "google":
-            if self._mend(_join(path, "api_style"), f"google is {NOT_YET}", "the provider is left out"):
-                raise _SkippedError
-            del table["api_style"]
         if table.get("timeout") == 0 and table["timeout"] is not False:
             del table["timeout"]
         detail = table.get("oauth_detail")
@@ -408,6 +404,8 @@ class _Reader:
             self._fault(_join(path, "api_base"), "expected an http:// or https:// URL with a host")
         elif base.username or base.query or base.fragment:
             self._fault(_join(path, "api_base"), "must hold no credentials, query or fragment")
+        elif provider.api_style == "google":
+            self._check_google(base, _join(path, "api_base"))
         proxy = provider.proxy_url
         if proxy and not proxy.startswith(("sealed:", "${")):
             parts = _split(proxy)
@@ -429,6 +427,13 @@ class _Reader:
                 datetime.datetime.fromisoformat(oauth.expires_at)
             except ValueError:
                 self._mend(_join(path, "oauth_detail.expires_at"), "expected an RFC 3339 date", "never expires")
+
+    def _check_google(self, base: SplitResult, path: str) -> None:
+        """Notes bases that belong to Google and not to the API that the style means."""
+        if base.path.rstrip("/").endswith("/openai"):
+            self._fault(path, "is where Google speaks OpenAI's API: leave /openai out, or write api_style: openai")
+        elif (base.hostname or "").endswith("aiplatform.googleapis.com") and "/v1" not in base.path:
+            self._fault(path, "expected /v1/projects/PROJECT/locations/LOCATION/publishers/google behind the host")
 
     def _is_good_health(self, health: Health, path: str) -> bool:
         if health.path and (not health.path.startswith("/") or _NO_PATH.search(health.path)):

@@ -92,6 +92,8 @@ class Attempt:
     """The code of an error of ours."""
     cooldown_ms = 0
     duration_s = 0.0
+    api = ""
+    """What its service was asked in, where that is not its client's API."""
     details: Details | None = None
     """Listens to what the answer says of itself."""
 

@@ -23,8 +23,9 @@ from balancer.domain import Outcome
 from balancer.encoding import Decoder
 from balancer.errors import BalancerError
 from balancer.gateway.attempts import Attempt
+from balancer.gateway.clock import CLIENT_MARGIN_S
 from balancer.gateway.events import EventRelay, takes_none
-from balancer.gateway.forwarding import CLIENT_MARGIN_S, Begun, Forwarder, reserved
+from balancer.gateway.forwarding import Begun, Forwarder, reserved
 from balancer.gateway.handlers import Handlers
 from balancer.gateway.lane import Lane, request_of
 from balancer.gateway.lane_head import Head
@@ -144,7 +145,7 @@ class Express:
                 plan = self._plans.routed(plan, peek, request_id=request_id)
         except BalancerError:
             return None
-        if plan is None or not plan.is_usual or plan.foreign[route.dialect.name]:
+        if plan is None or not plan.is_usual or (plan.apart[route.api] and plan.is_apart(route.api, body)):
             return None
         patience_s = approach.patience_s
         if patience_s is not None and patience_s < plan.patience_s:

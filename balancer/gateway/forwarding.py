@@ -7,15 +7,16 @@ from then on the answer is what it is.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import time
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 import msgspec
 
 from balancer import bodies, log
-from balancer.dialects.headers import client_timeout_s, response_headers
+from balancer.dialects import Headers
+from balancer.dialects.headers import response_headers
 from balancer.dialects.paths import Route
 from balancer.domain import Outcome, Pick, Rule
 from balancer.errors import (
@@ -23,11 +24,14 @@ from balancer.errors import (
     ConfigurationError,
     DeadlineError,
     NoServiceError,
+    RequestError,
     StoreUnavailableError,
     UpstreamAnswerError,
 )
 from balancer.failures import Verdict
 from balancer.gateway.attempts import Attempt, Balance, Providers
+from balancer.gateway.clock import Clock
+from balancer.gateway.counting import TokenCounter
 from balancer.gateway.course import Course
 from balancer.gateway.deadlines import Deadlines
 from balancer.gateway.events import EventRelay, Remember
@@ -44,63 +48,16 @@ from balancer.gateway.messages import (
 from balancer.gateway.opening import Opening, described, opening_s, says_error
 from balancer.gateway.outgoing import Outgoing, Preparer, with_model
 from balancer.gateway.relay import Relay
-from balancer.gateway.telling import decision_headers, incomplete, send_error
+from balancer.gateway.telling import decision_headers, incomplete, left_out_header, send_error
+from balancer.gateway.translated import TranslatedRelay
+from balancer.gateway.translating import Translated, Translation
 from balancer.metrics import Metrics
 from balancer.sessions import session_of
 from balancer.store.pool import Asked
+from balancer.translation.apis import is_native
 from balancer.usage import usage_of
 
-CLIENT_MARGIN_S = 1.0
-"""Beyond a provider's timeout, until which what is written to a client may wait."""
 _WARN_INTERVAL_S = 10.0
-
-
-_UNLIMITED: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-
-
-class Clock:
-    """How long a request may still take, counted from its arrival over all attempts."""
-
-    def __init__(self, request: ClientRequest, deadlines: Deadlines, began: float | None = None) -> None:
-        """`began`: when it arrived, of the monotonic clock; now unless it is given."""
-        self._deadlines = deadlines
-        self.began = time.monotonic() if began is None else began
-        patience_s = client_timeout_s(request.first)
-        self._client_at = self.began + patience_s if patience_s is not None else None
-
-    @property
-    def elapsed_s(self) -> float:
-        """Since the request's arrival."""
-        return time.monotonic() - self.began
-
-    def left_s(self, timeout_s: float) -> float:
-        """Until the whole request's limit, or the client's own if that is earlier."""
-        return self._ends_at(timeout_s) - time.monotonic()
-
-    def until_first_byte(
-        self, timeout_s: float | None = None, *, most_s: float
-    ) -> contextlib.AbstractContextManager[object]:
-        """Raises DeadlineError when the client's time is over, or the whole request's where that is given.
-
-        SDKs wait so long for the first byte; what comes behind it they wait for anew. `most_s`: what is waited for has
-        limits of its own, which end it by then.
-        """
-        ends_at = self._client_at if timeout_s is None else self._ends_at(timeout_s)
-        if ends_at is None or ends_at > time.monotonic() + most_s:
-            return _UNLIMITED
-        return self._deadlines.at(ends_at, _too_late)
-
-    def limit(self, stream: ClientStream, timeout_s: float) -> None:
-        """Lets nothing that is written to the client wait for longer than the provider's timeout.
-
-        The upstream's part has limits of its own: only a client that does not read makes an attempt outlive it. It
-        would be taken for lost, and what it holds given away, while it still lives.
-        """
-        stream.give_until(time.monotonic() + timeout_s + CLIENT_MARGIN_S)
-
-    def _ends_at(self, timeout_s: float) -> float:
-        ends_at = self.began + timeout_s
-        return ends_at if self._client_at is None else min(ends_at, self._client_at)
 
 
 class Begun(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,6 +88,14 @@ class _Errand(msgspec.Struct, frozen=True, kw_only=True):
     course: Course
     stream: ClientStream
     clock: Clock
+    translation: Translation
+
+
+class Relays(Protocol):
+    """Brings an answer to the client."""
+
+    async def run(self, answer: Opening) -> None:
+        """Relays it to its end. Raises UpstreamError while nothing was sent yet, ClientGoneError."""
 
 
 class _Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,6 +129,7 @@ class Forwarder:
         self._deadlines = Deadlines()
         self.preparer = Preparer(providers, drops)
         self._upstream = upstream
+        self._counter = TokenCounter(self.preparer, upstream)
         self._metrics = metrics
         self._decision_headers = decision_headers
         self._warned_at = 0.0
@@ -175,6 +141,7 @@ class Forwarder:
         course: Course,
         peek: bodies.Peek,
         stream: ClientStream,
+        translation: Translation,
         begun: Begun | None = None,
     ) -> Outcome:
         """Picks, sends and relays until the client has its answer, be it the last failure; the outcome of that.
@@ -185,9 +152,17 @@ class Forwarder:
             course.pick = begun.attempt.pick if begun.attempt is not None else None
             raise begun.error
         clock = begun.clock if begun else Clock(request, self._deadlines)
-        errand = _Errand(request=request, route=route, peek=peek, course=course, stream=stream, clock=clock)
+        errand = _Errand(
+            request=request,
+            route=route,
+            peek=peek,
+            course=course,
+            stream=stream,
+            clock=clock,
+            translation=translation,
+        )
         failure: _Failure | None = None
-        refusal: NoServiceError | None = None
+        refusal: NoServiceError | RequestError | None = None
         while True:
             first, begun = begun, None
             try:
@@ -195,7 +170,7 @@ class Forwarder:
                     attempt = first.attempt
                 else:
                     attempt = await self._pick(errand, first.asked if first else None)
-            except NoServiceError as exc:
+            except (NoServiceError, RequestError) as exc:
                 refusal = refusal or exc
                 if course.fall_back():
                     continue
@@ -231,14 +206,14 @@ class Forwarder:
         rule: Rule,
         service_id: str,
         stream: ClientStream,
-        *,
         peek: bodies.Peek | None,
+        body: bytes | None = None,
     ) -> None:
         """Sends a request that no tactic picks for and nothing counts; `peek` if a model stands in its body.
 
-        Raises BalancerError when nothing was sent to the client yet.
+        `body`: another than the client's. Raises BalancerError when nothing was sent to the client yet.
         """
-        body = request.body
+        body = request.body if body is None else body
         if peek is not None:
             body = with_model(body, request.header("content-type"), peek, service_id.partition(":")[2])
         needs_plain = bool(rule.response_model)
@@ -271,6 +246,23 @@ class Forwarder:
                 witness.asked(service_id, answer.status if answer is not None else 0, fault)
             if answer is not None:
                 await answer.close()
+
+    async def count_tokens(
+        self,
+        request: ClientRequest,
+        route: Route,
+        rule: Rule,
+        service_id: str,
+        stream: ClientStream,
+        translation: Translation,
+        peek: bodies.Peek,
+    ) -> None:
+        """Answers how long a prompt is for a service. Raises as `forward_uncounted`."""
+        if is_native(route.api, self.preparer.provider(service_id)):
+            body, peek = translation.native(self._plans.of(rule), peek)
+            await self.forward_uncounted(request, route, rule, service_id, stream, peek, body)
+        else:
+            await self._counter.tell(request, translation, service_id, peek, stream)
 
     def clock(self, request: ClientRequest, began: float) -> Clock:
         """How long a request may still take that arrived then."""
@@ -315,6 +307,7 @@ class Forwarder:
                     only=course.only,
                     begun=asked,
                     variant=None if course.only or course.tried else again,
+                    barred=errand.translation.barred(plan, course.only),
                 )
         except NoServiceError as exc:
             if not course.only:
@@ -338,7 +331,7 @@ class Forwarder:
             if begun is not None and begun.outgoing is not None:
                 outgoing = begun.outgoing
             else:
-                outgoing = self._outgoing(errand, pick)
+                outgoing = self._outgoing(errand, attempt)
             clock.limit(stream, outgoing.request.timeout_s)
             with clock.until_first_byte(most_s=opening_s(outgoing.request.timeouts)):
                 if begun is not None and begun.answer is not None:
@@ -347,10 +340,10 @@ class Forwarder:
                 else:
                     response = await self._upstream.send(outgoing.request)
                 attempt.status = response.status
-                body = response.whole()
+                body = response.whole() if outgoing.translated is None else None
                 if body is None or not _is_plain(response, body, errand):
                     answer = Opening(response)
-                    await answer.look(errand.route.dialect.name, _now_ms())
+                    await answer.look(outgoing.style or errand.route.dialect.name, _now_ms())
             if answer is None:
                 assert body is not None, "it is looked at otherwise"
                 attempt.usage = usage_of(body)
@@ -382,24 +375,33 @@ class Forwarder:
             attempt.log(errand.request.request_id)
         return attempt.outcome or Outcome.FAILED
 
-    def _outgoing(self, errand: _Errand, pick: Pick) -> Outgoing:
-        elapsed_s, course = errand.clock.elapsed_s, errand.course
-        outgoing = self.preparer.generation(
-            errand.request,
-            errand.route,
-            errand.peek,
-            pick.service,
-            needs_plain=bool(course.response_model),
-            elapsed_s=elapsed_s,
-        )
+    def _outgoing(self, errand: _Errand, attempt: Attempt) -> Outgoing:
+        elapsed_s, course, pick = errand.clock.elapsed_s, errand.course, attempt.pick
+        translated = errand.translation.to(self.preparer.provider(pick.service), pick.service.partition(":")[2])
+        if translated is not None:
+            outgoing = self.preparer.translated(errand.request, translated, elapsed_s=elapsed_s)
+            attempt.api = translated.service_api
+            self._metrics.translated(pick, translated.client_api, translated.service_api)
+        else:
+            body, peek = errand.translation.native(self._plans.of(course.rule), errand.peek)
+            outgoing = self.preparer.generation(
+                errand.request,
+                errand.route,
+                peek,
+                pick.service,
+                body=body,
+                needs_plain=bool(course.response_model),
+                elapsed_s=elapsed_s,
+            )
         if course.attempts == 1:
             self._metrics.overhead_s(elapsed_s)
         return outgoing
 
     def _without_answer(self, errand: _Errand, attempt: Attempt, error: BalancerError) -> _Failure:
         """Settles an attempt that has brought no answer."""
-        # A service is not to blame for a client that waits no longer.
-        outcome = Outcome.CANCELLED if isinstance(error, DeadlineError) else Outcome.FAILED
+        # A service is not to blame for a client that waits no longer, nor for what it cannot be asked.
+        is_ours = isinstance(error, DeadlineError | RequestError)
+        outcome = Outcome.CANCELLED if is_ours else Outcome.FAILED
         attempt.settle(outcome)
         attempt.fault = error.code
         told = incomplete(error, errand.request) if isinstance(error, ConfigurationError) else error
@@ -408,9 +410,22 @@ class Forwarder:
         async def tell() -> None:
             await send_error(errand.route.dialect, told, errand.request, errand.stream, headers)
 
+        if isinstance(error, RequestError):
+            return _Failure(verdict=Verdict(outcome=Outcome.FAILED), outcome=Outcome.REJECTED, tell=tell)
         return _Failure(verdict=Verdict(outcome=outcome), outcome=Outcome.FAILED, tell=tell)
 
-    def _relay(self, errand: _Errand, attempt: Attempt, outgoing: Outgoing) -> Relay:
+    def _relay(self, errand: _Errand, attempt: Attempt, outgoing: Outgoing) -> Relays:
+        if outgoing.translated is not None:
+            return TranslatedRelay(
+                request_id=errand.request.request_id,
+                route=errand.route,
+                stream=errand.stream,
+                extra_headers=self._headers(errand, attempt.pick, outgoing.translated),
+                mask=outgoing.mask,
+                attempt=attempt,
+                translated=outgoing.translated,
+                response_model=errand.course.response_model,
+            )
         return Relay(
             request_id=errand.request.request_id,
             route=errand.route,
@@ -423,10 +438,11 @@ class Forwarder:
             remember=self._remembers(attempt.pick, errand.request) if _is_kept(errand) else None,
         )
 
-    def _headers(self, errand: _Errand, pick: Pick) -> tuple[tuple[str, str], ...]:
+    def _headers(self, errand: _Errand, pick: Pick, translated: Translated | None = None) -> Headers:
         if not self._decision_headers:
             return ()
-        return decision_headers(pick, errand.course.attempts, errand.course.rule.entry)
+        told = decision_headers(pick, errand.course.attempts, errand.course.rule.entry)
+        return told if translated is None else (*told, *left_out_header(translated.left_out))
 
     def _remembers(self, pick: Pick, request: ClientRequest) -> Remember:
         async def remember(response_id: str) -> None:
@@ -464,7 +480,7 @@ def reserved(plan: Plan, peek: bodies.Peek, body: bytes) -> int:
     return min(bodies.estimate_tokens(body) + most_output, tactic.reserve_cap)
 
 
-def _held(answer: Opening, verdict: Verdict, relay: Relay, outgoing: UpstreamRequest, errand: _Errand) -> _Failure:
+def _held(answer: Opening, verdict: Verdict, relay: Relays, outgoing: UpstreamRequest, errand: _Errand) -> _Failure:
     """An error that was answered, kept until it is known whether the client gets it."""
 
     async def tell() -> None:
@@ -472,10 +488,6 @@ def _held(answer: Opening, verdict: Verdict, relay: Relay, outgoing: UpstreamReq
         await relay.run(answer)
 
     return _Failure(verdict=verdict, outcome=verdict.outcome, tell=tell)
-
-
-def _too_late() -> DeadlineError:
-    return DeadlineError("no answer came in the time that the client, or the provider, gives to it")
 
 
 def _now_ms() -> int:

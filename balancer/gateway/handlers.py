@@ -23,7 +23,6 @@ from balancer.errors import (
     ContentTypeError,
     NoServiceError,
     NotFoundError,
-    NotSupportedError,
     RateLimitedError,
     RequestError,
     StoreUnavailableError,
@@ -38,6 +37,7 @@ from balancer.gateway.forwarding import Begun, Forwarder
 from balancer.gateway.matching import Directory, Plans, standing_in
 from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream, WayBack
 from balancer.gateway.telling import incomplete, send_error
+from balancer.gateway.translating import Translation
 from balancer.gateway.witness import Watch
 from balancer.metrics import Metrics
 
@@ -118,17 +118,18 @@ class Handlers:
                 return
             if wanted.kind == "by_id":
                 rule, service = await self._keeper(wanted)
-                await self._forwarder.forward_uncounted(request, wanted, rule, service, stream, peek=None)
+                await self._forwarder.forward_uncounted(request, wanted, rule, service, stream, None)
                 outcome = Outcome.SUCCESS
                 return
             rule, peek = (begun.rule, begun.peek) if begun else self._match(request, wanted)
+            translation = Translation(request, wanted, self._source.snapshot().provider)
             if wanted.kind == "count_tokens":
                 service = self._current_service(rule)
-                await self._forwarder.forward_uncounted(request, wanted, rule, service, stream, peek=peek)
+                await self._forwarder.count_tokens(request, wanted, rule, service, stream, translation, peek)
                 outcome = Outcome.SUCCESS
             else:
                 course = await self._course(rule, peek, wanted, request.request_id)
-                outcome = await self._forwarder.forward(request, wanted, course, peek, stream, begun)
+                outcome = await self._forwarder.forward(request, wanted, course, peek, stream, translation, begun)
         except ConfigurationError as exc:
             outcome, refusal = Outcome.FAILED, exc
             await send_error(dialect, incomplete(exc, request), request, stream)
@@ -226,11 +227,6 @@ class Handlers:
         if not plan.usable and not (rule.entry and _previous(peek, wanted)):
             what = f"entry {rule.entry} of rule {rule.uuid}" if rule.entry else f"rule {rule.uuid}"
             raise NoServiceError(f"{what} has no active service with an enabled provider")
-        if others := plan.foreign[wanted.dialect.name]:
-            raise NotSupportedError(
-                f"translation is not supported yet: {wanted.dialect.name} clients cannot be served by "
-                + ", ".join(service.id for service in others[:_NAMES_SHOWN])
-            )
         return rule, peek
 
     async def _course(self, rule: Rule, peek: bodies.Peek, wanted: Route, request_id: str) -> Course:
@@ -238,12 +234,12 @@ class Handlers:
         directory = self._source.snapshot()
 
         def find(uuid: str) -> Rule | None:
-            """The rule, if it can serve the request: not gone, off, empty, or of another style."""
+            """The rule, if it can serve requests: not gone, off, or empty."""
             other = directory.by_uuid.get(uuid)
             if other is None or not other.active:
                 return None
             plan = self._plans.routed(self._plans.of(other), peek, request_id=request_id)
-            return None if not plan.usable or plan.foreign[wanted.dialect.name] else plan.rule
+            return plan.rule if plan.usable else None
 
         previous = _previous(peek, wanted)
         if not previous:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from balancer.dialects.anthropic import ANTHROPIC
 from balancer.dialects.headers import request_headers
-from balancer.dialects.openai import OPENAI
+from balancer.dialects.styles import ACCOUNTS
 from balancer.domain import Provider
 from balancer.errors import UpstreamError
 from balancer.gateway.attempts import Providers
@@ -33,8 +32,8 @@ class HealthProbe:
     async def __call__(self, provider: Provider) -> bool:
         """True when the provider answers as one that can serve. Raises BalancerError when its secrets are not there."""
         token = "" if provider.no_key_required else self._providers.access_token(provider)
-        dialect = ANTHROPIC if provider.api_style == "anthropic" else OPENAI
-        headers = dialect.credential_headers(provider, token, lambda name: "") | self._providers.headers(provider)
+        accounts = ACCOUNTS[provider.api_style]
+        headers = accounts.credential_headers(provider, token, lambda name: "") | self._providers.headers(provider)
         request = UpstreamRequest(
             provider=provider.name,
             method="GET",

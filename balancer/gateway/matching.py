@@ -1,18 +1,20 @@
-"""Which rules can serve a request: those with services that are switched on, all of a style that the client speaks."""
+"""Which rules can serve a request: those with services that are switched on, and which of these speak another API."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 from balancer import log
 from balancer.bodies import Peek
-from balancer.domain import DEFAULT_TIMEOUT_S, AgentMarkers, ApiStyle, Configuration, Provider, Rule, Service
+from balancer.domain import DEFAULT_TIMEOUT_S, AgentMarkers, Configuration, Provider, Rule, Service
 from balancer.facts import Facts, Services
 from balancer.gateway.opening import opening_s
 from balancer.routing import Router
 from balancer.store.calls import needs_estimate
+from balancer.translation.apis import ClientApi, is_native
+from balancer.translation.marks import PREFIX_BYTES
 
 SELECT_S = 30.0
 """More than a selection takes beside the time in its queue: Redis has its deadline, and so has a new configuration."""
@@ -20,6 +22,10 @@ SELECT_S = 30.0
 
 _DEADLINE_MARGIN_S = 30.0
 """Beyond the provider's timeout: when it has passed, the attempt cannot be alive any more."""
+
+
+_MARKABLE: tuple[ClientApi, ...] = ("messages", "responses")
+"""Their vendors refuse a signature that is not their own."""
 
 
 class Directory(Protocol):
@@ -52,13 +58,23 @@ def usable(directory: Directory, rule: Rule) -> list[Service]:
     ]
 
 
-def foreign(directory: Directory, rule: Rule, style: ApiStyle) -> list[Service]:
-    """Those of the usable services that do not speak the client's dialect."""
+def foreign(directory: Directory, services: Iterable[Service], api: ClientApi) -> list[Service]:
+    """Those of the services that do not take requests of a client's API as they are."""
     return [
         service
-        for service in usable(directory, rule)
-        if (provider := directory.provider(service.provider)) and provider.api_style != style
+        for service in services
+        if (provider := directory.provider(service.provider)) and not is_native(api, provider)
     ]
+
+
+def mixed(directory: Directory, scenario: str) -> frozenset[ClientApi]:
+    """The APIs of clients whose conversations may hold marks: some service of the scenario's rules is foreign to them.
+
+    What that has answered may stand in a conversation which goes on with any other rule.
+    """
+    named = {s.provider for rule in directory.rules(scenario) for s in rule.all_services() if s.active}
+    providers = [p for uuid in named if (p := directory.provider(uuid)) and p.enabled]
+    return frozenset(api for api in _MARKABLE if any(not is_native(api, provider) for provider in providers))
 
 
 def deadline_ms(left_s: float) -> int:
@@ -78,10 +94,19 @@ def standing_in(rule: Rule, find: Callable[[str], Rule | None]) -> Iterator[Rule
                 waiting.append(other)
 
 
+Apart = Literal[0, 1, 2]
+"""How a rule's services take a client's requests: as they are, but for marks in them that are no vendor's, or some of
+them not without translation."""
+NATIVE: Apart = 0
+MARKED: Apart = 1
+FOREIGN: Apart = 2
+
+
 class Plan:
     """What a rule's requests have in common as long as the configuration stands, found out once."""
 
     __slots__ = (
+        "apart",
         "deadline_ms",
         "entries",
         "foreign",
@@ -97,7 +122,8 @@ class Plan:
         "usable",
     )
 
-    def __init__(self, directory: Directory, rule: Rule) -> None:
+    def __init__(self, directory: Directory, rule: Rule, marked: Container[ClientApi] = ()) -> None:
+        """`marked`: the APIs of clients whose conversations may hold marks (see `translation.marks`)."""
         self.rule = rule
         is_asked = rule.smart_enabled and bool(rule.smart_routing) and not rule.entry
         self.router = Router(rule.smart_routing) if is_asked else None
@@ -107,10 +133,13 @@ class Plan:
         self.markers = scenario.agent_markers if scenario else AgentMarkers()
         self.usable = usable(directory, rule)
         """The services that may serve at all."""
-        self.foreign: dict[ApiStyle, list[Service]] = {
-            style: foreign(directory, rule, style) for style in get_args(ApiStyle)
+        self.foreign: dict[ClientApi, list[Service]] = {
+            api: foreign(directory, self.usable, api) for api in get_args(ClientApi)
         }
-        """Those of them that do not speak a dialect."""
+        """Those of them that do not speak an API of clients."""
+        self.apart: dict[ClientApi, Apart] = {
+            api: FOREIGN if services else MARKED if api in marked else NATIVE for api, services in self.foreign.items()
+        }
         providers = {service.provider: directory.provider(service.provider) for service in rule.services}
         self.timeouts_s = {uuid: p.timeout if p else DEFAULT_TIMEOUT_S for uuid, p in providers.items()}
         """What each provider gives to a whole request."""
@@ -126,6 +155,11 @@ class Plan:
         self.is_usual = bool(self.usable) and not rule.response_model and not rule.strict_settle
         """True when an answer may pass as it is, and be sent when its settle is."""
 
+    def is_apart(self, api: ClientApi, body: bytes) -> bool:
+        """True when a request cannot go to each of the services as it is."""
+        apart = self.apart[api]
+        return apart == FOREIGN or (apart == MARKED and PREFIX_BYTES in body)
+
 
 class Plans:
     """The plans of the configuration that stands."""
@@ -136,6 +170,7 @@ class Plans:
         self._seen = seen
         self._directory: Directory | None = None
         self._plans: dict[str | tuple[str, str], Plan] = {}
+        self._mixed: dict[str, frozenset[ClientApi]] = {}
         self._matching: dict[tuple[str, str], Plan] = {}
 
     def matching(self, scenario: str, model: str) -> Plan | None:
@@ -157,11 +192,13 @@ class Plans:
         """The rule's plan. Raises StoreUnavailableError before the first configuration is known."""
         directory = self._snapshot()
         if directory is not self._directory:
-            self._directory, self._plans, self._matching = directory, {}, {}
+            self._directory, self._plans, self._matching, self._mixed = directory, {}, {}, {}
         name = (rule.uuid, rule.entry) if rule.entry else rule.uuid
         plan = self._plans.get(name)
         if plan is None or plan.rule is not rule:
-            plan = self._plans[name] = Plan(directory, rule)
+            if rule.scenario not in self._mixed:
+                self._mixed[rule.scenario] = mixed(directory, rule.scenario)
+            plan = self._plans[name] = Plan(directory, rule, self._mixed[rule.scenario])
         return plan
 
     def routed(self, plan: Plan, peek: Peek, *, request_id: str) -> Plan:

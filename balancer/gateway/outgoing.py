@@ -8,14 +8,16 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from balancer import bodies
-from balancer.dialects import Dialect, Headers
-from balancer.dialects.headers import request_headers
+from balancer.dialects import Accounts, Headers
+from balancer.dialects.headers import is_of_an_api, request_headers
 from balancer.dialects.paths import Route, upstream_url
-from balancer.domain import Provider, is_secret_name
+from balancer.dialects.styles import ACCOUNTS
+from balancer.domain import ApiStyle, Provider, is_secret_name
 from balancer.errors import DeadlineError, NoServiceError
 from balancer.gateway.attempts import Providers
 from balancer.gateway.masking import Mask
 from balancer.gateway.messages import ClientRequest, UpstreamRequest
+from balancer.gateway.translating import Translated
 
 LOOK_AGAIN_S = 1.0
 _FORGET_S = 60.0
@@ -34,6 +36,13 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
     request: UpstreamRequest
     mask: Mask
     hides_usage: bool = False
+    translated: Translated | None = None
+    """Where it goes out in another API than it came in."""
+
+    @property
+    def style(self) -> ApiStyle | None:
+        """What the service speaks, None for what its client speaks."""
+        return None if self.translated is None else self.translated.provider.api_style
 
 
 class Account:
@@ -47,7 +56,7 @@ class Account:
         self.looked_at = 0.0
         self._forgot_at = time.monotonic()
         self._urls: dict[tuple[str, str, str], str] = {}
-        self._headers: dict[tuple[Headers, str, bool], Headers] = {}
+        self._headers: dict[tuple[Headers, str, bool, bool], Headers] = {}
         self._has_request_id = any(name.lower() == "x-request-id" for name in own)
         self.mask = Mask((token, *_secrets(own, provider.headers), *_secrets(query, provider.query)))
 
@@ -68,22 +77,34 @@ class Account:
         return url
 
     def headers(
-        self, client: ClientRequest, dialect: Dialect, *, is_plain: bool, drops: frozenset[str]
+        self,
+        client: ClientRequest,
+        dialect: Accounts,
+        *,
+        is_plain: bool,
+        drops: frozenset[str],
+        is_translated: bool = False,
     ) -> tuple[Headers, Headers]:
         """What goes upstream, and of it what is this request's alone: most clients send the same again and again.
 
-        Of the client's headers those that it `drops`, by their names in lower case, do not.
+        Of the client's headers those that it `drops`, by their names in lower case, do not; where it `is_translated`,
+        none that says something in the client's API.
         """
         asked = client.headers
         if drops and not drops.isdisjoint(client.first):
             asked = tuple(pair for pair in asked if pair[0].lower() not in drops)
-        key = (asked, dialect.name, is_plain)
+        key = (asked, dialect.name, is_plain, is_translated)
         kept = self._headers.get(key)
         if kept is None:
             if len(self._headers) >= _HEADERS_KEPT:
                 self._headers.clear()
             token, own, _, _ = self.resolved
-            ours = dialect.credential_headers(self.provider, token, client.joined) | own
+            if is_translated:
+                told = {"Content-Type": "application/json", "Accept": "*/*"}
+                ours = told | dialect.credential_headers(self.provider, token, _nothing) | own
+                asked = tuple(pair for pair in asked if not is_of_an_api(pair[0].lower()))
+            else:
+                ours = dialect.credential_headers(self.provider, token, client.joined) | own
             kept = self._headers[key] = request_headers(asked, ours, identity_only=is_plain)
         more: Headers = () if self._has_request_id else (("x-request-id", client.request_id),)
         return kept, more if client.witness is None else (*more, *client.witness.headers)
@@ -112,25 +133,49 @@ class Preparer:
         peek: bodies.Peek,
         service_id: str,
         *,
+        body: bytes,
         needs_plain: bool,
         elapsed_s: float,
     ) -> Outgoing:
-        """A request that a model answers; `needs_plain` when its answer is to be read or edited on its way.
+        """A request that a model answers, its body as it was peeked into.
+
+        `needs_plain` when its answer is to be read or edited on its way.
 
         `elapsed_s` of its time have passed. Raises DeadlineError when that is all which the provider gives to it,
         ConfigurationError when a credential is not there.
         """
         provider = self.provider(service_id)
         if elapsed_s >= provider.timeout:
-            # It came free too late. Sent all the same, it would be a failure of a service that has done nothing wrong.
-            raise DeadlineError("the request has waited for as long as the provider gives to a whole one")
+            raise _has_waited()
         hides_usage = lacks_usage(route, peek) and provider.stream_usage
-        body = with_model(request.body, request.header("content-type"), peek, service_id.partition(":")[2])
+        body = with_model(body, request.header("content-type"), peek, service_id.partition(":")[2])
         if hides_usage:
             body = bodies.ask_for_usage(body, peek)
         is_plain = needs_plain or hides_usage
         outgoing, mask = self._made(provider, request, route, service_id, body, is_plain, provider.timeout - elapsed_s)
         return Outgoing(request=outgoing, mask=mask, hides_usage=hides_usage)
+
+    def translated(self, request: ClientRequest, translated: Translated, *, elapsed_s: float) -> Outgoing:
+        """A request as a service of another API gets it, of whose time so much has passed. Raises as `generation`."""
+        provider = translated.provider
+        if elapsed_s >= provider.timeout:
+            raise _has_waited()
+        account = self._account(provider)
+        headers, more = account.headers(
+            request, ACCOUNTS[provider.api_style], is_plain=True, drops=self._drops, is_translated=True
+        )
+        outgoing = UpstreamRequest(
+            provider=provider.name,
+            method="POST",
+            url=account.url(translated.path, translated.target.model, ""),
+            headers=headers,
+            more=more,
+            body=translated.body,
+            proxy_url=account.resolved[3],
+            timeouts=provider.timeouts,
+            timeout_s=provider.timeout - elapsed_s,
+        )
+        return Outgoing(request=outgoing, mask=account.mask, translated=translated)
 
     def account(self, service_id: str) -> Account:
         """The account that serves, as it is now. Raises NoServiceError, ConfigurationError."""
@@ -199,6 +244,11 @@ class Preparer:
         return account
 
 
+def _has_waited() -> DeadlineError:
+    """It came free too late. Sent all the same, it would be a failure of a service that has done nothing wrong."""
+    return DeadlineError("the request has waited for as long as the provider gives to a whole one")
+
+
 def lacks_usage(route: Route, peek: bodies.Peek) -> bool:
     """True for a stream of OpenAI's whose client does not ask for its usage."""
     return bool(peek.stream) and route.path in _USAGE_PATHS and not peek.asks_for_usage
@@ -209,6 +259,11 @@ def with_model(body: bytes, content_type: str, peek: bodies.Peek, model: str) ->
     if not content_type.lower().startswith("multipart/"):
         return bodies.replace_model(body, model, peek)
     return body if model == peek.model else bodies.replace_form_model(body, content_type, model)
+
+
+def _nothing(_: str) -> str:
+    """What a client says with a header of another API's."""
+    return ""
 
 
 def _secrets(resolved: Mapping[str, str], kept: Mapping[str, str]) -> Iterator[str]:

@@ -86,7 +86,7 @@ class Relay:
 
     async def _relay_error(self, response: Opening, headers: Headers, verdict: Verdict) -> None:
         """An error's body is read first: some upstreams repeat the credential in it."""
-        body, is_whole = await _read(response, await response.read(), ERROR_LIMIT_BYTES)
+        body, is_whole = await read_whole(response, await response.read(), ERROR_LIMIT_BYTES)
         try:
             if response.is_cut or not is_whole:
                 raise DecodeError("the error is cut, or too long")
@@ -105,7 +105,7 @@ class Relay:
         with contextlib.suppress(DecodeError):
             response_id = bodies.response_id_of_json(next(iter(Decoder(coding).feed(chunk)), b""))
             if not response_id:
-                chunk, _ = await _read(response, chunk, _WHOLE_LIMIT_BYTES)
+                chunk, _ = await read_whole(response, chunk, _WHOLE_LIMIT_BYTES)
                 response_id = bodies.response_id_of_json(decoded(chunk, coding, _DECODED_LIMIT_BYTES))
             if response_id:
                 await remember(response_id)
@@ -140,7 +140,7 @@ class Relay:
 
     async def _relay_renamed(self, response: Opening, headers: Headers, chunk: bytes, verdict: Verdict) -> None:
         """A JSON answer under the model's other name; what is too long, or cannot be read, passes as it came."""
-        body, is_whole = await _read(response, chunk, _WHOLE_LIMIT_BYTES)
+        body, is_whole = await read_whole(response, chunk, _WHOLE_LIMIT_BYTES)
         try:
             if not is_whole:
                 raise DecodeError("the answer is too long")
@@ -183,7 +183,7 @@ def _without(headers: Headers, name: str) -> Headers:
     return tuple((key, value) for key, value in headers if key.lower() != name)
 
 
-async def _read(response: UpstreamResponse, chunk: bytes, limit_bytes: int) -> tuple[bytes, bool]:
+async def read_whole(response: UpstreamResponse, chunk: bytes, limit_bytes: int) -> tuple[bytes, bool]:
     """The body from its first chunk on, and True when that is all of it: reading ends beyond the limit."""
     chunks, held = [], 0
     while chunk:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from balancer import log
 from balancer.dialects import Dialect, Headers
 from balancer.domain import Pick
 from balancer.errors import BalancerError, ConfigurationError, NoServiceError
 from balancer.gateway.messages import ClientGoneError, ClientRequest, ClientStream
+
+_LEFT_OUT_LENGTH = 512
 
 
 async def send_error(
@@ -50,6 +53,18 @@ def decision_headers(pick: Pick, attempts: int, entry: str = "") -> Headers:
         ("x-balancer-attempts", str(attempts)),
         *degraded,
     )
+
+
+def left_out_header(paths: Sequence[str]) -> Headers:
+    """What tells a client which fields of its request its service has not got; the last is `...` where more were."""
+    told, length = [], 0
+    for path in paths:
+        length += len(path) + 1
+        if length > _LEFT_OUT_LENGTH:
+            told.append("...")
+            break
+        told.append(path)
+    return (("x-balancer-left-out", header_text(",".join(told))),) if told else ()
 
 
 def header_text(text: str) -> str:

@@ -41,6 +41,7 @@ class Tries(Protocol):
     cooldown_ms: int
     duration_s: float
     details: Details | None
+    api: str
 
     @property
     def started(self) -> float:
@@ -258,6 +259,7 @@ def _tried(attempt: Tries, ended: float) -> Tried:
         first_token_s=attempt.first_token_s,
         usage=attempt.usage,
         details=attempt.details,
+        api=attempt.api,
     )
 
 

@@ -142,7 +142,7 @@ class Accounts:
         if vendor is not None:
             return vendor
         if prefix in FOREIGN:
-            self._notes.warn(path, f"{prefix} speaks neither OpenAI's nor Anthropic's API; {model!r} is left out")
+            self._notes.warn(path, f"{prefix} has another API or kind of credential; {model!r} is left out")
             return None
         if not (params.get("api_base") or params.get("base_url")):
             self._notes.warn(path, f"who serves {model!r} is not known, and there is no api_base; left out")
@@ -221,6 +221,8 @@ class Accounts:
         table: dict[str, Any] = {"api_base": base, "api_style": vendor.api_style}
         if vendor.is_azure:
             table["provider_type"] = "azure"
+        if not vendor.responses:
+            table["responses"] = False
         table |= self._timeouts(params, path) | self._price(row, params, path)
         if self._router.breaker:
             table["breaker"] = self._router.breaker

@@ -13,12 +13,14 @@ from balancer.domain import ApiStyle
 class Vendor(msgspec.Struct, frozen=True, kw_only=True):
     """Where a prefix's models are served; `api_base` empty: the configuration must name it.
 
+    `responses` false: it has no /v1/responses, and LiteLLM too makes chat completions of such requests.
     `remark` is told with every import that meets the vendor.
     """
 
     api_base: str = ""
     variable: str = ""
     api_style: ApiStyle = "openai"
+    responses: bool = True
     is_azure: bool = False
     remark: str = ""
 
@@ -33,24 +35,28 @@ VENDORS: dict[str, Vendor] = {
     "text-completion-openai": Vendor(api_base="https://api.openai.com/v1", variable="OPENAI_API_KEY"),
     "anthropic": Vendor(api_base="https://api.anthropic.com", variable="ANTHROPIC_API_KEY", api_style="anthropic"),
     "azure": Vendor(variable="AZURE_API_KEY", is_azure=True),
-    "cerebras": Vendor(api_base="https://api.cerebras.ai/v1", variable="CEREBRAS_API_KEY"),
-    "deepinfra": Vendor(api_base="https://api.deepinfra.com/v1/openai", variable="DEEPINFRA_API_KEY"),
-    "deepseek": Vendor(api_base="https://api.deepseek.com/v1", variable="DEEPSEEK_API_KEY"),
+    "cerebras": Vendor(api_base="https://api.cerebras.ai/v1", variable="CEREBRAS_API_KEY", responses=False),
+    "deepinfra": Vendor(api_base="https://api.deepinfra.com/v1/openai", variable="DEEPINFRA_API_KEY", responses=False),
+    "deepseek": Vendor(api_base="https://api.deepseek.com/v1", variable="DEEPSEEK_API_KEY", responses=False),
     "fireworks_ai": Vendor(api_base="https://api.fireworks.ai/inference/v1", variable="FIREWORKS_AI_API_KEY"),
     "gemini": Vendor(
-        api_base="https://generativelanguage.googleapis.com/v1beta/openai",
+        api_base="https://generativelanguage.googleapis.com",
         variable="GEMINI_API_KEY",
-        remark="Gemini is asked through Google's OpenAI-compatible API, and not through its own as LiteLLM does",
+        api_style="google",
+        remark="Gemini is asked through its own API, which has chat, messages and responses but no /v1/embeddings: for "
+        "those add a provider with api_base https://generativelanguage.googleapis.com/v1beta/openai",
     ),
     "groq": Vendor(api_base="https://api.groq.com/openai/v1", variable="GROQ_API_KEY"),
-    "mistral": Vendor(api_base="https://api.mistral.ai/v1", variable="MISTRAL_API_KEY"),
-    "moonshot": Vendor(api_base="https://api.moonshot.ai/v1", variable="MOONSHOT_API_KEY"),
-    "nvidia_nim": Vendor(api_base="https://integrate.api.nvidia.com/v1", variable="NVIDIA_NIM_API_KEY"),
+    "mistral": Vendor(api_base="https://api.mistral.ai/v1", variable="MISTRAL_API_KEY", responses=False),
+    "moonshot": Vendor(api_base="https://api.moonshot.ai/v1", variable="MOONSHOT_API_KEY", responses=False),
+    "nvidia_nim": Vendor(
+        api_base="https://integrate.api.nvidia.com/v1", variable="NVIDIA_NIM_API_KEY", responses=False
+    ),
     "ollama": _OLLAMA,
     "ollama_chat": _OLLAMA,
     "openrouter": Vendor(api_base="https://openrouter.ai/api/v1", variable="OPENROUTER_API_KEY"),
-    "sambanova": Vendor(api_base="https://api.sambanova.ai/v1", variable="SAMBANOVA_API_KEY"),
-    "together_ai": Vendor(api_base="https://api.together.xyz/v1", variable="TOGETHERAI_API_KEY"),
+    "sambanova": Vendor(api_base="https://api.sambanova.ai/v1", variable="SAMBANOVA_API_KEY", responses=False),
+    "together_ai": Vendor(api_base="https://api.together.xyz/v1", variable="TOGETHERAI_API_KEY", responses=False),
     "xai": Vendor(api_base="https://api.x.ai/v1", variable="XAI_API_KEY"),
     # Servers of one's own; without a key nobody asks for one.
     "custom_openai": Vendor(),
@@ -89,7 +95,7 @@ FOREIGN = frozenset(
         *("watsonx", "watsonx_text"),
     }
 )
-"""Prefixes behind which is an API that is neither OpenAI's nor Anthropic's, or asks for another kind of credential."""
+"""Prefixes behind which is an API that we do not speak, or that asks for another kind of credential."""
 
 ROUTES = ("responses/", "o_series/", "gpt5_series/", "chat/")
 """What LiteLLM lets stand between a prefix and the model to choose its own code's way; no part of the model."""

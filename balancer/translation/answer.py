@@ -142,9 +142,11 @@ class Echo(Struct, frozen=True, kw_only=True):
     """What of a request its answer repeats. `model` is what the client is to see, `created` in seconds since 1970.
 
     `id` is made by us: letters and digits, to which a writer puts its API's prefix where the upstream gave none.
+    `vendor` is the service's (see Target): a streamed thought that nobody signs goes back to that one only.
     """
 
     conversation: Conversation
     model: str
     id: str
     created: int
+    vendor: str = ""

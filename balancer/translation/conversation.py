@@ -181,7 +181,8 @@ class Conversation(Struct, frozen=True, kw_only=True):
 
     `fields` has the client's path of one of our fields where the name differs (`max_tokens`: `max_completion_tokens`).
     `hints` are the client's fields that any other API does without: what they ask for changes cost, speed or
-    bookkeeping, not the answer. They are left out, and named.
+    bookkeeping, not the answer. They are left out, and named. `kept` is what the client's API repeats of a request in
+    the answer, in that API's own way; no other module looks into it.
     """
 
     model: str
@@ -205,6 +206,7 @@ class Conversation(Struct, frozen=True, kw_only=True):
     wants_usage: bool = True
     fields: Mapping[str, str] = {}
     hints: tuple[str, ...] = ()
+    kept: msgspec.Raw = msgspec.Raw(b"")
 
     def field(self, name: str) -> str:
         """The client's name for one of our fields."""
@@ -219,7 +221,11 @@ class Target(Struct, frozen=True, kw_only=True):
 
 
 class Written(Struct, frozen=True, kw_only=True):
-    """A request as it goes upstream, and the paths, in the client's words, of what was left out of it by rule."""
+    """A request as it goes upstream, and the paths, in the client's words, of what was left out of it by rule.
+
+    `betas` are those of Anthropic's that its body needs named in the header `anthropic-beta`.
+    """
 
     body: bytes
     left_out: tuple[str, ...] = ()
+    betas: tuple[str, ...] = ()

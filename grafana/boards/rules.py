@@ -155,7 +155,19 @@ DASHBOARD = Dashboard(
                     ),
                     unit="reqps",
                     stacked=True,
-                    width=24,
+                    width=12,
+                ),
+                lines(
+                    "Translated attempts",
+                    "Attempts at services that speak another API than their client: whose rule, and from which API to "
+                    "which. Native ones are not counted here.",
+                    Query(
+                        expr=rate("balancer_translated_total", RULE, "rule", "client", "upstream"),
+                        legend="{{rule}}  {{client}} to {{upstream}}",
+                    ),
+                    unit="ops",
+                    stacked=True,
+                    width=12,
                 ),
                 lines(
                     "Retries",

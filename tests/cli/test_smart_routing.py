@@ -213,6 +213,33 @@ def test_anthropics_list_is_read_page_by_page(
     assert provider_of(on_store)["models"] == ["a", "b", "c"]
 
 
+def test_googles_list_is_read_page_by_page_for_what_generates(
+    on_store: Run, write: Write, vendor: Vendor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied(on_store, write, vendor, monkeypatch, api_style="google")
+    generates, embeds = ["generateContent", "countTokens"], ["embedContent"]
+    vendor.pages = [
+        (
+            200,
+            {
+                "models": [
+                    {"name": "models/gemini-3-pro", "supportedGenerationMethods": generates},
+                    {"name": "models/gemini-embedding", "supportedGenerationMethods": embeds},
+                ],
+                "nextPageToken": "t 1",
+            },
+        ),
+        (200, {"models": [{"name": "tunedModels/mine", "supportedGenerationMethods": generates}]}),
+    ]
+    assert on_store("models", "refresh", "up").out.splitlines()[-1] == "up: 2 models, published as revision 2"
+    assert [(urlsplit(path).path, parse_qs(urlsplit(path).query)) for path, _ in vendor.asked] == [
+        ("/v1beta/models", {"pageSize": ["1000"]}),
+        ("/v1beta/models", {"pageSize": ["1000"], "pageToken": ["t 1"]}),
+    ]
+    assert {headers["x-goog-api-key"] for _, headers in vendor.asked} == {"sk-secret-1"}
+    assert provider_of(on_store)["models"] == ["gemini-3-pro", "tunedModels/mine"]
+
+
 @pytest.mark.parametrize(
     ("status", "page", "words"),
     [

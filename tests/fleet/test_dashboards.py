@@ -156,7 +156,7 @@ def test_the_choices_at_the_top_are_those_of_the_fleet(seen: Seen) -> None:
     by_name = {choice.partition(" ")[2]: values for choice, values in seen.choices.items()}
     assert by_name["namespace"] == [NAMESPACE, "trial"]
     assert by_name["pool"] == ["batch", "default"]
-    assert by_name["rule"] == ["claude-opus-5", "embeddings", "gpt-5", "gpt-5-mini", "summaries", "turns"]
+    assert by_name["rule"] == ["claude-opus-5", "embeddings", "gpt-5", "gpt-5-mini", "reviews", "summaries", "turns"]
     assert {"anna-openai:gpt-5", "dora:summaries"} <= set(by_name["service"])
     assert {"openai", "anthropic"} <= set(by_name["scenario"])
 

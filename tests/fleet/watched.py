@@ -101,11 +101,12 @@ LOADS = (
     Load(rule="claude-opus-5", clients=4, pause_s=0.2, path="/v1/messages", words=60),
     Load(rule="embeddings", clients=2, pause_s=0.15, path="/v1/embeddings"),
     Load(rule="summaries", clients=2, pause_s=0.3, words=120),
+    Load(rule="reviews", clients=1, pause_s=0.3),
 )
 
 
 def a_document(accounts: Mapping[str, Account], pace: Pace) -> Json:
-    """Five rules in two pools, of every tactic that has a threshold or a share."""
+    """Six rules in two pools, of every tactic that has a threshold or a share; one of them needs translation."""
     breaker = {"failures": 3, "open_s": 1, "successes": 2}
     price = {"input": 1.25, "output": 10, "cached": 0.125}
 
@@ -123,7 +124,7 @@ def a_document(accounts: Mapping[str, Account], pace: Pace) -> Json:
         return [{"provider": name} for name in names]
 
     openai = ("anna-openai", "boris-openai", "chen-openai")
-    anthropic = ("anna-anthropic", "boris-anthropic")
+    anthropic = ("anna-anthropic", "boris-anthropic", "chen-anthropic")
     return {
         "providers": [
             *(provider(name, price=price) for name in openai),
@@ -150,7 +151,7 @@ def a_document(accounts: Mapping[str, Account], pace: Pace) -> Json:
             rule(
                 "claude-opus-5",
                 "hybrid",
-                of(*anthropic),
+                of(*anthropic[:2]),
                 {"request_threshold": 4 * pace.streak, "token_threshold": 2 * pace.window_tokens},
                 scenario="anthropic",
                 session_affinity=60,
@@ -163,6 +164,7 @@ def a_document(accounts: Mapping[str, Account], pace: Pace) -> Json:
                 pool="batch",
             ),
             rule("summaries", "round_robin", of("dora"), on_store_loss="closed"),
+            rule("reviews", "round_robin", of("chen-anthropic")),
         ],
     }
 

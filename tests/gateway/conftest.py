@@ -62,6 +62,13 @@ async def upstream() -> AsyncIterator[Upstream]:
         yield actor
 
 
+@pytest.fixture
+async def other_upstream() -> AsyncIterator[Upstream]:
+    """Another one."""
+    async with Upstream().running() as actor:
+        yield actor
+
+
 class Served:
     """A running gateway, and what a test asks of it."""
 

@@ -104,17 +104,6 @@ async def test_a_disabled_provider_is_never_picked(serve: Serve, upstream: Upstr
             assert response.headers["x-balancer-service"] == "up:up-model"
 
 
-async def test_services_of_the_other_style_are_refused_until_they_can_be_translated(
-    serve: Serve, upstream: Upstream
-) -> None:
-    raw = a_document(upstream.url)
-    raw["rules"][0]["services"].append({"provider": "ant", "model": "c"})
-    gateway = await serve(raw)
-    status, answer = await post(gateway, "/v1/chat/completions", b'{"model": "gpt"}')
-    assert (status, answer["error"]["code"]) == (400, "not_supported_yet")
-    assert "ant:c" in answer["error"]["message"]
-
-
 async def test_an_unknown_path_is_a_404_in_json(gateway: Served) -> None:
     async with gateway.session.get(f"{gateway.url}/nothing") as response:
         assert response.status == 404

@@ -71,7 +71,7 @@ def made(
     found = route("POST", request.path, speaks_anthropic=False)
     assert isinstance(found, Route)
     peek = bodies.peek(BODY)
-    return preparer.generation(request, found, peek, "eu:m", needs_plain=plain, elapsed_s=elapsed_s)
+    return preparer.generation(request, found, peek, "eu:m", body=request.body, needs_plain=plain, elapsed_s=elapsed_s)
 
 
 def test_equal_heads_share_what_goes_up_and_the_id_is_each_requests_own(clock: Clock) -> None:
@@ -139,7 +139,7 @@ def test_clients_headers_are_not_kept_for_long(clock: Clock) -> None:
 
     made(preparer, SDK)
 
-    assert all(("Authorization", "Bearer client-secret") not in client for client, _, _ in account._headers)
+    assert all(("Authorization", "Bearer client-secret") not in client for client, *_ in account._headers)
 
 
 def test_what_is_kept_is_bounded(clock: Clock) -> None:

@@ -153,6 +153,24 @@ CASES: dict[str, Case] = {
             }
         ],
     ),
+    "a stream of another api than the client's": Case(
+        ask=a_post("r1", stream=True, messages=[{"role": "user", "content": "hello"}]),
+        upstream=lambda upstream: upstream.streams(anthropic_events()),
+        rule={"services": [{"provider": "ant", "model": "m"}]},
+        request=REQUEST | {"balancer.service": "ant:m"},
+        attempts=[
+            ATTEMPT
+            | STREAMED
+            | {
+                "gen_ai.provider.name": "anthropic",
+                "gen_ai.response.id": "m1",
+                "gen_ai.response.finish_reasons": ["end_turn"],
+                "balancer.service": "ant:m",
+                "balancer.translated_to": "messages",
+                "events": ["balancer.first_token"],
+            }
+        ],
+    ),
     "a stream of responses": Case(
         ask=a_post("r1", path="/v1/responses", stream=True),
         upstream=lambda upstream: upstream.streams(responses_events()),

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from balancer.dialects import Dialect
+from balancer.dialects import Dialect, google
 from balancer.dialects.anthropic import ANTHROPIC
+from balancer.dialects.google import GOOGLE
 from balancer.dialects.headers import client_timeout_s, request_headers, response_headers, value_of
 from balancer.dialects.openai import OPENAI
 from balancer.dialects.paths import route, upstream_url
@@ -423,3 +424,56 @@ def test_the_providers_query_wins_over_the_clients() -> None:
     assert upstream_url(a_provider(), "/v1/messages", "m", "beta=true&k=theirs&e=", own) == (
         "https://up.test/v1/messages?beta=true&e=&k=ours&z=a+b"
     )
+
+
+# -- Google ------------------------------------------------------------------------------------------------------------
+
+GEMINI = "https://generativelanguage.googleapis.com"
+VERTEX = "https://eu-aiplatform.googleapis.com/v1/projects/p/locations/eu/publishers/google"
+
+
+@pytest.mark.parametrize(
+    ("base", "path", "model", "url"),
+    [
+        (GEMINI, google.GENERATE, "gemini-3-pro", f"{GEMINI}/v1beta/models/gemini-3-pro:generateContent"),
+        (f"{GEMINI}/", google.COUNT_TOKENS, "gemini-3-pro", f"{GEMINI}/v1beta/models/gemini-3-pro:countTokens"),
+        (f"{GEMINI}/v1alpha", google.GENERATE, "x", f"{GEMINI}/v1alpha/models/x:generateContent"),
+        (GEMINI, google.STREAM, "x", f"{GEMINI}/v1beta/models/x:streamGenerateContent?alt=sse"),
+        (GEMINI, google.GENERATE, "models/x", f"{GEMINI}/v1beta/models/x:generateContent"),
+        (GEMINI, google.GENERATE, "tunedModels/a b?", f"{GEMINI}/v1beta/tunedModels/a%20b%3F:generateContent"),
+        (VERTEX, google.STREAM, "gemini-3-pro", f"{VERTEX}/models/gemini-3-pro:streamGenerateContent?alt=sse"),
+        (
+            VERTEX.removesuffix("/publishers/google"),
+            google.GENERATE,
+            "endpoints/12",
+            f"{VERTEX.removesuffix('/publishers/google')}/endpoints/12:generateContent",
+        ),
+        ("http://127.0.0.1:9/proxy", google.GENERATE, "x", "http://127.0.0.1:9/proxy/v1beta/models/x:generateContent"),
+        (GEMINI, google.MODELS, "", f"{GEMINI}/v1beta/models"),
+        (VERTEX, google.MODELS, "", "https://eu-aiplatform.googleapis.com/v1beta1/publishers/google/models"),
+    ],
+)
+def test_googles_paths_name_the_model_and_what_is_asked_of_it(base: str, path: str, model: str, url: str) -> None:
+    assert upstream_url(a_provider(base, api_style="google"), path, model, "", {}) == url
+
+
+def test_google_is_not_sent_a_clients_parameters() -> None:
+    """It answers 400 for one that it does not know, and Claude Code sends `beta=true`."""
+    provider = a_provider(GEMINI, api_style="google")
+
+    url = upstream_url(provider, google.STREAM, "x", "beta=true&alt=json", {"alt": "proto", "z": "1"})
+    assert url == f"{GEMINI}/v1beta/models/x:streamGenerateContent?z=1&alt=sse"
+
+
+@pytest.mark.parametrize(
+    ("fields", "token", "headers"),
+    [
+        ({}, "key", {"x-goog-api-key": "key"}),
+        ({"auth_type": "oauth"}, "key", {"Authorization": "Bearer key"}),
+        ({}, "", {}),
+    ],
+)
+def test_googles_credential_is_in_a_header(fields: dict[str, Any], token: str, headers: dict[str, str]) -> None:
+    provider = a_provider(GEMINI, api_style="google", **fields)
+
+    assert GOOGLE.credential_headers(provider, token, lambda _: "") == headers

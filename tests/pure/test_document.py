@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -531,7 +531,7 @@ def test_all_faults_of_a_document_are_told_at_once() -> None:
             ["providers[0].api_base", "providers[0].timeouts.idle_s"],
         ),
         (
-            a_document(provider={"api_style": "google", "bogus": 1}, rules=[]),
+            a_document(provider={"api_style": "gemini", "bogus": 1}, rules=[]),
             ["providers[0].api_style", "providers[0].bogus"],
         ),
         (
@@ -539,7 +539,7 @@ def test_all_faults_of_a_document_are_told_at_once() -> None:
             ["rules[0].services[0].model", "rules[0].services[0].weight"],
         ),
     ],
-    ids=["a tactic", "a field of a rule", "a field of a provider", "a part of a provider", "google", "a service"],
+    ids=["a tactic", "a field of a rule", "a field of a provider", "a part of a provider", "a style", "a service"],
 )
 def test_one_fault_does_not_hide_the_others_beside_it(raw: Any, expected: list[str]) -> None:
     """What could not be read was once skipped whole, and its other faults came one run of `check` after the other."""
@@ -555,7 +555,7 @@ def test_both_thresholds_of_a_tactic_are_faulted() -> None:
     ]
 
 
-@pytest.mark.parametrize("provider", [{"timeout": "long"}, {"api_style": "google"}, {"api_style": "gemini"}])
+@pytest.mark.parametrize("provider", [{"timeout": "long"}, {"api_style": "gemini"}])
 def test_a_provider_with_a_fault_is_not_also_called_absent(provider: dict[str, Any]) -> None:
     assert [line for line in faults(a_document(provider=provider)) if "no provider" in line] == []
 
@@ -608,23 +608,32 @@ def test_a_field_without_its_work_is_left_out_by_the_lenient_door(place: str, pa
     assert "not supported yet" in warnings[0]
 
 
-def test_the_google_style_is_refused_by_the_strict_door() -> None:
-    lines = [line for line in faults(a_document(provider={"api_style": "google"})) if "not supported yet" in line]
-
-    assert paths(lines) == ["providers[0].api_style"]
-
-
-def test_a_google_provider_does_not_keep_the_lenient_door_from_reading_the_rest() -> None:
+@pytest.mark.parametrize("read", [strict, lambda raw: lenient(raw)[0]], ids=["strict", "lenient"])
+def test_a_google_provider_is_read_by_both_doors(read: Callable[[Any], Configuration]) -> None:
     raw = a_document(rule=services({"provider": "g", "model": "gemini"}, {"model": "m"}))
-    raw["providers"].append({"name": "g", "api_base": URL, "api_style": "google"})
+    raw["providers"].append({"name": "g", "api_base": URL, "api_style": "google", "responses": False})
 
-    configuration, warnings = lenient(raw)
+    configuration = read(raw)
 
     assert [(service.id, service.active) for service in configuration.rules[0].services] == [
-        ("g:gemini", False),
+        ("g:gemini", True),
         ("a:m", True),
     ]
-    assert "providers[1].api_style" in paths(warnings)
+    assert (configuration.providers[1].api_style, configuration.providers[1].responses) == ("google", False)
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        ("https://generativelanguage.googleapis.com/v1beta/openai/", "api_style: openai"),
+        ("https://eu-aiplatform.googleapis.com", "/publishers/google"),
+    ],
+)
+def test_a_base_of_googles_that_speaks_something_else_is_told(base: str, words: str) -> None:
+    (fault,) = faults(a_document(provider={"api_style": "google", "api_base": base}))
+
+    assert fault.startswith("providers[0].api_base: ")
+    assert words in fault
 
 
 @pytest.mark.parametrize(
@@ -951,7 +960,7 @@ def configurations(draw: st.DrawFn) -> Configuration:
                 uuid=name,
                 name=name,
                 api_base=draw(st.sampled_from((URL, "http://127.0.0.1:1/x"))),
-                api_style=draw(st.sampled_from(("openai", "anthropic"))),
+                api_style=draw(st.sampled_from(("openai", "anthropic", "google"))),
                 auth_type=draw(st.sampled_from(("api_key", "oauth") if detail else ("api_key",))),
                 token=draw(texts),
                 oauth_detail=detail,
@@ -961,6 +970,7 @@ def configurations(draw: st.DrawFn) -> Configuration:
                 headers=draw(header_maps),
                 query=draw(header_maps),
                 stream_usage=draw(st.booleans()),
+                responses=draw(st.booleans()),
                 breaker=draw(breakers),
                 price=draw(prices),
                 health=draw(st.sampled_from((Health(), Health(path="/health?a=b", interval_s=1.5)))),

@@ -158,6 +158,8 @@ def test_one_request_that_is_too_large_does_not_cool_the_account(status: int, bo
         (403, openai("Your account was flagged for a violation of our terms", "invalid_request_error")),
         (403, b"<html>blocked</html>"),
         (400, google(400, "INVALID_ARGUMENT", "API key not valid.", {"reason": "API_KEY_INVALID"})),
+        (400, google(400, "FAILED_PRECONDITION", "User location is not supported for the API use.")),
+        (400, google(400, "FAILED_PRECONDITION", "Gemini API free tier is not available in your country.")),
         (400, anthropic("invalid_request_error", "This organization has been disabled.")),
         (500, anthropic("authentication_error", "x")),
     ],
@@ -287,6 +289,7 @@ def test_a_client_cannot_cool_an_account_by_what_it_writes(message: str) -> None
             400,
             google(400, "INVALID_ARGUMENT", "The input token count (9) exceeds the maximum number of tokens allowed"),
         ),
+        (400, google(400, "INVALID_ARGUMENT", "The input token count is 9 but model only supports up to 8.")),
         (400, openai("This model's maximum prompt length is 131072 but the request contains 200000 tokens.")),
         (400, openai("Invalid request: Your request exceeded model token limit: 262144", "invalid_request_error")),
         (400, {"error": "The number of tokens to keep is greater than the context length. Try to load"}),
@@ -578,3 +581,25 @@ def test_any_answer_has_a_verdict(status: int, body: bytes, cut: int, headers: H
         assert 0 <= found.cooldown_ms <= MOST_COOLDOWN_MS
         assert found.outcome in RETRYABLE | {Outcome.REJECTED, Outcome.SUCCESS}
         assert classify_error_event("openai", data).outcome in RETRYABLE | {Outcome.REJECTED}
+
+
+# -- Google in its own words -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "outcome"),
+    [
+        (429, "RESOURCE_EXHAUSTED", Outcome.RATE_LIMITED),
+        (503, "UNAVAILABLE", Outcome.OVERLOADED),
+        (500, "INTERNAL", Outcome.FAILED),
+        (504, "DEADLINE_EXCEEDED", Outcome.FAILED),
+        (403, "PERMISSION_DENIED", Outcome.UNAUTHORIZED),
+        (400, "INVALID_ARGUMENT", Outcome.REJECTED),
+        (400, "FAILED_PRECONDITION", Outcome.REJECTED),
+    ],
+)
+def test_googles_error_means_the_same_as_an_answer_and_in_a_stream(code: int, status: str, outcome: Outcome) -> None:
+    (error,) = google(code, status, "words")
+
+    assert verdict(code, error).outcome == outcome
+    assert classify_error_event("google", json.dumps(error).encode()).outcome == outcome

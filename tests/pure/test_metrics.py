@@ -31,6 +31,7 @@ SERIES = {
     "balancer_refused_total": {"scenario", "reason"},
     "balancer_attempts_total": {"pool", "rule", "service", "outcome"},
     "balancer_retries_total": {"pool", "rule"},
+    "balancer_translated_total": {"pool", "rule", "client", "upstream"},
     "balancer_routed_total": {"pool", "rule", "entry"},
     "balancer_picks_total": {"pool", "rule", "service", "reason"},
     "balancer_switches_total": {"pool", "rule", "reason"},
@@ -127,6 +128,7 @@ def an_exercised() -> Metrics:
     metrics.refused("openai", "unknown_model")
     metrics.picked(a_pick(is_switch=True, is_saved=True, is_local=True))
     metrics.retried(a_pick())
+    metrics.translated(a_pick(), "chat", "messages")
     metrics.routed(a_rule())
     metrics.settled(a_pick(), Outcome.SUCCESS, Usage(input=1), 1)
     metrics.knows("default")

@@ -183,6 +183,22 @@ def test_a_prefix_says_where_a_model_is_served(asked: str, base: str, style: str
     assert (rule["scenario"], rule["services"][0]["model"]) == (style, model_asked)
 
 
+def test_gemini_is_asked_through_its_own_api() -> None:
+    imported = of(model(model="gemini/gemini-3-pro"))
+
+    (provider,), (rule,) = imported.document["providers"], imported.document["rules"]
+    assert (provider["api_base"], provider["api_style"]) == ("https://generativelanguage.googleapis.com", "google")
+    assert (provider["token"], rule["scenario"]) == ("${KEY}", "openai")
+    assert rule["services"] == [{"provider": provider["name"], "model": "gemini-3-pro"}]
+
+
+@pytest.mark.parametrize(("asked", "responses"), [("openai/gpt-5", True), ("mistral/large", False)])
+def test_a_vendor_without_the_responses_api_is_told_to_have_none(asked: str, responses: bool) -> None:
+    (provider,) = of(model(model=asked)).document["providers"]
+
+    assert provider.get("responses", True) is responses
+
+
 @pytest.mark.parametrize(
     "base",
     [
