@@ -206,13 +206,13 @@ class Registry:
         base: Snapshot | None,
         digest: str = "",
         *,
-        additions: tuple[str, ...] = (),
+        additions: tuple[str, ...] | None = None,
         deed: changes.Deed = changes.UNNAMED,
     ) -> Snapshot:
         """Publishes a configuration made from `base`; its credentials must be sealed already.
 
-        `additions` is what of it is in no file, `deed` who does this. Raises ConflictError when another revision was
-        published since `base` was read.
+        `additions` is what of it is in no file (None: what of `base` was), `deed` who does this. Raises ConflictError
+        when another revision was published since `base` was read.
         """
         await self.complete_pending()
         revision = base.revision + 1 if base else await self._first_revision(configuration)
@@ -221,7 +221,7 @@ class Registry:
             configuration=configuration,
             digest=digest,
             made_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            additions=additions,
+            additions=(base.additions if base else ()) if additions is None else additions,
         )
         snapshot = await self._publish(draft, base, base.revision if base else 0, deed)
         while base is None and (above := await self._first_revision(configuration)) > snapshot.revision + 1:
