@@ -10,7 +10,7 @@ SCRIPTS := .cache/lua
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test check prove chaos soak bench growth profile bench-clients bench-peers lint format lock clean
-.PHONY: docs pictures verify-upgrade verify-deploy
+.PHONY: docs pictures verify-upgrade verify-deploy fuzz-admin
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -57,6 +57,9 @@ verify-upgrade: $(VENV)/.developed  ## two versions at once, there and back, und
 
 verify-deploy: $(VENV)/.developed  ## the image built on a Debian root and run in it (as root; apt: buildah debootstrap)
 	$(BIN)/python -m deploy.verify $(ARGS)
+
+fuzz-admin: $(VENV)/.developed  ## Schemathesis at the admin API for five minutes (FUZZ_S=SECONDS)
+	BALANCER_TEST_FUZZ_S=$(or $(FUZZ_S),300) $(BIN)/python -m pytest -o faulthandler_timeout=0 tests/admin/test_openapi.py $(ARGS)
 
 check: lint test  ## what the gate runs
 

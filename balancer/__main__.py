@@ -85,12 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     apply.add_argument("file")
     apply.add_argument("--force", action="store_true", help="publish a file that was published before")
     apply.add_argument("--lenient", action="store_true", help="mend what can be mended, with warnings")
+    apply.add_argument("--prune", action="store_true", help="take out what was made over the admin API")
     _add_settings(apply, ("redis", "data_dir"))
     apply.set_defaults(run=_configuration("apply"))
 
     diff = commands.add_parser("diff", help="show what `apply` would change; exit 1 if anything")
     diff.add_argument("file")
     diff.add_argument("--lenient", action="store_true", help="mend what can be mended, with warnings")
+    diff.add_argument("--prune", action="store_true", help="take out what was made over the admin API")
     _add_settings(diff, ("redis", "data_dir"))
     diff.set_defaults(run=_configuration("diff"))
 
@@ -107,6 +109,13 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--save", default="", metavar="FILE", help="write the live history to a file too")
     _add_settings(audit, ("redis", "data_dir"))
     audit.set_defaults(run=_audit)
+
+    changes = commands.add_parser("changes", help="who changed what, the newest first")
+    changes.add_argument("--limit", type=int, default=20, help="how many (default 20)")
+    changes.add_argument("--before", default="", metavar="ID", help="those before the change with this id")
+    changes.add_argument("--output", choices=("text", "json"), default="text")
+    _add_settings(changes, ("redis", "data_dir"))
+    changes.set_defaults(run=_changes)
 
     explain = commands.add_parser("explain", help="show which smart-routing entry a request matches, and why")
     explain.add_argument("--request", required=True, metavar="FILE", help="the request's JSON body; - reads stdin")
@@ -209,6 +218,12 @@ def _audit(options: argparse.Namespace) -> int:
     from balancer.cli import audit
 
     return audit.run(options)
+
+
+def _changes(options: argparse.Namespace) -> int:
+    from balancer.cli import changes
+
+    return changes.run(options)
 
 
 def _configuration(name: str) -> Callable[[argparse.Namespace], int]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from balancer import roles
 from balancer.errors import ConfigurationError
 
 PREFIX = "BALANCER_"
@@ -67,6 +68,19 @@ SETTINGS: tuple[Setting, ...] = (
         default="",
         meaning="token for the admin server; empty: on loopback only, with a random one printed at the start",
         is_secret=True,
+    ),
+    Setting(
+        name="admin_tokens",
+        default="",
+        meaning="further tokens for the admin server, name:role:token, with commas or a line each; "
+        "roles: viewer, operator, admin",
+        is_secret=True,
+    ),
+    Setting(
+        name="admin_hosts",
+        default="",
+        meaning="comma-separated host names that the admin server answers to; on loopback those of loopback always, "
+        "beyond it empty: all",
     ),
     Setting(name="workers", default=1, meaning="worker processes"),
     Setting(name="insecure", default=False, meaning="listen beyond loopback without client tokens"),
@@ -147,6 +161,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     admin_host: str
     admin_port: int
     admin_token: str
+    admin_tokens: tuple[roles.Principal, ...]
+    admin_hosts: tuple[str, ...]
     workers: int
     insecure: bool
     client_tokens: tuple[str, ...]
@@ -190,6 +206,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         values: dict[str, str] = {}
         for setting in SETTINGS:
             value = getattr(self, setting.name)
+            if setting.name == "admin_tokens":
+                value = roles.listed(self.admin_tokens)
             values[setting.variable] = ",".join(value) if isinstance(value, tuple) else str(value)
         return values
 
@@ -205,8 +223,9 @@ def load(flags: Mapping[str, object] | None = None, environ: Mapping[str, str] |
         flag = (flags or {}).get(setting.name)
         raw = flag if flag is not None else _from_environment(setting, environ)
         values[setting.name] = setting.default if raw is None else _typed(setting, raw)
-    tokens = values["client_tokens"]
-    values["client_tokens"] = tuple(token.strip() for token in tokens.split(",") if token.strip())
+    for name in ("client_tokens", "admin_hosts"):
+        values[name] = tuple(part.strip() for part in values[name].split(",") if part.strip())
+    values["admin_tokens"] = roles.read_principals(values["admin_tokens"])
     values["data_dir"] = Path(values["data_dir"] or _default_data_dir(environ)).expanduser().absolute()
     settings = Settings(**values)
     _check(settings)
@@ -286,7 +305,8 @@ def _check(settings: Settings) -> None:
             f"refusing to listen on {settings.host} without client tokens: set {PREFIX}CLIENT_TOKENS, "
             "or say --insecure if whoever can reach this address may use your accounts"
         )
-    if settings.admin_port and not is_loopback(settings.admin_host) and not settings.admin_token:
+    has_token = bool(settings.admin_token or settings.admin_tokens)
+    if settings.admin_port and not is_loopback(settings.admin_host) and not has_token:
         raise ConfigurationError(
             f"refusing to serve the admin API on {settings.admin_host} without a token: set {PREFIX}ADMIN_TOKEN "
             f"or {PREFIX}ADMIN_TOKEN_FILE, or leave --admin-host at 127.0.0.1"

@@ -68,6 +68,14 @@ class UnauthorizedError(RequestError):
     reason = "unauthorized"
 
 
+class ForbiddenError(RequestError):
+    """The credential is known, and its role may not do this."""
+
+    status = 403
+    code = "forbidden"
+    reason = "unauthorized"
+
+
 class UnknownModelError(RequestError):
     """No rule of the scenario has the requested model."""
 
@@ -97,6 +105,27 @@ class MethodNotAllowedError(RequestError):
 
     status = 405
     code = "method_not_allowed"
+
+
+class PreconditionError(RequestError):
+    """What stands is not what the client read: somebody else was quicker."""
+
+    status = 412
+    code = "precondition_failed"
+
+
+class PreconditionRequiredError(RequestError):
+    """Written without saying which state is meant, an edit of somebody else could be lost (RFC 6585 §3)."""
+
+    status = 428
+    code = "precondition_required"
+
+
+class MisdirectedError(RequestError):
+    """The request is for a host that this server does not answer to (RFC 9110 §15.5.20)."""
+
+    status = 421
+    code = "misdirected"
 
 
 class BodyTooLargeError(RequestError):

@@ -37,6 +37,7 @@ SET_BY = {
     "admin_port": "ports.admin",
     "admin_host": "admin.expose",
     "admin_token": "admin.existingSecret",
+    "admin_tokens": "admin.listKey",
     "client_tokens": "clients.existingSecret",
     "insecure": "insecure",
     "secret_key": "secretKey.existingSecret",

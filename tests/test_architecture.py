@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom up; a module may import its own layer and those below. A name is a module or a package of `balancer`.
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = (
-    ("vocabulary", frozenset({"__init__", "config", "domain", "errors"})),
+    ("vocabulary", frozenset({"__init__", "config", "domain", "errors", "roles"})),
     (
         "pure",
         frozenset(

@@ -14,7 +14,8 @@ from typing import Annotated
 import msgspec
 
 from balancer import checkpoint
-from balancer.admin.routing import Call, Route
+from balancer.admin import shapes
+from balancer.admin.routing import Call, Parameter, Route
 from balancer.admin.stats import at
 from balancer.errors import NotFoundError, RequestError
 from balancer.ledger import LEDGER_COUNTERS, PICK_COUNTERS
@@ -105,14 +106,29 @@ class Decisions:
     def routes(self) -> list[Route]:
         """Both."""
         return [
-            Route(method="GET", path="/api/v1/decisions", handler=self.list),
-            Route(method="GET", path="/api/v1/decisions/{decision}", handler=self.one),
+            Route(
+                method="GET",
+                path="/api/v1/decisions",
+                handler=self.list,
+                gives=shapes.DecisionPage,
+                query=(
+                    Parameter(name="pool", kind=str, meaning="of this pool; absent: of the rule's, or of all"),
+                    Parameter(name="rule", kind=str, meaning="of this rule alone"),
+                    Parameter(name="limit", kind=_Limit, meaning=f"how many, 1 to 500; {_DEFAULT_LIMIT} if absent"),
+                ),
+            ),
+            Route(
+                method="GET",
+                path="/api/v1/decisions/{decision}",
+                handler=self.one,
+                gives=shapes.DecisionAnswer,
+            ),
         ]
 
     async def list(self, call: Call) -> object:
         """The newest picks, the newest first: of a pool, of a rule, or of all pools."""
-        given = call.parameters("pool", "rule", "limit")
-        limit = _limit(given.get("limit"))
+        given = call.query
+        limit = call.parameter("limit", _Limit, default=_DEFAULT_LIMIT)
         pools = self._pools(given.get("pool", ""), given.get("rule", ""))
         searches = [Search(self._balance, pool, MOST_EVENTS // len(pools)) for pool in pools]
         found = [pick for search in searches for pick in await search.picks(given.get("rule", ""), limit)]
@@ -189,13 +205,6 @@ class Decisions:
 
 def _place(event: Event) -> tuple[int, int]:
     return int(event["epoch"]), int(event["position"])
-
-
-def _limit(text: str | None) -> int:
-    try:
-        return msgspec.convert(text or _DEFAULT_LIMIT, _Limit, strict=False)
-    except msgspec.ValidationError as exc:
-        raise RequestError(f"limit: {exc}", param="limit") from exc
 
 
 def _pick(pool: str, event: Event) -> dict[str, object]:

@@ -28,7 +28,7 @@ class Explain:
 
     def routes(self) -> list[Route]:
         """It alone."""
-        return [Route(method="POST", path="/api/v1/explain", handler=self.explain)]
+        return [Route(method="POST", path="/api/v1/explain", handler=self.explain, takes=ExplainRequest)]
 
     async def explain(self, call: Call) -> object:
         """The entry that a request matches, its services, and how each entry was considered."""

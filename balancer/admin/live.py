@@ -10,13 +10,17 @@ from typing import Any
 import msgspec
 
 from balancer import document
-from balancer.admin.routing import Call, Route
+from balancer.admin import shapes
+from balancer.admin.resources import published
+from balancer.admin.routing import DRY_RUN, Call, Handler, Route
 from balancer.admin.stats import Stats, added_up, stats_of
+from balancer.document import editing
+from balancer.document.editing import Edited
 from balancer.domain import DEFAULT_TIME_WINDOW_S, Configuration, Rule, Service
 from balancer.errors import ConfigurationError, NotFoundError, RequestError
+from balancer.roles import Role
 from balancer.store import keys
 from balancer.store.balance import Balance
-from balancer.store.publishing import publish_edit
 from balancer.store.views import PartitionView, PoolView, RuleView
 from balancer.tactics import TACTIC_NAMES, is_valid_tactic, tactic_name
 
@@ -40,19 +44,30 @@ class Live:
         """All of them."""
         rule = f"{_PREFIX}/rules/{{rule}}"
         service = f"{rule}/services/{{service}}"
-        table = (
-            ("GET", rule, self.rule),
-            ("GET", f"{rule}/summary", self.summary),
-            ("PUT", f"{rule}/tactic", self.change_tactic),
-            ("GET", f"{rule}/stats", self.rule_stats),
-            ("POST", f"{rule}/stats/clear", self.clear_rule),
-            ("GET", f"{rule}/current-service", self.current_service),
-            ("GET", f"{service}/stats", self.service_stats),
-            ("POST", f"{service}/stats/clear", self.clear_service),
-            ("GET", f"{_PREFIX}/stats", self.stats),
-            ("POST", f"{_PREFIX}/stats/clear", self.clear_all),
+        table: tuple[tuple[str, str, Handler, Role, type, type | None], ...] = (
+            ("GET", rule, self.rule, "viewer", shapes.LiveRule, None),
+            ("GET", f"{rule}/summary", self.summary, "viewer", shapes.SummaryAnswer, None),
+            ("PUT", f"{rule}/tactic", self.change_tactic, "operator", shapes.TacticChanged, TacticChange),
+            ("GET", f"{rule}/stats", self.rule_stats, "viewer", shapes.RuleStats, None),
+            ("POST", f"{rule}/stats/clear", self.clear_rule, "operator", shapes.Cleared, None),
+            ("GET", f"{rule}/current-service", self.current_service, "viewer", shapes.CurrentService, None),
+            ("GET", f"{service}/stats", self.service_stats, "viewer", shapes.ServiceStats, None),
+            ("POST", f"{service}/stats/clear", self.clear_service, "operator", shapes.Cleared, None),
+            ("GET", f"{_PREFIX}/stats", self.stats, "viewer", shapes.AllStats, None),
+            ("POST", f"{_PREFIX}/stats/clear", self.clear_all, "operator", shapes.Cleared, None),
         )
-        return [Route(method=method, path=path, handler=handler) for method, path, handler in table]
+        return [
+            Route(
+                method=method,
+                path=path,
+                handler=handler,
+                role=role,
+                gives=gives,
+                takes=takes,
+                query=(DRY_RUN,) if role == "operator" else (),
+            )
+            for method, path, handler, role, gives, takes in table
+        ]
 
     # -- rules ---------------------------------------------------------------------------------------------------------
 
@@ -108,24 +123,32 @@ class Live:
         except ConfigurationError as exc:
             raise RequestError("; ".join(exc.faults), param="params") from exc
 
-        def edit(configuration: Configuration) -> Configuration:
+        def edit(configuration: Configuration) -> Edited:
             rule = configuration.rule(uuid)
             if rule is None:
                 raise NotFoundError("Rule not found")
+            call.check(editing.etag(rule), is_required=False)
             if rule.lb_tactic == tactic:
-                return configuration
+                return Edited(before=configuration, after=configuration)
             # An index in the configuration would move the cursor once more: it was meant for an earlier edit.
             edited = msgspec.structs.replace(rule, lb_tactic=tactic, current_service_index=None)
             rules = tuple(edited if other.uuid == uuid else other for other in configuration.rules)
-            return msgspec.structs.replace(configuration, rules=rules)
+            before = editing.without_index(configuration, "rule", uuid)
+            return Edited(before=before, after=msgspec.structs.replace(configuration, rules=rules))
 
-        snapshot = await publish_edit(self._balance.registry, edit)
-        await self._balance.refresh()
-        return {
+        edition = await published(self._balance, call, edit, f"change the tactic of rule {uuid}")
+        answer = {
             "message": "Tactic updated successfully",
             "tactic": tactic_name(tactic),
-            "revision": snapshot.revision,
+            "revision": edition.revision,
         }
+        if call.is_dry:
+            return answer | {
+                "message": "Tactic would be updated",
+                "dry_run": True,
+                "changes": edition.differences,
+            }
+        return answer
 
     async def current_service(self, call: Call) -> object:
         """The service that the cursor stands on, or that would be the first one."""
@@ -182,20 +205,28 @@ class Live:
     async def clear_rule(self, call: Call) -> object:
         """Clears the counters of a rule's services, for all rules of its pool."""
         rule = self._rule(call)
-        await self._balance.clear(rule.pool, [service.id for service in rule.all_services()])
-        return {"message": "Statistics cleared for all services in rule"}
+        services = [service.id for service in rule.all_services()]
+        return await self._clear(call, {rule.pool: services}, "for all services in rule")
 
     async def clear_service(self, call: Call) -> object:
         """Clears the counters of one service, for all rules of its pool."""
         rule, service = self._service(call)
-        await self._balance.clear(rule.pool, [service.id])
-        return {"message": "Statistics cleared for service"}
+        return await self._clear(call, {rule.pool: [service.id]}, "for service")
 
     async def clear_all(self, call: Call) -> object:
         """Clears the counters of all services in all pools."""
-        for view in await self._views():
-            await self._balance.clear(view.pool, sorted(self._lengths(view)))
-        return {"message": "All statistics cleared"}
+        return await self._clear(call, {view.pool: sorted(self._lengths(view)) for view in await self._views()}, "")
+
+    async def _clear(self, call: Call, services: dict[str, list[str]], whose: str) -> object:
+        """Clears them, by their pools. It is noted before it is done: nothing is done that stands in no log."""
+        changes = [f"~ pool {pool}: counters of {name} -> 0" for pool, names in services.items() for name in names]
+        did = f"Statistics cleared {whose}" if whose else "All statistics cleared"
+        if call.is_dry:
+            return {"message": did.replace("cleared", "would be cleared"), "dry_run": True, "changes": changes}
+        await self._balance.changes.note(call.deed("clear statistics"), changes)
+        for pool, names in services.items():
+            await self._balance.clear(pool, names)
+        return {"message": did}
 
     # -- looking up ----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from balancer.admin import shapes
 from balancer.admin.routing import Call, Route
 from balancer.domain import Outcome, Rule, Usage
 from balancer.errors import NoServiceError, NotFoundError, RequestError
@@ -74,8 +75,22 @@ class Picks:
     def routes(self) -> list[Route]:
         """Both."""
         return [
-            Route(method="POST", path="/api/v1/pick", handler=self.pick),
-            Route(method="POST", path="/api/v1/settle", handler=self.settle),
+            Route(
+                method="POST",
+                path="/api/v1/pick",
+                handler=self.pick,
+                role="operator",
+                takes=PickRequest,
+                gives=shapes.Picked,
+            ),
+            Route(
+                method="POST",
+                path="/api/v1/settle",
+                handler=self.settle,
+                role="operator",
+                takes=SettleRequest,
+                gives=shapes.Settled,
+            ),
         ]
 
     async def pick(self, call: Call) -> object:

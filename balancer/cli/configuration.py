@@ -17,6 +17,7 @@ from balancer.cli.store import Store, opened
 from balancer.domain import Configuration, Rule
 from balancer.errors import ConfigurationError
 from balancer.store import connection, keys
+from balancer.store.changes import by_user
 from balancer.store.publishing import Publication, plan, publish_file, roll_back
 from balancer.store.registry import Registry, Snapshot
 from balancer.store.topology import Topology
@@ -61,9 +62,10 @@ def apply(options: argparse.Namespace) -> int:
     configuration = read_file(options.file, lenient=options.lenient)
 
     async def work(registry: Registry, store: Store) -> Publication:
-        planned, _, _ = await plan(registry, configuration, store.sealer, force=options.force)
-        _print_differences(planned)
-        return await publish_file(registry, configuration, store.sealer, force=options.force)
+        how = {"force": options.force, "prune": options.prune}
+        _print_differences((await plan(registry, configuration, store.sealer, **how)).publication)
+        deed = by_user(f"apply {Path(options.file).name}")
+        return await publish_file(registry, configuration, store.sealer, **how, deed=deed)
 
     publication = with_registry(options, work)
     print(describe(publication))
@@ -75,8 +77,7 @@ def diff(options: argparse.Namespace) -> int:
     configuration = read_file(options.file, lenient=options.lenient)
 
     async def work(registry: Registry, store: Store) -> Publication:
-        publication, _, _ = await plan(registry, configuration, store.sealer, force=True)
-        return publication
+        return (await plan(registry, configuration, store.sealer, force=True, prune=options.prune)).publication
 
     publication = with_registry(options, work)
     _print_differences(publication)
@@ -87,7 +88,7 @@ def rollback(options: argparse.Namespace) -> int:
     """Publishes an earlier revision again."""
 
     async def work(registry: Registry, store: Store) -> Publication:
-        return await roll_back(registry, options.revision)
+        return await roll_back(registry, options.revision, by_user(f"roll back to revision {options.revision}"))
 
     publication = with_registry(options, work)
     _print_differences(publication)

@@ -10,10 +10,12 @@ import msgspec
 from balancer import config, oauth
 from balancer.cli.configuration import standing, with_registry
 from balancer.cli.store import Store
+from balancer.document.editing import Edited
 from balancer.domain import Configuration, Provider
 from balancer.errors import NotFoundError
 from balancer.gateway.listing import models_of
 from balancer.gateway.upstream import UpstreamClient
+from balancer.store.changes import by_user
 from balancer.store.connection import Commands
 from balancer.store.credentials import Credentials
 from balancer.store.grants import Grants
@@ -35,13 +37,15 @@ def refresh(options: argparse.Namespace) -> int:
             await upstream.close()
         now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
-        def edit(configuration: Configuration) -> Configuration:
+        def edit(configuration: Configuration) -> Edited:
             current = _provider(configuration, provider.uuid)
             edited = msgspec.structs.replace(current, models=models, last_updated=now)
             providers = tuple(edited if p.uuid == provider.uuid else p for p in configuration.providers)
-            return msgspec.structs.replace(configuration, providers=providers)
+            after = msgspec.structs.replace(configuration, providers=providers)
+            return Edited(before=configuration, after=after)
 
-        return provider, models, (await publish_edit(registry, edit)).revision
+        deed = by_user(f"refresh the models of provider {provider.uuid}")
+        return provider, models, (await publish_edit(registry, edit, deed, sealer=store.sealer)).revision
 
     provider, models, revision = with_registry(options, work)
     for name in (name for name in models if name not in provider.models):

@@ -27,6 +27,7 @@ from balancer.domain import Configuration
 from balancer.errors import BalancerError, ConfigurationError, StoreUnavailableError
 from balancer.gateway.tls import server_context
 from balancer.store import connection
+from balancer.store.changes import by_user
 from balancer.store.publishing import Publication, publish_file
 from balancer.store.registry import Registry, kept_file
 from balancer.store.topology import Topology
@@ -57,7 +58,8 @@ def run(options: argparse.Namespace) -> int:
     """Serves until SIGTERM or SIGINT."""
     settings = config.load(vars(options))
     log.configure(settings.log_level)
-    is_token_ours = settings.admin_listen_port is not None and not settings.admin_token
+    has_token = settings.admin_token or settings.admin_tokens
+    is_token_ours = settings.admin_listen_port is not None and not has_token
     if is_token_ours:
         settings = msgspec.structs.replace(settings, admin_token=secrets.token_urlsafe(24))
     server_context(settings)  # What is wrong with it is said here, once, and not by every worker.
@@ -89,7 +91,8 @@ async def _prepare(store: Store, settings: Settings, configuration: Configuratio
     commands = connection.Commands(Topology(store.url))
     try:
         registry = Registry(commands, settings.scripts_dir)
-        return await publish_file(registry, configuration, store.sealer)
+        deed = by_user(f"serve {Path(settings.config).name}")
+        return await publish_file(registry, configuration, store.sealer, deed=deed)
     finally:
         await commands.aclose()
 

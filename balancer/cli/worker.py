@@ -86,7 +86,7 @@ async def _serve(settings: Settings, store: Store, options: argparse.Namespace) 
     try:
         planes = []
         if options.admin_fd is not None:
-            admin = create_app(settings, gateway.balance, gateway.metrics)
+            admin = create_app(settings, gateway.balance, gateway.metrics, store.sealer)
             planes.append((admin, socket.socket(fileno=options.admin_fd)))
         await gateway.start([socket.socket(fileno=fd) for fd in options.listen_fd], planes)
         _relax_collector()

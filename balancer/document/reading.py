@@ -53,6 +53,8 @@ _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _NO_PATH = re.compile(r"[^\x21-\x7e]|#")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _LONGEST_NAME = 256
+_NOTHING = (None, "")
+"""What may stand for a field that is absent; no other value that is false may."""
 _MOST_WEIGHT = 1_000_000
 _MOST_SERVICES = 1000
 _MOST_ROUTES = 100
@@ -95,6 +97,16 @@ def read(raw: Any, *, door: Door) -> Reading:
         count = len(reader.faults)
         raise ConfigurationError(f"{count} fault{'s' if count > 1 else ''} in the configuration", tuple(reader.faults))
     return Reading(configuration=configuration, warnings=tuple(reader.warnings))
+
+
+def faults_of(raw: Any) -> tuple[Configuration, list[str], list[str]]:
+    """What the strict door makes of a document, what it refuses there, and what it warns of.
+
+    The configuration is of use where nothing is refused.
+    """
+    reader = _Reader("strict")
+    configuration = reader.configuration(raw)
+    return configuration, reader.faults, reader.warnings
 
 
 def read_tactic(raw: Any) -> Tactic:
@@ -351,15 +363,15 @@ class _Reader:
 
     def _provider(self, table: dict[str, Any], path: str) -> Provider:
         table = dict(table)
-        name = table.get("name") or table.get("uuid")
+        name = table.get("uuid") if table.get("name") in _NOTHING else table.get("name")
         if isinstance(name, str):
             table["name"] = name
-            table["uuid"] = table.get("uuid") or name
+            table["uuid"] = name if table.get("uuid") in _NOTHING else table["uuid"]
         if table.get("auth_type") == "":
             del table["auth_type"]
         if table.get("api_style") == "":
             del table["api_style"]
-        if table.get("timeout") == 0:
+        if table.get("timeout") == 0 and table["timeout"] is not False:
             del table["timeout"]
         detail = table.get("oauth_detail")
         parts: dict[str, Any] = {
@@ -467,10 +479,11 @@ class _Reader:
 
     def _rule(self, table: dict[str, Any], path: str, providers: Mapping[str, str]) -> Rule:
         table = dict(table)
-        table["scenario"] = scenario = table.get("scenario") or "openai"
+        scenario = "openai" if table.get("scenario") in _NOTHING else table["scenario"]
+        table["scenario"] = scenario
         if self._is_unknown_scenario(scenario, path, "the rule is"):
             raise _SkippedError
-        if not table.get("uuid") and isinstance(table.get("request_model"), str):
+        if table.get("uuid") in _NOTHING and isinstance(table.get("request_model"), str):
             table["uuid"] = self._default_uuid(f"{scenario}/{table['request_model']}")
         tactic = self.tactic(table.get("lb_tactic"), _join(path, "lb_tactic"))
         services, places = self._services(table.get("services"), _join(path, "services"), providers)

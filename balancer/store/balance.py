@@ -19,6 +19,7 @@ from balancer.config import Settings
 from balancer.domain import Entry, Outcome, Pick, Rule, Selection, Usage
 from balancer.errors import NoServiceError, NotFoundError, RateLimitedError, StoreUnavailableError
 from balancer.store import holds, keys, spill
+from balancer.store.changes import ChangeLog
 from balancer.store.connection import Commands
 from balancer.store.grants import Grants
 from balancer.store.history import Send
@@ -64,6 +65,7 @@ class Balance:
         self._commands = Commands(self._topology)
         self.registry = Registry(self._commands, settings.scripts_dir)
         self.grants = Grants(self._commands, settings.scripts_dir)
+        self.changes = ChangeLog(self._commands, settings.scripts_dir)
         self._outbox_dir = Path(settings.outbox_dir).expanduser() if settings.outbox_dir else None
         self._follower = Follower(self._commands, self.registry, kept_file(settings.outbox_dir))
         self._pools: dict[str, PoolClient] = {}
@@ -170,6 +172,16 @@ class Balance:
         if directory is None:
             raise StoreUnavailableError(self._follower.failure)
         return directory
+
+    @property
+    def standing(self) -> Directory | None:
+        """The configuration that stands, None before the first."""
+        return self._follower.directory
+
+    @property
+    def is_bereft(self) -> bool:
+        """True when the registry is empty, and this worker knows a configuration that it had."""
+        return self._follower.is_bereft
 
     def snapshot(self) -> Directory:
         """The configuration that stands, for the gateway. Raises as `directory`."""

@@ -17,6 +17,7 @@
 | `balancer:{registry}:digests` | hash: digest of a file to its revision | the last 200 |
 | `balancer:{oauth}:grant:<provider>` | hash: its OAuth tokens, sealed; who renews them | 180 days after the last use |
 | `balancer:{oauth}:grants` | hash: provider to how often its grant has changed | 180 days after the last use |
+| `balancer:{registry}:changes` | stream: who changed what | the last 10 000, for 400 days |
 | `balancer:{registry}:feed` | channel: announces the head's revision | – |
 
 A Cluster hashes only what stands between the braces, so all keys of a pool lie in one slot. What clients name, sessions
@@ -88,6 +89,7 @@ def _digest(text: str) -> str:
 HEAD = f"{_PREFIX}{{registry}}:head"
 DIGESTS = f"{_PREFIX}{{registry}}:digests"
 FEED = f"{_PREFIX}{{registry}}:feed"
+CHANGES = f"{_PREFIX}{{registry}}:changes"
 
 
 def snapshot(revision: int) -> str:
@@ -108,7 +110,7 @@ def grant(provider: str) -> str:
 HOLD_PREFIX = "api-"
 """Begins the worker ids under which picks over the API are made, one each (`holds`). They reap nothing."""
 
-PERMANENT = (HEAD, DIGESTS, f"{_PREFIX}{{registry}}:snapshot:")
+PERMANENT = (HEAD, DIGESTS, CHANGES, f"{_PREFIX}{{registry}}:snapshot:")
 """Prefixes of the keys without an expiry."""
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
 from typing import Literal
 
 import msgspec
 
 from balancer import document
+from balancer.document import editing
+from balancer.document.editing import Edit
 from balancer.domain import Configuration
 from balancer.errors import ConfigurationError, ConflictError
+from balancer.store.changes import UNNAMED, Deed
 from balancer.store.credentials import Sealer, seal_configuration
 from balancer.store.registry import Registry, Snapshot
 
-_TRIES = 5
+_TRIES = 20
 
 
 class Publication(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,27 +28,51 @@ class Publication(msgspec.Struct, frozen=True, kw_only=True):
     earlier: int = 0
 
 
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What publishing a file would do: its sealed configuration, what of it is in no file, and what stands."""
+
+    publication: Publication
+    configuration: Configuration
+    additions: tuple[str, ...]
+    base: Snapshot | None
+
+
 async def plan(
-    registry: Registry, configuration: Configuration, sealer: Sealer | None, *, force: bool
-) -> tuple[Publication, Configuration, Snapshot | None]:
-    """What publishing the file would do, its sealed configuration, and the snapshot that stands."""
+    registry: Registry, configuration: Configuration, sealer: Sealer | None, *, force: bool, prune: bool = False
+) -> Plan:
+    """What publishing the file would do. What was made over the admin API is kept, unless `prune` has it go."""
     base = await registry.current()
     standing = base.configuration if base else Configuration()
     revision = base.revision if base else 0
     digest = document.digest(configuration)
-    sealed = seal_configuration(configuration, sealer, previous=standing)
+    kept = base.additions if base and not prune else ()
+    additions = tuple(sorted(set(kept) - editing.names(configuration)))
+    merged = editing.merged(configuration, standing, additions) if additions else configuration
+    sealed = seal_configuration(merged, sealer, previous=standing)
     differences = tuple(document.diff(standing, sealed))
-    if base and ((base.digest == digest and not force) or not differences):
-        return Publication(result="unchanged", revision=revision), sealed, base
+
+    def planned(result: Literal["published", "unchanged", "ignored"], revision: int, earlier: int = 0) -> Plan:
+        told = () if result == "unchanged" else differences
+        publication = Publication(result=result, revision=revision, differences=told, earlier=earlier)
+        return Plan(publication=publication, configuration=sealed, additions=additions, base=base)
+
+    is_the_last = base is not None and base.digest == digest
+    if base and (not differences or (is_the_last and not force and not prune)):
+        return planned("unchanged", revision)
     earlier = await registry.revision_of(digest)
-    if base and earlier and not force:
-        ignored = Publication(result="ignored", revision=revision, differences=differences, earlier=earlier)
-        return ignored, sealed, base
-    return Publication(result="published", revision=revision + 1, differences=differences), sealed, base
+    if base and earlier and not is_the_last and not force:
+        return planned("ignored", revision, earlier)
+    return planned("published", revision + 1)
 
 
 async def publish_file(
-    registry: Registry, configuration: Configuration, sealer: Sealer | None, *, force: bool = False
+    registry: Registry,
+    configuration: Configuration,
+    sealer: Sealer | None,
+    *,
+    force: bool = False,
+    prune: bool = False,
+    deed: Deed = UNNAMED,
 ) -> Publication:
     """Publishes a file's configuration if the registry has not had it.
 
@@ -54,37 +81,72 @@ async def publish_file(
     """
     digest = document.digest(configuration)
     for _ in range(_TRIES):
-        publication, sealed, base = await plan(registry, configuration, sealer, force=force)
-        if publication.result != "published":
-            return publication
+        planned = await plan(registry, configuration, sealer, force=force, prune=prune)
+        if planned.publication.result != "published":
+            return planned.publication
         try:
-            snapshot = await registry.publish(sealed, base, digest)
+            snapshot = await registry.publish(
+                planned.configuration, planned.base, digest, additions=planned.additions, deed=deed
+            )
         except ConflictError:
             continue  # Somebody else was quicker: look again at what stands now.
-        return msgspec.structs.replace(publication, revision=snapshot.revision)
+        return msgspec.structs.replace(planned.publication, revision=snapshot.revision)
     raise ConflictError("others keep publishing in between; try again")
 
 
-async def publish_edit(registry: Registry, edit: Callable[[Configuration], Configuration]) -> Snapshot:
-    """Publishes what `edit` makes of the configuration that stands; the snapshot that then stands.
+class Edition(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of an edit: the revision that stands, its configuration, and what the edit changes of it.
 
-    `edit` is asked again when somebody else was quicker, may raise, and changes no credential.
+    Of a dry run, `configuration` is the one that would stand.
+    """
+
+    revision: int
+    configuration: Configuration
+    differences: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+async def publish_edit(
+    registry: Registry,
+    edit: Edit,
+    deed: Deed,
+    *,
+    sealer: Sealer | None = None,
+    is_dry: bool = False,
+    may_begin: bool = False,
+) -> Edition:
+    """Publishes what `edit` makes of the configuration that stands; with `is_dry` only tells what it would.
+
+    `edit` is asked again when somebody else was quicker, in a thread, and may raise. With `may_begin` it may be the
+    first configuration of all. What it adds is noted as being in no file.
     """
     for _ in range(_TRIES):
         base = await registry.current()
-        if base is None:
+        if base is None and not may_begin:
             raise ConfigurationError("nothing has been published yet: there is nothing to edit")
-        changed = edit(base.configuration)
-        if changed == base.configuration:
-            return base
+        edited = await asyncio.to_thread(edit, base.configuration if base else Configuration())
+        before = edited.before
+        after = seal_configuration(edited.after, sealer, previous=before)
+        edition = Edition(
+            revision=base.revision if base else 0,
+            configuration=after,
+            differences=tuple(await asyncio.to_thread(document.diff, before, after)),
+            warnings=edited.warnings,
+        )
+        if is_dry or after == before:
+            return edition
+        known = editing.names(after)
+        additions = known & ({*(base.additions if base else ())} | (known - editing.names(before)))
+        made_from = msgspec.structs.replace(base, configuration=before) if base else None
         try:
-            return await registry.publish(changed, base)
+            snapshot = await registry.publish(after, made_from, additions=tuple(sorted(additions)), deed=deed)
         except ConflictError:
             continue
+        return msgspec.structs.replace(edition, revision=snapshot.revision)
     raise ConflictError("others keep publishing in between; try again")
 
 
-async def roll_back(registry: Registry, revision: int) -> Publication:
+async def roll_back(registry: Registry, revision: int, deed: Deed = UNNAMED) -> Publication:
     """Publishes what an earlier revision held as a new one."""
     base = await registry.current()
     old = await registry.load(revision)
@@ -93,5 +155,5 @@ async def roll_back(registry: Registry, revision: int) -> Publication:
     differences = tuple(document.diff(base.configuration, old.configuration))
     if not differences:
         return Publication(result="unchanged", revision=base.revision)
-    snapshot = await registry.publish(old.configuration, base, old.digest)
+    snapshot = await registry.publish(old.configuration, base, old.digest, additions=old.additions, deed=deed)
     return Publication(result="published", revision=snapshot.revision, differences=differences)

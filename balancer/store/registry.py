@@ -20,7 +20,7 @@ import redis.asyncio
 from balancer import document, log, stored
 from balancer.domain import Configuration, PoolSettings, Provider, Rule, RuleDefinition
 from balancer.errors import BalancerError, ConfigurationError, ConflictError, StoreUnavailableError
-from balancer.store import keys
+from balancer.store import changes, keys
 from balancer.store.calls import Definer, fence_arguments
 from balancer.store.connection import Commands, WrappedClient, translated
 from balancer.store.scripts import load
@@ -62,6 +62,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     tombstones: tuple[Tombstone, ...] = ()
     edits: dict[str, int] = {}
     """For each rule the revision that last changed the rule itself, and not only what it refers to."""
+    additions: tuple[str, ...] = ()
+    """What was made over the admin API and is in no file: `rule x`, `provider y`, `scenario z`."""
 
     def rule_revision(self, uuid: str) -> int:
         """The revision that last changed anything the rule's select reads."""
@@ -150,6 +152,7 @@ class _Stored(msgspec.Struct, frozen=True, kw_only=True):
     tombstones: tuple[Tombstone, ...]
     document: dict[str, Any]
     edits: dict[str, int] = {}
+    additions: tuple[str, ...] = ()
 
 
 class Registry:
@@ -203,40 +206,44 @@ class Registry:
             value: Any = await self._commands.run(keys.DIGESTS, "HGET", keys.DIGESTS, digest)
         return int(value or 0)
 
-    async def publish(self, configuration: Configuration, base: Snapshot | None, digest: str = "") -> Snapshot:
+    async def publish(
+        self,
+        configuration: Configuration,
+        base: Snapshot | None,
+        digest: str = "",
+        *,
+        additions: tuple[str, ...] | None = None,
+        deed: changes.Deed = changes.UNNAMED,
+    ) -> Snapshot:
         """Publishes a configuration made from `base`; its credentials must be sealed already.
 
-        Raises ConflictError when another revision was published since `base` was read.
+        `additions` is what of it is in no file (None: what of `base` was), `deed` who does this. Raises ConflictError
+        when another revision was published since `base` was read.
         """
         await self.complete_pending()
         revision = base.revision + 1 if base else await self._first_revision(configuration)
-        snapshot = await self._publish(configuration, base, digest, revision, base.revision if base else 0)
-        while base is None and (above := await self._first_revision(configuration)) > snapshot.revision + 1:
-            # The registry was emptied, and workers have just put their rules back under the revisions that they had.
-            snapshot = await self._publish(configuration, None, digest, above, snapshot.revision)
-        return snapshot
-
-    async def _publish(
-        self, configuration: Configuration, base: Snapshot | None, digest: str, revision: int, standing: int
-    ) -> Snapshot:
-        """Publishes it under that revision, if the standing one is still the head's."""
-        snapshot = Snapshot(
+        draft = Snapshot(
             revision=revision,
             configuration=configuration,
             digest=digest,
             made_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            rule_revisions=_rule_revisions(configuration, base, revision),
-            tombstones=_tombstones(configuration, base),
-            edits=_edits(configuration, base, revision),
+            additions=(base.additions if base else ()) if additions is None else additions,
         )
+        snapshot = await self._publish(draft, base, base.revision if base else 0, deed)
+        while base is None and (above := await self._first_revision(configuration)) > snapshot.revision + 1:
+            # The registry was emptied, and workers have just put their rules back under the revisions that they had.
+            draft = msgspec.structs.replace(draft, revision=above)
+            snapshot = await self._publish(draft, None, snapshot.revision, deed)
+        return snapshot
+
+    async def _publish(self, draft: Snapshot, base: Snapshot | None, standing: int, deed: changes.Deed) -> Snapshot:
+        """Publishes the draft, if the standing revision is still the head's."""
+        # Of thousands of rules this takes a second, for which the worker's requests must not wait.
+        snapshot, text, change = await asyncio.to_thread(_prepared, draft, base, deed)
         word, found = await self._run(
             "publish",
-            {"head": keys.HEAD, "snapshot": keys.snapshot(revision)},
-            {
-                "base": standing,
-                "revision": revision,
-                "document": encoded(snapshot).decode(),
-            },
+            {"head": keys.HEAD, "snapshot": keys.snapshot(draft.revision), "changes": keys.CHANGES},
+            {"base": standing, "revision": draft.revision, "document": text, **changes.arguments(change)},
         )
         if word != b"prepared":
             raise ConflictError(f"revision {int(found)} was published in between; read it and try again")
@@ -304,6 +311,19 @@ class Registry:
         return list(reply)
 
 
+def _prepared(draft: Snapshot, base: Snapshot | None, deed: changes.Deed) -> tuple[Snapshot, str, changes.Change]:
+    """The draft with what follows from `base`, as it is stored, and what is noted of it."""
+    configuration, revision = draft.configuration, draft.revision
+    snapshot = msgspec.structs.replace(
+        draft,
+        rule_revisions=_rule_revisions(configuration, base, revision),
+        tombstones=_tombstones(configuration, base),
+        edits=_edits(configuration, base, revision),
+    )
+    before = base.configuration if base else Configuration()
+    return snapshot, encoded(snapshot).decode(), changes.of_revision(deed, revision, before, configuration)
+
+
 def encoded(snapshot: Snapshot) -> bytes:
     """The snapshot as it is stored, defaults left out."""
     return msgspec.json.encode(
@@ -314,6 +334,7 @@ def encoded(snapshot: Snapshot) -> bytes:
             rule_revisions=snapshot.rule_revisions,
             tombstones=snapshot.tombstones,
             edits=snapshot.edits,
+            additions=snapshot.additions,
             document=document.write(snapshot.configuration),
         )
     )
@@ -333,6 +354,7 @@ def decoded(text: bytes) -> Snapshot:
         rule_revisions=stored.rule_revisions,
         tombstones=stored.tombstones,
         edits=stored.edits,
+        additions=stored.additions,
     )
 
 
@@ -389,7 +411,8 @@ class Follower:
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._failure = _NOTHING_YET
-        self._is_bereft = False
+        self.is_bereft = False
+        """True when the registry is empty, and had a configuration that is known here."""
         self._looked_at = float("-inf")
 
     @property
@@ -469,12 +492,12 @@ class Follower:
         head = await self._registry.head()
         self._failure = ""
         if head.revision == 0:
-            if self.directory and not self._is_bereft:
-                self._is_bereft = True
+            if self.directory and not self.is_bereft:
+                self.is_bereft = True
                 log.warning(_EMPTIED, revision=self.directory.revision)
             self._failure = _EMPTIED if self.directory else _NOTHING_YET
             return
-        self._is_bereft = False
+        self.is_bereft = False
         known = self.directory.snapshot if self.directory else None
         if known and (known.revision, known.digest) == (head.revision, head.digest):
             return

@@ -10,6 +10,7 @@ import msgspec
 
 from balancer.domain import Configuration
 from balancer.errors import ConfigurationError, ConflictError
+from balancer.store.changes import by_user
 from balancer.store.credentials import Place, Sealer, is_sealed, map_values
 from balancer.store.grants import Grants
 from balancer.store.registry import KEPT_SNAPSHOTS, Registry
@@ -86,7 +87,8 @@ async def _standing(registry: Registry, sealer: Sealer) -> int:
         if not counting.changed:
             return base.revision
         try:
-            return (await registry.publish(configuration, base, base.digest)).revision
+            deed = by_user("seal all credentials anew")
+            return (await registry.publish(configuration, base, base.digest, deed=deed)).revision
         except ConflictError:
             continue
     raise ConflictError("others keep publishing in between; try again")

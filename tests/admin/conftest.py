@@ -22,6 +22,7 @@ from balancer import config, document
 from balancer.admin.app import create_app
 from balancer.gateway.app import Gateway
 from balancer.store import connection, keys
+from balancer.store.credentials import Sealer
 from balancer.store.publishing import publish_file
 from balancer.store.registry import Registry
 from tests import servers
@@ -175,7 +176,8 @@ async def start(store_url: str, tmp_path: Path) -> AsyncIterator[Start]:
             settings = config.load(known | flags, {})
             gateway = Gateway(settings, store_url, None)
             listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-            app = create_app(settings, gateway.balance, gateway.metrics)
+            sealer = Sealer(settings.secret_key) if settings.secret_key else None
+            app = create_app(settings, gateway.balance, gateway.metrics, sealer)
             await gateway.start(listeners[:1], [(app, listeners[1])])
             stack.push_async_callback(gateway.drain)
             session = await stack.enter_async_context(aiohttp.ClientSession())

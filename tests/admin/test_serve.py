@@ -103,6 +103,26 @@ async def test_serve_prints_a_token_once_and_every_worker_takes_it(serve: Serve)
     assert (await ask(f"{url}{LIVE}/stats", token[:-1]))[0] == 401
 
 
+async def test_every_worker_knows_the_tokens_of_a_file_and_none_is_told_or_printed(
+    serve: Serve, tmp_path: Path
+) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("# who\nann:viewer:the-token-of-ann-viewer\nbob:operator:the-token-of-bob-operator\n")
+    served = await serve(BALANCER_ADMIN_TOKENS_FILE=str(file))
+    entry = served.entry("serving")
+    assert entry is not None
+    clear = f"{entry['admin_url']}{LIVE}/stats/clear"
+    for _ in range(8):  # Each a connection of its own, and so over either worker.
+        assert (await ask(f"{entry['admin_url']}{LIVE}/stats", "the-token-of-ann-viewer"))[0] == 200
+        assert (await ask(clear, "the-token-of-ann-viewer", {}))[0] == 403
+        assert (await ask(clear, "the-token-of-bob-operator", {}))[0] == 200
+    assert PRINTED.findall(served.text()) == []
+    assert "the-token" not in served.text()
+    refused = served.entry("refused in the admin server")
+    assert refused is not None
+    assert (refused["who"], refused["route"]) == ("ann", f"{LIVE}/stats/clear")
+
+
 async def test_a_second_serve_on_the_same_admin_port_names_the_flag(serve: Serve) -> None:
     first = await serve(BALANCER_ADMIN_TOKEN="given")
     entry = first.entry("serving")

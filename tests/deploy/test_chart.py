@@ -58,7 +58,7 @@ ALL: Object = over(
         "config": CONFIG,
         "credentials": {"environment": ["the-providers"], "files": ["the-files", "more-files"]},
         "secretKey": {"existingSecret": "the-key", "alsoKey": "old-key"},
-        "admin": {"existingSecret": "the-admin", "expose": True},
+        "admin": {"existingSecret": "the-admin", "listKey": "list", "expose": True},
         "redis": {"tls": {"existingSecret": "the-ca"}},
         "tls": {"existingSecret": "the-certificate"},
         "otel": {"enabled": True, "endpoint": "http://collector.monitoring:4318", "headersSecret": "the-headers"},
@@ -164,7 +164,7 @@ SECRETS = {
     "the-valkey": {"password": "p1"},
     "the-users": {"user": "balancer", "password": "p%2F2"},
     "the-sentinels": {"user": "watcher", "password": "p3"},
-    "the-admin": {"token": "admin-token"},
+    "the-admin": {"token": "admin-token", "list": "ann:viewer:the-token-of-ann"},
     "the-key": {"secret-key": "A" * 43 + "=", "old-key": "B" * 42 + "A="},
     "the-headers": {"OTEL_EXPORTER_OTLP_HEADERS": "x=y"},
     "the-providers": {"OPENAI_KEY": "sk-1"},
@@ -247,7 +247,7 @@ def test_every_setting_of_the_program_has_its_value() -> None:
     workload = gateway(render(over(ALL, {"settings": given})))
 
     settings = config.load(environ=environment(workload, SECRETS))
-    assert {name: getattr(settings, name) for name in given} == given | {"data_dir": Path("/a")}
+    assert {name: getattr(settings, name) for name in given} == given | {"data_dir": Path("/a"), "admin_hosts": ("/a",)}
     assert [setting.name for setting in others if given[setting.name] == setting.default] == []
     variables = {entry["name"] for entry in container(workload)["env"]} | {"BALANCER_INSECURE"}
     assert {setting.variable for setting in config.SETTINGS} <= variables

@@ -30,6 +30,7 @@ COMMANDS = (
     "diff",
     "get",
     "audit",
+    "changes",
     "explain",
     "import",
     "models",

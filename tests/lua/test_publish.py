@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -19,8 +20,9 @@ def _empty(client: Any) -> Iterator[None]:
 
 
 def publish(client: Any, base: int, revision: int, document: str = "{}") -> Any:
-    names = {"head": keys.HEAD, "snapshot": keys.snapshot(revision)}
-    return evaluate(client, "publish", names, {"base": base, "revision": revision, "document": document})
+    names = {"head": keys.HEAD, "snapshot": keys.snapshot(revision), "changes": keys.CHANGES}
+    log: dict[str, str | int] = {"now_ms": 0, "change": f"made {revision}", "kept": 3, "age_ms": 60_000}
+    return evaluate(client, "publish", names, log | {"base": base, "revision": revision, "document": document})
 
 
 def commit(client: Any, revision: int, digest: str = "", *, kept: int = 200, outdated: int = 0) -> Any:
@@ -45,6 +47,7 @@ def test_a_prepared_revision_is_pending_until_it_is_committed(client: Any) -> No
         keys.HEAD: {b"revision": b"1", b"digest": b"d1"},
         keys.DIGESTS: {b"d1": b"1"},
         keys.snapshot(1): b"first",
+        keys.CHANGES: [(ANY, {b"change": b"made 1"})],
     }
 
 
@@ -127,7 +130,7 @@ def test_the_outdated_snapshot_is_dropped_with_the_commit(client: Any) -> None:
     for revision in (1, 2, 3):
         publish(client, revision - 1, revision)
         commit(client, revision, outdated=max(0, revision - 2))
-    assert sorted(contents(client)) == [keys.HEAD, keys.snapshot(2), keys.snapshot(3)]
+    assert sorted(contents(client)) == [keys.CHANGES, keys.HEAD, keys.snapshot(2), keys.snapshot(3)]
 
 
 def test_of_the_digests_the_oldest_goes(client: Any) -> None:
@@ -142,3 +145,33 @@ def test_a_file_that_returns_is_known_by_its_newest_revision(client: Any) -> Non
         publish(client, revision - 1, revision)
         commit(client, revision, digest, kept=3)
     assert digests(client) == {"d1": 4, "d2": 2, "d3": 3}
+
+
+def noted(client: Any) -> list[bytes]:
+    return [fields[b"change"] for _, fields in client.xrange(keys.CHANGES)]
+
+
+def note(client: Any, change: str, now_ms: int = 0, age_ms: int = 60_000) -> Any:
+    arguments: dict[str, str | int] = {"now_ms": now_ms, "change": change, "kept": 3, "age_ms": age_ms}
+    return evaluate(client, "note", {"changes": keys.CHANGES}, arguments)
+
+
+def test_a_revision_is_noted_as_it_is_prepared_and_one_that_is_refused_is_not(client: Any) -> None:
+    publish(client, 0, 1)
+    assert publish(client, 1, 2) == ["pending", 1]
+    commit(client, 1)
+    assert publish(client, 0, 1) == ["conflict", 1]
+    assert noted(client) == [b"made 1"]
+
+
+def test_the_log_keeps_so_many_changes(client: Any) -> None:
+    for i in range(5):
+        assert note(client, str(i))[0] == "noted"
+    assert noted(client) == [b"2", b"3", b"4"]
+
+
+def test_the_log_keeps_changes_for_so_long(client: Any) -> None:
+    for at_ms in (1_000, 2_000, 3_000):
+        client.xadd(keys.CHANGES, {"change": str(at_ms)}, id=f"{at_ms}-0")
+    note(client, "new", now_ms=62_000)
+    assert noted(client) == [b"2000", b"3000", b"new"]

@@ -19,7 +19,7 @@ from balancer.store.scripts import Script, load
 NAMES = (
     *("checkpoint", "clear", "commit", "fence"),
     *("grant_keep", "grant_lease", "grant_look", "grant_release", "grant_reseal", "grant_restore"),
-    *("health", "publish", "reap", "tick"),
+    *("health", "note", "publish", "reap", "tick"),
 )
 
 # Commands and their words that Redis 6.2 has, and that the scripts may use. PEXPIRE only without NX, XX, GT, LT (7.0).
@@ -28,7 +28,7 @@ WORDS_OF_REDIS_6_2 = frozenset(
         *("DEL", "EXISTS", "GET", "SET", "PX", "PEXPIRE", "PUBLISH", "TIME"),
         *("HDEL", "HGET", "HGETALL", "HKEYS", "HMGET", "HSCAN", "COUNT", "HSET", "HSETNX", "HINCRBY"),
         *("ZADD", "ZRANGE", "WITHSCORES", "ZREMRANGEBYSCORE", "ZSCORE"),
-        *("XADD", "MAXLEN"),
+        *("XADD", "MAXLEN", "MINID", "XRANGE"),
     }
 )
 GLOBALS_OF_A_SCRIPT = frozenset(

@@ -33,6 +33,8 @@ def test_with_nothing_given_every_setting_has_its_default() -> None:
         admin_host="127.0.0.1",
         admin_port=8081,
         admin_token="",
+        admin_tokens=(),
+        admin_hosts=(),
         workers=1,
         insecure=False,
         client_tokens=(),

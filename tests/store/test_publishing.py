@@ -172,7 +172,8 @@ async def test_a_plan_foretells_what_publishing_does_and_does_nothing(
     registry: Registry, file: Configuration, force: bool, result: str, revision: int, earlier: int
 ) -> None:
     await history(registry, FIRST, SECOND)
-    planned, _, base = await plan(registry, file, None, force=force)
+    found = await plan(registry, file, None, force=force)
+    planned, base = found.publication, found.base
     assert (planned.result, planned.revision, planned.earlier) == (result, revision, earlier)
     assert base is not None
     assert base.revision == (await registry.head()).revision == 2

@@ -40,6 +40,7 @@ async def test_a_registry_writes_nothing_beside_its_own_keys_and_the_pools_of_it
     assert {key.decode() for key in await client.keys("*")} == {
         keys.HEAD,
         keys.DIGESTS,
+        keys.CHANGES,
         keys.snapshot(1),
         *(name(pool) for pool in ("default", "eu") for name in (keys.services, keys.partitions)),
     }

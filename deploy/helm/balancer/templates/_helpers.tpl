@@ -132,6 +132,9 @@ redis://:$(REDIS_PASSWORD)@{{ include "balancer.fullname" . }}-valkey:6379/0
 {{- with .Values.admin }}
 {{- if .existingSecret }}
 {{ include "balancer.secretEnv" (list "BALANCER_ADMIN_TOKEN" .existingSecret .key) }}
+{{- if .listKey }}
+{{ include "balancer.secretEnv" (list "BALANCER_ADMIN_TOKENS" .existingSecret .listKey) }}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- with .Values.secretKey }}
