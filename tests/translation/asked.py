@@ -457,3 +457,5 @@ REFUSED: Mapping[tuple[str, str, str], str] = {
 """By the client's API, what is particular, and the service's API: the path."""
 NEVER_FORCED = {"chat": ("required", "named", "effort, required"), "responses": ("required", "named")}
 """What Claude's Opus 5.5 refuses: it cannot be told to call a tool."""
+NEVER_STOPPED = {("messages", "numbers"): "stop_sequences"}
+"""What OpenAI's models refuse that reason: they take no stop sequences."""

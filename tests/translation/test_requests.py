@@ -13,7 +13,7 @@ import pytest
 
 from balancer.translation.conversation import Target, UntranslatableError
 from tests.actors import Received
-from tests.translation.asked import ALL, BASES, NEVER_FORCED, REFUSED
+from tests.translation.asked import ALL, BASES, NEVER_FORCED, NEVER_STOPPED, REFUSED
 from tests.vendors.chat import Chat
 from tests.vendors.google import Google
 from tests.vendors.messages import Messages
@@ -76,6 +76,8 @@ def test_a_vendor_takes_what_is_written_for_it_or_the_client_is_told_the_field(a
         refused = REFUSED.get((api, name, to))
         if model == "claude-opus-5-5" and name in NEVER_FORCED.get(api, ()):
             refused = "tool_choice"
+        if model == "gpt-5":
+            refused = NEVER_STOPPED.get((api, name), refused)
         if refused is None:
             made, _ = written(api, body, to, model)
             check(to, model, made)

@@ -209,6 +209,8 @@ def _check_numbers(body: Any) -> str:
         for name in ("temperature", "top_p"):
             if body.get(name) not in (None, 1):
                 return f"Unsupported value: '{name}' does not support {body[name]} with this model."
+        if body.get("stop") is not None:
+            return "Unsupported parameter: 'stop' is not supported with this model."
     stop = body.get("stop")
     if isinstance(stop, list) and len(stop) > _MOST_STOPS:
         return "Invalid 'stop': array too long."

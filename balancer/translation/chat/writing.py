@@ -332,6 +332,10 @@ class _Writer:
         if conversation.seed is not None:
             body["seed"] = conversation.seed
         if conversation.stop:
+            if family.is_own and is_fixed:
+                # platform.openai.com/docs/api-reference/chat/create (November 2026): reasoning models take none.
+                path = conversation.field("stop")
+                raise UntranslatableError(f"{path}: an OpenAI model that reasons takes no stop sequences", param=path)
             if family.is_own and len(conversation.stop) > _STOPS:
                 path = conversation.field("stop")
                 raise UntranslatableError(f"{path}: at most {_STOPS} stop sequences can be told to OpenAI", param=path)

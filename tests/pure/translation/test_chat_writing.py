@@ -280,6 +280,22 @@ def test_calls_that_another_vendor_thought_of_have_a_blank_thought(model: str, b
     assert [message.get("reasoning_content") for message in messages] == [None, blank, None, None, None]
 
 
+@pytest.mark.parametrize("model", ["o3", "gpt-5", "gpt-5-mini", "gpt-5.2"])
+def test_models_of_openais_that_reason_are_told_no_stops(model: str) -> None:
+    """They answer 400 for the field, and without it the answer would be another."""
+    conversation = Conversation(
+        model="m",
+        turns=(HELLO,),
+        stop=("END",),
+        reasoning=Reasoning(effort="low"),
+        fields={"stop": "stop_sequences"},
+    )
+    with pytest.raises(UntranslatableError) as caught:
+        write_request(conversation, Target(model=model, vendor="openai/main"))
+    assert caught.value.param == "stop_sequences"
+    assert written(conversation)["stop"] == ["END"]
+
+
 def test_more_stops_than_openai_takes_are_refused() -> None:
     conversation = Conversation(
         model="m", turns=(HELLO,), stop=("1", "2", "3", "4", "5"), fields={"stop": "stop_sequences"}
