@@ -61,7 +61,7 @@ class Api:
         self._checks_host = bool(self._hosts) or is_loopback(settings.admin_host)
         resources = (
             Resources(balance, sealer),
-            Live(balance),
+            Live(balance, sealer),
             Picks(balance, metrics),
             Decisions(balance),
             Explain(balance),

@@ -21,6 +21,7 @@ from balancer.errors import ConfigurationError, NotFoundError, RequestError
 from balancer.roles import Role
 from balancer.store import keys
 from balancer.store.balance import Balance
+from balancer.store.credentials import Sealer
 from balancer.store.views import PartitionView, PoolView, RuleView
 from balancer.tactics import TACTIC_NAMES, is_valid_tactic, tactic_name
 
@@ -37,8 +38,9 @@ class TacticChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class Live:
     """The routes under /api/v1/load-balancer."""
 
-    def __init__(self, balance: Balance) -> None:
+    def __init__(self, balance: Balance, sealer: Sealer | None) -> None:
         self._balance = balance
+        self._sealer = sealer
 
     def routes(self) -> list[Route]:
         """All of them."""
@@ -136,7 +138,7 @@ class Live:
             before = editing.without_index(configuration, "rule", uuid)
             return Edited(before=before, after=msgspec.structs.replace(configuration, rules=rules))
 
-        edition = await published(self._balance, call, edit, f"change the tactic of rule {uuid}")
+        edition = await published(self._balance, call, edit, f"change the tactic of rule {uuid}", self._sealer)
         answer = {
             "message": "Tactic updated successfully",
             "tactic": tactic_name(tactic),

@@ -182,9 +182,7 @@ class Resources:
         return await published(self._balance, call, edit, action, self._sealer)
 
 
-async def published(
-    balance: Balance, call: Call, edit: editing.Edit, action: str, sealer: Sealer | None = None
-) -> Edition:
+async def published(balance: Balance, call: Call, edit: editing.Edit, action: str, sealer: Sealer | None) -> Edition:
     """What came of an edit that a call asks for; this worker then has it too."""
     await balance.refresh()
     if balance.is_bereft:

@@ -111,7 +111,7 @@ async def publish_edit(
     edit: Edit,
     deed: Deed,
     *,
-    sealer: Sealer | None = None,
+    sealer: Sealer | None,
     is_dry: bool = False,
     may_begin: bool = False,
 ) -> Edition:
