@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from typing import Any
 
 import pytest
@@ -285,6 +286,18 @@ async def test_a_tactic_is_changed_for_every_worker_and_keeps_the_cursor(start: 
     params = {"request_threshold": 10, "token_threshold": 500, "reserve": "none"}
     assert (await other.get(of(RULE)))["rule"]["lb_tactic"] == {"type": "hybrid", "params": params}
     assert (await one.get(f"{of(RULE)}/summary"))["summary"]["revision"] == 2
+
+
+async def test_a_tactic_is_changed_beside_a_provider_whose_tokens_are_renewed(start: Start) -> None:
+    """It was refused for want of the key that seals them, which the worker had."""
+    admin = await start(a_document(), secret_key=base64.b64encode(bytes(32)).decode())
+    renewed = {
+        "api_base": "https://z.invalid/v1",
+        "auth_type": "oauth",
+        "oauth_detail": {"refresh_token": "r", "provider_type": "anthropic"},
+    }
+    assert (await admin.ask("PUT", "/api/v1/providers/z", renewed, If_None_Match="*"))[0] == 201
+    assert (await admin.send(f"{of(RULE)}/tactic", {"tactic": "random"}, "PUT"))["revision"] == 3
 
 
 async def test_the_same_tactic_again_publishes_nothing(admin: Admin) -> None:
