@@ -63,6 +63,7 @@ VARIANTS: tuple[Variant, ...] = (
     ),
     _with(OFF, "off + smart routing, by model", rule=_smart("model", "contains", MODEL)),
     _with(OFF, "off + smart routing, by tokens", rule=_smart("token", "ge", 1)),
+    _with(OFF, "off + translation to messages", provider={"api_style": "anthropic"}),
     _with(OFF, "off + access log", settings={"access_log": "on"}),
     _with(OFF, "off + tracing, one in ten kept", settings={"otel": "on"}, has_collector=True),
     _with(OFF, "off + client tokens", settings={"client_tokens": _TOKEN}, headers=(f"Authorization: Bearer {_TOKEN}",)),

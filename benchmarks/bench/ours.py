@@ -33,6 +33,7 @@ class Variant(msgspec.Struct, frozen=True, kw_only=True):
     reserve: str = "input"
     record: str = "off"
     rule: dict[str, Any] = {}
+    provider: dict[str, Any] = {}
     settings: dict[str, str] = {}
     headers: tuple[str, ...] = ()
     workers: int = 1
@@ -67,6 +68,7 @@ def document(upstreams: Sequence[str], variant: Variant) -> dict[str, Any]:
             "limits": limits,
             "breaker": {} if variant.has_breaker else _NO_BREAKER,
         }
+        | variant.provider
         for i, url in enumerate(upstreams, 1)
     ]
     rule = {
