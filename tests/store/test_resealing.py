@@ -41,8 +41,13 @@ async def everything(url: str) -> str:
     async with redis.asyncio.Redis.from_url(url) as client:
         found = []
         for key in await client.keys("*"):
-            kind = await client.type(key)
-            found.append(await (client.hgetall(key) if kind == b"hash" else client.get(key)))
+            match await client.type(key):
+                case b"hash":
+                    found.append(await client.hgetall(key))
+                case b"stream":
+                    found.append(await client.xrange(key))
+                case _:
+                    found.append(await client.get(key))
     return repr(found)
 
 
