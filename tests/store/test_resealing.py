@@ -39,7 +39,7 @@ def configured(token: str) -> Any:
 
 async def everything(url: str) -> str:
     async with redis.asyncio.Redis.from_url(url) as client:
-        found = []
+        found: list[Any] = []
         for key in await client.keys("*"):
             match await client.type(key):
                 case b"hash":
