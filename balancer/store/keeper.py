@@ -187,7 +187,9 @@ class Keeper:
                 while uuid not in self._held and self._current(provider) == refused:  # noqa: ASYNC110 - the store's
                     await asyncio.sleep(_CLOSELY_S)
                 while self._current(provider) == refused:
-                    waiting = self._refreshing.get(uuid) or self._begin(provider, is_forced=True)
+                    waiting = self._refreshing.get(uuid)
+                    if waiting is None or waiting.task.done():  # To await what is done gives nobody else a turn.
+                        waiting = self._begin(provider, is_forced=True)
                     self._wake.set()
                     await asyncio.shield(waiting.task)
                     if waiting.is_forced:
@@ -355,8 +357,12 @@ class Keeper:
         refused = self._held[uuid].grant.version if is_forced else -1
         task = asyncio.create_task(self._refreshed(provider, refused))
         waiting = self._refreshing[uuid] = _Waiting(task=task, is_forced=is_forced)
-        task.add_done_callback(lambda _: self._refreshing.pop(uuid, None))
+        task.add_done_callback(lambda _: self._forget(uuid, waiting))
         return waiting
+
+    def _forget(self, uuid: str, waiting: _Waiting) -> None:
+        if self._refreshing.get(uuid) is waiting:
+            del self._refreshing[uuid]
 
     async def _refreshed(self, provider: Provider, refused: int) -> None:
         uuid = provider.uuid

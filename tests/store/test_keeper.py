@@ -21,7 +21,7 @@ from balancer.store import keeper as keeping
 from balancer.store.connection import Commands
 from balancer.store.credentials import Credentials, Sealer
 from balancer.store.grants import Asking, Grant, Grants, Lease
-from balancer.store.keeper import Keeper, KeeperEvents, Plan
+from balancer.store.keeper import Keeper, KeeperEvents, Plan, _Waiting
 from balancer.store.topology import Topology
 from tests import topologies
 from tests.authority import CLIENT_ID, CLIENT_SECRET, Authority, Token
@@ -383,6 +383,23 @@ async def test_a_refused_token_is_replaced_once_for_all_who_were_refused(start: 
     assert set(renewed) == {True}
     assert authority.used == [first.refresh]
     assert {worker.token for worker in workers} == {authority.newest.access}
+
+
+async def test_who_comes_when_a_refresh_has_just_ended_asks_for_the_next(start: Start, authority: Authority) -> None:
+    """A task is done a turn of the loop before it is forgotten: who awaited it then had the loop to itself for ever."""
+    first = authority.logs_in()
+    worker = start(an_account(authority, first, expires_at="2099-01-01T00:00:00Z"))
+    uuid, keeper = worker.provider.uuid, worker.keeper
+
+    async def is_known() -> bool:
+        return uuid in keeper._held and not keeper._refreshing
+
+    await eventually(is_known)
+    over = asyncio.create_task(asyncio.sleep(0))
+    await over
+    keeper._refreshing[uuid] = _Waiting(task=over, is_forced=False)
+    assert await keeper.renew(worker.provider, first.access)
+    assert authority.used == [first.refresh]
 
 
 async def test_a_new_token_that_is_refused_too_is_not_replaced_again(start: Start, authority: Authority) -> None:
